@@ -1,0 +1,177 @@
+"""The docs site: it builds offline, and the checks of the build do find what is wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
+PHONE = 390  # CSS pixels
+
+pytest.importorskip("smalldocs", reason="the docs extra is not installed")
+
+
+def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a repository."""
+    cmd = [sys.executable, str(ROOT / "tools/build_docs.py"), "--root", str(root), "--out", str(out)]
+    return subprocess.run(cmd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site: the one that `make test` has just made, or else a fresh one."""
+    given = os.environ.get("PC_TRANSFORMER_SITE")
+    if given and (Path(given) / "index.html").is_file():
+        return Path(given)
+    out = tmp_path_factory.mktemp("docs") / "site"
+    done = build(ROOT, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def pages(site: Path) -> list[Path]:
+    """The pages that notebooks became."""
+    return sorted((site / "nbs").glob("*.html"))
+
+
+def test_one_page_for_each_notebook(site: Path) -> None:
+    """Every notebook is a page, and the front page leads to the first."""
+    assert [p.stem for p in pages(site)] == sorted(p.stem for p in ROOT.glob("nbs/*.ipynb") if p.name[0] not in "_.")
+    assert "nbs/index.html" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_pages_are_whole(site: Path) -> None:
+    """Title, navigation, search, dark mode and style are there; nothing comes from another host."""
+    for page in pages(site):
+        text = page.read_text(encoding="utf-8")
+        for need in ("<title>", 'id="quarto-sidebar"', "site.css", 'name="viewport"', "quarto-color-scheme"):
+            assert need in text, f"{page.name} lacks {need}"
+        assert not re.search(r"<(script|link|img)\b[^>]*(src|href)=\"(https?:)?//", text), page.name
+        assert "katex" not in text.lower(), page.name
+    assert json.loads((site / "search.json").read_text(encoding="utf-8"))
+
+
+def test_formulas_are_pictures_with_a_label(site: Path) -> None:
+    """Each formula is an SVG that a screen reader can read; its glyphs are on the page."""
+    total = 0
+    for page in pages(site):
+        text = page.read_text(encoding="utf-8")
+        svgs = re.findall(r'<svg class="math-svg"[^>]*>', text)
+        total += len(svgs)
+        assert all('role="img"' in s and "aria-label=" in s for s in svgs), page.name
+        used = set(re.findall(r'xlink:href="#(g-[^"]+)"', text))
+        assert used <= set(re.findall(r'<path id="(g-[^"]+)"', text)), page.name
+    assert total > 0
+
+
+SICK = {
+    "bad formula": (r"$\frac{a$", "bad formula"),
+    "unknown command": (r"$\notacommand{a}$", "bad formula"),
+    "broken link": ("[gone](nowhere.ipynb)", "broken link"),
+    "broken anchor": ("[gone](#nowhere)", "broken link"),
+    "picture from another host": ("![x](https://example.org/x.png)", "another host"),
+    "TeX that is left": (r"\begin{align} a \end{align}", "TeX is left"),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A repository of one healthy page."""
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/site.css", tmp_path / "tools")
+    config = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    head, tail = config[: config.index("    contents:")], config[config.index("\nformat:") :]
+    (tmp_path / "_quarto.yml").write_text(f"{head}    contents: [nbs/index.ipynb]\n{tail}", encoding="utf-8")
+    write(tmp_path, "index", r"Well: $\frac12 x_l^2$.")
+    return tmp_path
+
+
+def write(root: Path, name: str, text: str) -> None:
+    """Write a notebook of one cell."""
+    cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# Title\n\n## Part\n\n{text}\n"}
+    nb = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (root / "nbs" / f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+
+
+def test_a_healthy_page_builds(tiny: Path) -> None:
+    """So that the next tests fail for the right reason."""
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_a_sick_page_fails(tiny: Path, name: str) -> None:
+    """Each fault ends the build with exit 1 and is named."""
+    text, message = SICK[name]
+    write(tiny, "index", text)
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_a_page_outside_the_sidebar_fails(tiny: Path) -> None:
+    """A chapter cannot be forgotten."""
+    write(tiny, "99_new", "New.")
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 1
+    assert "does not name nbs/99_new.ipynb" in done.stderr
+
+
+def test_a_missing_page_fails(tiny: Path) -> None:
+    """The sidebar names no page in vain."""
+    write(tiny, "other", "Other.")
+    (tiny / "nbs/index.ipynb").unlink()
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 1
+    assert "names nbs/index.ipynb, which does not exist" in done.stderr
+
+
+PROBE = """<!doctype html><title>probe</title><pre id="result">running</pre><script>
+const pages = %s, wide = [], frame = document.createElement("iframe");
+frame.style = "border:0;width:%dpx;height:800px"; document.body.append(frame);
+async function look(page) {
+  await new Promise(done => { frame.onload = done; frame.src = page; });
+  const doc = frame.contentDocument, root = doc.scrollingElement;
+  await new Promise(done => setTimeout(done, 100));
+  const view = frame.contentWindow, scrolls = e => view.getComputedStyle(e).overflowX != "visible";
+  const out = Array.from(doc.querySelectorAll("main *")).filter(e => e.getBoundingClientRect().right > %d + 1);
+  for (const e of out) {
+    let box = e.parentElement;
+    while (box.tagName != "MAIN" && !scrolls(box)) box = box.parentElement;
+    if (box.tagName == "MAIN") { wide.push(page + ": wide " + e.outerHTML.slice(0, 80)); break; }
+  }
+  if (root.scrollWidth > root.clientWidth) wide.push(page + ": " + root.scrollWidth + " px");
+  for (const img of doc.images) if (img.complete && !img.naturalWidth) wide.push(page + ": broken picture");
+  for (const link of doc.querySelectorAll("link[rel=stylesheet]"))
+    if (!link.sheet) wide.push(page + ": no " + link.getAttribute("href"));
+}
+(async () => {
+  for (const page of pages) await look(page);
+  document.getElementById("result").textContent = "done " + JSON.stringify(wide);
+})();
+</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
+    """At 390 px nothing scrolls sideways but boxes of their own; pictures and styles load."""
+    work = tmp_path / "site"
+    shutil.copytree(site, work)
+    urls = [p.relative_to(site).as_posix() for p in pages(site)]
+    (work / "probe.html").write_text(PROBE % (json.dumps(urls), PHONE, PHONE), encoding="utf-8")
+    cmd = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
+    cmd += ["--window-size=1280,1600", "--virtual-time-budget=60000", "--dump-dom", (work / "probe.html").as_uri()]
+    done = subprocess.run(cmd, capture_output=True, text=True, timeout=120, check=False)
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
+    assert found and found[1].startswith("done"), done.stderr[-2000:]
+    assert json.loads(found[1].removeprefix("done ")) == []

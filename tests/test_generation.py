@@ -1,0 +1,356 @@
+"""Generation: filters, sampling, and the promise that a model is only read (chapter 23; rules 2, 3 and 4)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pc_transformer.config import ModelConfig
+from pc_transformer.data import CharTokenizer
+from pc_transformer.generation import (
+    distribution,
+    evaluating,
+    generate,
+    generate_text,
+    sample,
+    temperature_scale,
+    top_k_filter,
+    top_p_filter,
+)
+from pc_transformer.model import PCTransformer
+
+CONFIG = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16)
+PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+# Few distinct values on purpose: ties are common
+tied = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=9)
+free = st.lists(st.floats(-30, 30, allow_subnormal=False), min_size=1, max_size=9)
+logits_1d = st.one_of(tied, free).map(lambda x: torch.tensor(x, dtype=torch.float64))
+
+
+@pytest.fixture(params=["dot", "gaussian"])
+def model(request) -> PCTransformer:
+    """A small untrained model of each attention family, with logits far from uniform."""
+    config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=request.param)
+    made = PCTransformer(config, seed=1)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    return made
+
+
+def kept(filtered: Tensor) -> list[int]:
+    """Which tokens are left."""
+    return filtered.isfinite().nonzero().flatten().tolist()
+
+
+# ---- filters
+
+
+@given(logits_1d, st.data())
+def test_top_k_keeps_exactly_the_k_first(z, data):
+    k = data.draw(st.integers(1, len(z)))
+    order = sorted(range(len(z)), key=lambda i: (-z[i].item(), i))  # largest first, then lowest index
+    out = top_k_filter(z, k)
+    assert kept(out) == sorted(order[:k])
+    assert torch.equal(out[out.isfinite()], z[out.isfinite()])  # what stays is unchanged
+
+
+@given(logits_1d, st.floats(1e-9, 1, exclude_max=True))
+@settings(max_examples=300)
+def test_top_p_is_the_smallest_set(z, p):
+    q = z.softmax(-1)
+    order = sorted(range(len(z)), key=lambda i: (-q[i].item(), -z[i].item(), i))
+    n = len(kept(top_p_filter(z, p)))
+    assert kept(top_p_filter(z, p)) == sorted(order[:n]) and n >= 1
+    assert q[order[:n]].sum() >= p - 1e-12  # enough mass
+    assert n == 1 or q[order[: n - 1]].sum() < p + 1e-12  # and one token fewer would not do
+
+
+@given(logits_1d)
+def test_limits_of_the_filters(z):
+    greedy = temperature_scale(z, 0)
+    assert kept(greedy) == [int(z.argmax())]
+    assert torch.equal(top_k_filter(z, 1), greedy) and torch.equal(top_p_filter(z, 1e-12), greedy)
+    assert torch.equal(top_k_filter(z, len(z)), z) and torch.equal(top_p_filter(z, 1.0), z)
+    ties = (z == z.max()).double()
+    assert torch.allclose(temperature_scale(z, 1e-18).softmax(-1), ties / ties.sum())  # ties share the limit
+
+
+@given(logits_1d, st.floats(0.05, 20))
+def test_temperature_is_the_definition(z, tau):
+    assert torch.allclose(temperature_scale(z, tau).softmax(-1), (z / tau).softmax(-1), rtol=1e-10)
+
+
+@given(logits_1d, st.floats(0, 5), st.integers(1, 9), st.floats(0.01, 1))
+def test_distribution_is_one(z, tau, k, p):
+    q = distribution(z[None], tau, min(k, len(z)), p)
+    assert abs(q.sum().item() - 1) < 1e-12 and (q >= 0).all() and 1 <= (q > 0).sum() <= k
+
+
+def test_filters_work_on_any_leading_shape():
+    z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    for f in (lambda x: top_k_filter(x, 2), lambda x: top_p_filter(x, 0.6), lambda x: temperature_scale(x, 0.5)):
+        rows = torch.stack([f(row) for row in z.flatten(0, 1)]).view_as(z)
+        assert torch.equal(f(z), rows) and f(z).dtype == z.dtype
+
+
+def test_masked_logits_stay_masked():
+    z = torch.tensor([[1.0, -math.inf, 0.0]])
+    assert distribution(z, top_k=3, top_p=0.999)[0, 1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.8}, {"temperature": 2.0}])
+def test_draws_follow_the_probabilities(options):
+    """Pearson's chi-square with a fixed seed; a sampler that ignores the options (the mutant) fails it."""
+    z = torch.tensor([[0.3, 1.2, -0.5, 0.0, 0.9]], dtype=torch.float64)
+    q = distribution(z, **options)[0]
+    quantile = {2: 9.21, 3: 11.34, 4: 13.28}  # 99 %
+
+    def chi2(probabilities: Tensor) -> float:
+        drawn = sample(probabilities.expand(20_000, -1), torch.Generator().manual_seed(3))
+        n = torch.bincount(drawn, minlength=5)
+        return float(((n - 20_000 * q) ** 2 / (20_000 * q).clamp_min(1e-9)).sum())
+
+    limit = quantile[int((q > 0).sum()) - 1]
+    assert chi2(q) < limit
+    if options:
+        assert chi2(z.softmax(-1)[0]) > limit
+
+
+# ---- the loop
+
+
+def test_shape_and_prompt_are_kept(model):
+    out = generate(model, PROMPT, 20, seed=0)
+    assert out.shape == (2, 23) and out.dtype == torch.int64 and torch.equal(out[:, :3], PROMPT)
+    assert int(out.min()) >= 0 and int(out.max()) < 11
+    assert torch.equal(generate(model, PROMPT[0], 5, seed=0)[:, :3], PROMPT[:1])  # one row counts as a batch of one
+    same = generate(model, PROMPT, 0)
+    assert torch.equal(same, PROMPT) and same.data_ptr() != PROMPT.data_ptr()
+
+
+def test_greedy_is_argmax_past_the_context(model):
+    tokens = PROMPT.clone()
+    model.eval()
+    for _ in range(20):
+        tokens = torch.cat([tokens, model(tokens[:, -8:])[:, -1].argmax(-1, keepdim=True)], dim=1)
+    for options in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-12}, {"temperature": 1e-9}):
+        assert torch.equal(generate(model, PROMPT, 20, seed=9, **options), tokens)
+
+
+def test_long_prompt_reads_its_end(model):
+    long = torch.arange(11)[None].repeat(2, 1)
+    with pytest.raises(ValueError, match="prompt has 11 tokens but the context holds 8"):
+        generate(model, long, 1)
+    out = generate(model, long, 6, temperature=0, sliding_window=True)
+    assert torch.equal(out[:, :11], long)
+    assert torch.equal(out[:, 3:], generate(model, long[:, 3:], 6, temperature=0))
+    assert generate(model, long[:, :8], 1).shape == (2, 9)  # exactly full is fine
+
+
+def test_seeds(model):
+    first, second, other = (generate(model, PROMPT, 30, seed=s) for s in (4, 4, 5))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert not torch.equal(generate(model, PROMPT, 30), generate(model, PROMPT, 30))  # no seed: a new text
+
+
+def test_output_can_be_trained_on(model):
+    """The tokens are ordinary tensors, not inference tensors."""
+    out = generate(model, PROMPT, 4, seed=0)
+    model(out).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# ---- rules, each with a mutant that the check catches
+
+
+def bits(module: nn.Module) -> dict[str, bytes]:
+    """Every parameter and buffer as raw bytes."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: bytes(t.detach().contiguous().flatten().view(torch.uint8).tolist()) for name, t in named}
+
+
+def only_reads(model: nn.Module, run=generate) -> bool:
+    """Rule 4, and more: state, modes, gradients, prompt and the global random state are as before."""
+    model.train()
+    list(model.modules())[-1].eval()  # a mixed state
+    prompt, modes, state = PROMPT.clone(), [m.training for m in model.modules()], bits(model)
+    rng = torch.get_rng_state()
+    run(model, prompt, 12, seed=0)
+    return (
+        bits(model) == state
+        and [m.training for m in model.modules()] == modes
+        and all(p.grad is None for p in model.parameters())
+        and torch.equal(prompt, PROMPT)
+        and torch.equal(torch.get_rng_state(), rng)
+        and torch.is_grad_enabled()
+    )
+
+
+class CountsCalls(PCTransformer):
+    """A mutant: a buffer moves with every forward pass."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, tokens):
+        self.calls += 1
+        return super().forward(tokens)
+
+
+class LearnsWhileReading(PCTransformer):
+    """A mutant: weights are updated in eval."""
+
+    def forward(self, tokens):
+        with torch.no_grad():
+            next(self.parameters()).mul_(1.0001)
+        return super().forward(tokens)
+
+
+class NoisyInEval(PCTransformer):
+    """A mutant: dropout that ignores eval mode; its logits depend on the global random state."""
+
+    def forward(self, tokens):
+        return nn.functional.dropout(super().forward(tokens), 0.5, training=True)
+
+
+def leaves_eval(model, prompt, n, seed):
+    """A mutant of generate: the mode is not restored."""
+    out = generate(model, prompt, n, seed=seed)
+    model.eval()
+    return out
+
+
+def seeds_globally(model, prompt, n, seed):
+    """A mutant of generate: draws from the global random state."""
+    torch.manual_seed(seed)
+    return generate(model, prompt, n, seed=seed)
+
+
+def writes_into_the_prompt(model, prompt, n, seed):
+    """A mutant of generate: works in the caller's tensor."""
+    prompt[:, 0] = 0
+    return generate(model, prompt, n, seed=seed)
+
+
+def test_rule_4_generation_only_reads(model):
+    assert only_reads(model)
+
+
+@pytest.mark.parametrize("mutant", [CountsCalls, LearnsWhileReading, NoisyInEval])
+def test_rule_4_catches_models(mutant):
+    assert not only_reads(mutant(CONFIG))
+
+
+@pytest.mark.parametrize("mutant", [leaves_eval, seeds_globally, writes_into_the_prompt])
+def test_rule_4_catches_loops(mutant):
+    assert not only_reads(PCTransformer(CONFIG), mutant)
+
+
+def test_modes_are_restored_after_a_failure(model):
+    model.train()
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert all(m.training for m in model.modules()) and torch.is_grad_enabled()
+
+
+def ignores_the_global_seed(model: nn.Module) -> bool:
+    """Rule 2: greedy text does not depend on the global random state, nor on the call's own seed."""
+    texts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        texts.append(generate(model, PROMPT, 12, temperature=0, seed=seed))
+    return all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_rule_2(model):
+    assert ignores_the_global_seed(model)
+    assert not ignores_the_global_seed(NoisyInEval(CONFIG))
+
+
+def test_rule_3_rows_do_not_mix(model):
+    """A row's greedy text does not depend on the other rows of the batch."""
+    both = generate(model, PROMPT, 12, temperature=0)
+    assert torch.equal(both, torch.cat([generate(model, row, 12, temperature=0) for row in PROMPT]))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("abc", TypeError, "int64 tensor of tokens, but got str"),
+        ([1, 2], TypeError, "but got list"),
+        (torch.tensor([1.0]), TypeError, "but got torch.float32"),
+        (torch.tensor([1], dtype=torch.int32), TypeError, "but got torch.int32"),
+        (torch.tensor(1), ValueError, r"has \(\)"),
+        (torch.zeros(1, 1, 1, dtype=torch.int64), ValueError, r"shape \(time,\) or \(batch, time\)"),
+        (torch.zeros(0, dtype=torch.int64), ValueError, "prompt is empty"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, "prompt is empty"),
+        (torch.zeros(0, 2, dtype=torch.int64), ValueError, "prompt is empty"),
+        (torch.zeros(9, dtype=torch.int64), ValueError, "9 tokens but the context holds 8"),
+        (torch.tensor([[1, 2], [3, 11]]), ValueError, r"token 11 at position 1, outside the vocabulary \[0, 11\)"),
+        (torch.tensor([-1]), ValueError, "token -1 at position 0"),
+    ],
+)
+def test_bad_prompt(prompt, error, message):
+    with pytest.raises(error, match=message) as caught:
+        generate(PCTransformer(CONFIG), prompt, 1)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_new_tokens", [-1, 1.5, True, "3", None]),
+        ("temperature", [-0.1, math.nan, math.inf, "1", None]),
+        ("top_k", [0, -1, 12, 2.0, True, "5"]),
+        ("top_p", [0, 0.0, -0.1, 1.01, math.nan, "0.5", True]),
+    ],
+)
+def test_bad_options(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} must .*, but got {value!r}.$"):
+            generate(PCTransformer(CONFIG), PROMPT, **({"max_new_tokens": 1} | {name: value}))
+
+
+def test_bad_logits(model):
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    model.train()
+    with pytest.raises(ValueError, match="row 0 contain NaN"):
+        generate(model, PROMPT, 1)
+    assert model.training  # restored although it failed
+    for bad, message in ((math.inf, r"\+inf"), (-math.inf, "all -inf")):
+        with pytest.raises(ValueError, match=message):
+            distribution(torch.full((1, 3), bad))
+
+
+def test_text(model):
+    tokenizer = CharTokenizer("abcdefghijk")
+    out = generate_text(model, tokenizer, "abc", 10, seed=1, top_k=5, top_p=0.9, temperature=0.7)
+    assert out[:3] == "abc" and len(out) == 13
+    assert out == generate_text(model, tokenizer, "abc", 10, seed=1, top_k=5, top_p=0.9, temperature=0.7)
+    with pytest.raises(ValueError, match="character 'z' at position 1"):
+        generate_text(model, tokenizer, "az", 1)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate_text(model, tokenizer, "", 1)
+    with pytest.raises(ValueError, match="the tokenizer knows 3 tokens, the model 11"):
+        generate_text(model, CharTokenizer("abc"), "a", 1)
+
+
+@pytest.mark.cuda
+def test_same_text_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = PCTransformer(CONFIG).double()
+    here = generate(model, PROMPT, 40, seed=7, top_p=0.9)
+    there = generate(model.cuda(), PROMPT, 40, seed=7, top_p=0.9)
+    assert there.is_cuda and torch.equal(here, there.cpu())

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
+
+Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX, which
+GitHub shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nb_filter import filter_notebook
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = "<!-- Generated from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n"
+LINK = re.compile(r"(\]\()(?!https?:|#|/|mailto:|README_files/|data:)([^)\s]+)(\))")
+CAPTION = re.compile(r"^#\|\s*fig-(?:alt|cap):\s*(.+?)\s*$", re.M)
+IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
+STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
+
+
+def repo_link(match: re.Match[str]) -> str:
+    """The link as seen from the root: `../x` is a file of the root, anything else lies beside the notebook."""
+    target = match[2]
+    return match[1] + (target[3:] if target.startswith("../") else f"nbs/{target}") + match[3]
+
+
+def render(root: Path) -> dict[str, bytes]:
+    """README.md and its pictures, by path from the root."""
+    nb = filter_notebook(json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8")))
+    nb["metadata"]["language_info"] = {"name": "python"}  # the code fences say so
+    captions: dict[str, str] = {}
+    for n, cell in enumerate(nb["cells"]):
+        src = "".join(cell["source"])
+        caption = CAPTION.search(src)
+        captions[str(n)] = caption[1].strip("\"'") if caption else "figure"
+        if cell["cell_type"] == "code":
+            src = "\n".join(ln for ln in src.splitlines() if not ln.startswith("#|"))
+        else:
+            src = LINK.sub(repo_link, src)
+        cell["source"] = src
+    resources = {"unique_key": "README", "output_files_dir": "README_files"}
+    node = nbformat.reads(json.dumps(nb), as_version=4)
+    body, res = MarkdownExporter().from_notebook_node(node, resources=resources)
+    body = STYLE.sub("", body)
+    body = IMAGE.sub(lambda m: f"![{captions[m[2]]}]({m[1]})", body)
+    body = re.sub(r"[ \t]+$", "", body, flags=re.M)
+    body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+    return {"README.md": (HEAD + body).encode(), **res.get("outputs", {})}
+
+
+def on_disk(root: Path) -> dict[str, bytes]:
+    """What the repository has now."""
+    files = [root / "README.md", *sorted((root / "README_files").glob("*"))]
+    return {f.relative_to(root).as_posix(): f.read_bytes() for f in files if f.is_file()}
+
+
+def main() -> int:
+    """Write or check the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is out of step")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this one)")
+    args = parser.parse_args()
+    if not (args.root / "nbs/index.ipynb").is_file():
+        print("nbs/index.ipynb is missing: README.md is made from it", file=sys.stderr)
+        return 1
+    want, have = render(args.root), on_disk(args.root)
+    stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+    if args.check:
+        if stale:
+            print(f"out of step with nbs/index.ipynb: {', '.join(stale)} (run `make readme`)", file=sys.stderr)
+        return 1 if stale else 0
+    for name in stale:
+        path = args.root / name
+        if name in want:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(want[name])
+        else:
+            path.unlink()
+    print(f"README.md: {len(want) - 1} picture(s), {len(stale)} file(s) changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Prepare a notebook for the docs site: stdin to stdout, as Quarto's `ipynb-filters` wants it.
+
+Quarto reads `#| key: value` lines as YAML, so nbdev's bare directives (`#| export`, `#| slow`, ...) would garble
+a cell. This filter deletes those lines, keeps the Quarto options (`#| label: fig-x`), and drops the cells that
+are marked `#| hide`, `#| default_exp`, or have nothing else in them. Live widgets become nothing: a page shows
+the saved picture beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+DROP = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
+OPTION = re.compile(r"^#\|\s*[\w-]+:(\s|$)|^#\|\s+- ")  # a Quarto option, or one entry of its list
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def text_of(cell: dict[str, Any]) -> str:
+    """The cell's source as one string."""
+    src = cell.get("source", "")
+    return src if isinstance(src, str) else "".join(src)
+
+
+def filter_cell(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """The cell without nbdev directives, or None when the site does not show it."""
+    if cell["cell_type"] != "code":
+        return cell
+    src = text_of(cell)
+    if DROP.search(src):
+        return None
+    lines = [ln for ln in src.splitlines() if not ln.startswith("#|") or OPTION.match(ln)]
+    options = [ln for ln in lines if ln.startswith("#|")]
+    code = "\n".join(ln for ln in lines if not ln.startswith("#|")).strip("\n")
+    outputs = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
+    if not code and not outputs:
+        return None
+    source = "\n".join([*options, code]).splitlines(keepends=True)  # a list of lines: Quarto needs it so
+    return {**cell, "source": source, "outputs": outputs}
+
+
+def filter_notebook(nb: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the notebook for the site."""
+    return {**nb, "cells": [c for c in map(filter_cell, nb["cells"]) if c is not None]}
+
+
+def main() -> None:
+    """Filter stdin to stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_known_args()
+    json.dump(filter_notebook(json.load(sys.stdin)), sys.stdout, ensure_ascii=False, indent=1)
+
+
+if __name__ == "__main__":
+    main()
