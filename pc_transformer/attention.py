@@ -193,27 +193,33 @@ def default_precision(d: int) -> float:
 
 # %% ../nbs/12_attention.ipynb #d3bf48e1
 class PCAttention(nn.Module):
-    "Multi-head causal self-attention with a learned precision per head (`gaussian`) or a fixed scale (`dot`)."
+    """Multi-head causal self-attention with one learned precision per head.
+
+    `dot` is nanoGPT's: scale fixed at 1/sqrt(d) and nothing learned, unless `precision_init` starts a learned scale.
+    """
 
     def __init__(
         self,
         d_model: int,                           # `D`
         n_head: int,                            # `H`, divides `d_model`
         family: Family = "gaussian",
-        precision_init: float | None = None,    # initial precision; `None`: `default_precision(d)`
+        precision_init: float | None = None,    # initial precision; `None`: `default_precision(d)`, fixed scale for `dot`
     ):
         super().__init__()
-        self.n_head, self.family = n_head, family
+        self.n_head = n_head
+        self.family: Family = family
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        if family == "gaussian":
-            start = precision_init or default_precision(d_model // n_head)
+        if family == "dot" and precision_init is None:
+            self.log_precision = None
+        else:
+            start = default_precision(d_model // n_head) if precision_init is None else precision_init
             self.log_precision = nn.Parameter(torch.full((n_head, 1), math.log(start)))
 
     @property
     def precision(self) -> Tensor | None:
-        "Precision per head `(H, 1)`; `None` for `dot`, whose scale is fixed at 1/sqrt(d)."
-        return self.log_precision.exp() if self.family == "gaussian" else None
+        "Precision (for `dot`: scale) per head, `(H, 1)`; `None`: the fixed scale 1/sqrt(d)."
+        return None if self.log_precision is None else self.log_precision.exp()
 
     def split(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
         "Queries, keys and values, each `(B, H, T, d)`."

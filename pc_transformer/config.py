@@ -134,17 +134,14 @@ class ModelConfig(Config):
     n_head: int = 4  # H, attention heads per block
     d_model: int = 128  # D, width of the residual stream; a multiple of n_head
     attention: Literal["dot", "gaussian"] = "gaussian"  # family of the key likelihood
-    precision_init: float | None = None  # lambda of each head at the start; None: the family's own
+    precision_init: float | None = None  # precision (dot: scale) of each head at the start; None: the family's own
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "vocab_size", "block_size", "n_layer", "n_head", "d_model")
         near = f"d_model = {self.d_model} is not divisible by n_head = {self.n_head}; d_model = "
         _check(self.d_model % self.n_head == 0, near + f"{_multiple(self.d_model, self.n_head)} would do")
-        if self.precision_init is None: return
-        _positive(self, "precision_init")
-        _check(self.attention != "dot", f"precision_init = {self.precision_init} contradicts attention = 'dot', "
-               "which has no precision; leave it out or use attention = 'gaussian'")
+        if self.precision_init is not None: _positive(self, "precision_init")
 
     @property
     def d_head(self) -> int:
@@ -186,7 +183,7 @@ class TrainConfig(Config):
     beta1: float = 0.9  # AdamW, memory of the gradient, in [0, 1)
     beta2: float = 0.99  # AdamW, memory of its square, in [0, 1)
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    precision_lr_scale: float = 10.0  # learning rate of log-precisions over that of weights; 0: frozen
+    precision_lr_scale: float = 1.0  # learning rate of log-precisions over that of weights; 0: frozen
     eval_interval: int = 250  # iterations between evaluations
     checkpoint_interval: int = 250  # iterations between checkpoints
     seed: int = 1  # of initial weights and batches
@@ -244,11 +241,11 @@ def from_yaml(
 ) -> _C:
     "A checked configuration from YAML; raises `ConfigError` as `from_dict`, for bad YAML and a repeated key."
     try: data = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{at}not valid YAML, {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"not valid YAML, {str(error).splitlines()[0]}") from error
+    except ConfigError: raise
+    except Exception as error:  # PyYAML raises its own errors, and Python's for a tag that its value does not fit
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{f'line {mark.line + 1}: ' if mark else ''}not valid YAML, {problem}") from error
     _check(data is not None, "the configuration is empty; write {} to ask for all defaults")
     return from_dict(cls, data)
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .config import LearnerConfig
+from .model import PCTransformer
 from .settling import ErrorSettling, Settled
 
 # %% ../nbs/21_learning.ipynb #6a0149f5
@@ -47,7 +48,9 @@ class Report:
 class Learner(Protocol):
     "Anything that turns a batch into gradients."
 
-    def backward(self, model: nn.Module, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure: bool = False) -> Report: ...
+    def backward(
+        self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure: bool = False
+    ) -> Report: ...
 
 
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
@@ -62,7 +65,7 @@ class Backprop:
 
     def backward(
         self,
-        model: nn.Module,
+        model: PCTransformer,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # nothing to measure here; the same interface
@@ -80,7 +83,7 @@ class PredictiveCoding:
 
     def backward(
         self,
-        model: nn.Module,
+        model: PCTransformer,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # also measure the residual: one more sweep down
@@ -90,7 +93,7 @@ class PredictiveCoding:
         return Report(settled.loss, settled.energy.tolist(), settled.residual, settled.step_sizes)
 
 
-def learn(model: nn.Module, settled: Settled) -> None:
+def learn(model: PCTransformer, settled: Settled) -> None:
     "Add every local gradient to `p.grad`; uses up the graphs of the last upward pass."
     for f, mu, eps, Pi in zip(model.predictors, settled.predictions, settled.errors, settled.precision, strict=True):
         parameters = [p for p in f.parameters() if p.requires_grad]
@@ -99,7 +102,7 @@ def learn(model: nn.Module, settled: Settled) -> None:
     accumulate(parameters, torch.autograd.grad(settled.up.output_energy / settled.count, parameters) if parameters else ())
 
 # %% ../nbs/21_learning.ipynb #84fe4ef4
-def gradients(learner: Learner, model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def gradients(learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is left as it was."
     kept = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -113,7 +116,7 @@ def gradients(learner: Learner, model: nn.Module, tokens: Tensor, targets: Tenso
 
 def gradient_cosine(
     learner: Learner,
-    model: nn.Module,
+    model: PCTransformer,
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
 ) -> dict[str, float]:             # cosine for "all" weights and for each top-level part, e.g. "predictors.3"

@@ -7,6 +7,7 @@ __all__ = ['check_tokens', 'initialise', 'PCTransformer']
 
 # %% ../nbs/15_model.ipynb #570f653e
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -59,7 +60,7 @@ class PCTransformer(nn.Module):
             embedding = Embedding(config.vocab_size, config.block_size, config.d_model)
             layers = [f for _ in range(config.n_layer) for f in self.block()]
             self.predictors = nn.ModuleList([embedding, *layers])
-            self.output = Output(embedding.token.weight)
+            self.output = Output(cast(nn.Parameter, embedding.token.weight))
             initialise(self, config.n_layer)
 
     def block(self) -> tuple[AttentionLayer, FeedForwardLayer]:

@@ -82,14 +82,19 @@ def relative_precisions(
     return [beta / s.square().mean() for s in states]
 
 # %% ../nbs/20_settling.ipynb #b29875bc
-def moving_energies(up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]) -> Float[Tensor, " nodes"]:
+def moving_energies(
+    up: Pass,
+    errors: Sequence[Tensor],      # `eps_l (B, T, D)`
+    precision: Sequence[Tensor],   # `Pi_l`, scalars
+) -> Float[Tensor, " nodes"]:
     "Per node `1/2 Pi_l |eps_l|^2` summed over positions, then the output energy; float64. Raises if not finite."
     terms = [p * e.square().sum() / 2 for p, e in zip(precision, errors, strict=True)]
     energies = torch.stack([*terms, up.output_energy.detach()]).double()
     if not energies.isfinite().all():
         node = int((~energies.isfinite()).nonzero()[0])
         name = f"node {node}" if node < len(terms) else "the output"
-        raise SettlingError(f"the energy of {name} is {energies[node].item()}: its states, weights or precision overflowed")
+        what = "its states, weights or precision overflowed"
+        raise SettlingError(f"the energy of {name} is {energies[node].item()}: {what}")
     return energies
 
 
@@ -113,7 +118,7 @@ class Settled:
     errors: list[Tensor]                # `eps_l (B, T, D)`
     precision: list[Tensor]             # `Pi_l`, a positive scalar a node
     count: int                          # n, predicted tokens
-    loss: float                         # cross-entropy of the feed-forward pass, nats per token: no target was used for its logits
+    loss: float                         # cross-entropy of the feed-forward pass, nats per token; its logits are target-free
     node_energy: Float[Tensor, "steps nodes"]   # per step from 0 to K, per node and output; nats per predicted token
     step_sizes: list[float] = field(default_factory=list)  # accepted step sizes, after halving
     residual: float | None = None       # equation (5); `None` when it was not asked for
@@ -140,7 +145,7 @@ def gradient_norm(errors: Sequence[Tensor], deltas: Sequence[Tensor], precision:
 # %% ../nbs/20_settling.ipynb #46ff2a0c
 @dataclass(frozen=True)
 class ErrorSettling:
-    """Optimise the errors from zero by K bidirectional sweeps (Innocenti et al. 2025, "error optimisation"; chapter 03).
+    """Optimise the errors from zero by K bidirectional sweeps (chapter 03; "error optimization", Goemaere et al. 2025).
 
     Calling it returns `Settled`; model parameters and buffers are only read. Raises SettlingError when a number is not
     finite or when no step of at least `eta / 2**max_halvings` keeps the energy from rising.
@@ -153,7 +158,8 @@ class ErrorSettling:
 
     def __post_init__(self):
         if self.steps < 1 or self.relative_precision <= 0 or not 0 < self.step_size <= 1 or self.max_halvings < 0:
-            raise ValueError(f"settling needs steps >= 1, relative_precision > 0, step_size in (0, 1], max_halvings >= 0: got {self}")
+            limits = "steps >= 1, relative_precision > 0, step_size in (0, 1], max_halvings >= 0"
+            raise ValueError(f"settling needs {limits}: got {self}")
 
     def __call__(
         self,
@@ -165,15 +171,18 @@ class ErrorSettling:
         with torch.enable_grad():
             up = predict_up(model, tokens, targets)
             precision = relative_precisions(up.states, self.relative_precision)
-            errors = [torch.zeros_like(s) for s in up.states]
-            trace, sizes, start = [moving_energies(up, errors, precision)], [], 0.0
+            errors = [s.new_zeros(()).expand_as(s) for s in up.states]
+            trace, sizes, start, end = [moving_energies(up, errors, precision)], [], 0.0, 0.0
             for k in range(self.steps):
                 deltas = errors_down(up)
-                start = gradient_norm(errors, deltas, precision) if measure_residual and k == 0 else start
+                del up      # its tensors are not needed while the next pass is built
+                if measure_residual and k == 0:
+                    start = gradient_norm(errors, deltas, precision)
                 errors, up, energies, eta = self.descend(model, tokens, targets, errors, deltas, precision, trace[-1])
                 trace.append(energies)
                 sizes.append(eta)
-            end = gradient_norm(errors, errors_down(up, keep_graph=True), precision) if measure_residual else 0.0
+            if measure_residual:
+                end = gradient_norm(errors, errors_down(up, keep_graph=True), precision)
         count = int((targets != -100).sum())
         node_energy = (torch.stack(trace) + normalisers(up.states, precision)).cpu() / count
         residual = (end / start if start else 0.0) if measure_residual else None
@@ -185,13 +194,13 @@ class ErrorSettling:
     ) -> tuple[list[Tensor], Pass, Tensor, float]:
         "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
         allowed = before.sum() * (1 + 8 * torch.finfo(errors[0].dtype).eps)
-        for halving in range(self.max_halvings + 1):
-            eta = self.step_size / 2**halving
+        sizes = [self.step_size / 2**halving for halving in range(self.max_halvings + 1)]
+        for eta in sizes:
             trial = step_errors(errors, deltas, precision, eta)
             up = predict_up(model, tokens, targets, trial)
             energies = moving_energies(up, trial, precision)
             if energies.sum() <= allowed:
                 return trial, up, energies, eta
         raise SettlingError(
-            f"no step from {self.step_size} down to {eta:.2g} lowered the energy of {before.sum().item():.4g} nats: "
+            f"no step from {self.step_size} down to {sizes[-1]:.2g} lowered the energy of {before.sum().item():.4g} nats: "
             f"raise relative_precision above {self.relative_precision:g} or allow more halvings")

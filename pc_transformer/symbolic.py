@@ -25,7 +25,7 @@ def residual(
 ) -> sp.MatrixBase:                # `lhs - rhs`, simplified; a scalar counts as 1 x 1
     "What is left of `lhs - rhs` after carrying out derivatives and integrals and simplifying; zeros if they are equal."
     rest = (sp.Matrix([lhs]) - sp.Matrix([rhs])).doit()
-    for step in (sp.expand, sp.cancel, sp.simplify, sp.expand_log, lambda e: sp.simplify(e.rewrite(sp.exp))):
+    for step in (sp.expand, sp.simplify, sp.expand_log, lambda e: sp.simplify(e.rewrite(sp.exp))):
         rest = rest.applyfunc(step)
         if rest.is_zero_matrix:
             break
@@ -35,7 +35,7 @@ def residual(
 def prove_equal(
     lhs: sp.Expr | sp.MatrixBase,  # scalar or matrix
     rhs: sp.Expr | sp.MatrixBase,  # the same shape as `lhs`
-) -> sp.Eq:                        # the equation, for display
+) -> sp.Basic:                     # the equation, for display
     "Prove `lhs = rhs` symbolically; raises `NotProved` with the residual unless the difference simplifies to zero."
     rest = residual(lhs, rhs)
     if not rest.is_zero_matrix:
@@ -49,10 +49,10 @@ def prove_limit(
     point: sp.Expr | int,  # where it goes; `sp.oo` for infinity
     expected: sp.Expr | int,
     direction: str = "+",  # from above "+" or from below "-"
-) -> sp.Eq:                # the equation, for display
+) -> sp.Basic:             # the equation, for display
     "Prove that `expr` tends to `expected`; raises `NotProved` with the limit found otherwise."
     found = sp.limit(expr, var, point, direction)
-    if not residual(found, sp.sympify(expected)).is_zero_matrix:
+    if found != expected and not residual(found, sp.sympify(expected)).is_zero_matrix:  # oo - oo is no number
         raise NotProved(f"the limit is {found}, not {expected}")
     return sp.Eq(sp.Limit(expr, var, point, direction), expected, evaluate=False)
 
@@ -75,9 +75,9 @@ def exact_values(
     expr: sp.Expr | sp.MatrixBase,  # scalar or matrix
     symbols: Sequence[sp.Symbol],
     point: Sequence[float],         # one float per symbol, taken as exact
-) -> list[mpmath.mpf]:              # the entries of `expr`, in row order
+) -> list[float]:                   # the entries of `expr` in row order, as mpmath numbers
     "Evaluate `expr` at `point` with as many digits as needed for 20 correct ones."
-    f, last = sp.lambdify(symbols, list(sp.Matrix([expr])), "mpmath", cse=True), None
+    f, last = sp.lambdify(symbols, sp.Matrix([expr]).flat(), "mpmath", cse=True), None
     for digits in (30, 60, 120, 240, 480, 960):
         with mpmath.workdps(digits):
             now = [mpmath.mpf(v) for v in f(*(mpmath.mpf(p) for p in point))]

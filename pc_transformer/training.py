@@ -258,9 +258,8 @@ class Trainer:
 # %% ../nbs/31_training.ipynb #491b5734
 def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     "The optimiser's state as flat tensors, `moment:parameter`."
-    names = {p: n for n, p in trainer.model.named_parameters()}
-    state = trainer.optimizer.state
-    return {f"{key}:{names[p]}": value.detach().cpu().contiguous() for p in state for key, value in state[p].items()}
+    state = {n: trainer.optimizer.state[p] for n, p in trainer.model.named_parameters()}
+    return {f"{key}:{n}": value.detach().cpu().contiguous() for n, moments in state.items() for key, value in moments.items()}
 
 
 def save_checkpoint(
@@ -319,7 +318,8 @@ def restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         state.setdefault(parameters[name], {})[moment] = value.to(on)
     if len(state) != len(parameters) or len({frozenset(s) for s in state.values()}) != 1:
         raise CheckpointError("the optimiser state is incomplete: some parameters lack moments")
-    trainer.optimizer.state.update(state)
+    for p, moments in state.items():
+        trainer.optimizer.state[p] = moments
 
 # %% ../nbs/31_training.ipynb #800f3aa7
 class Interrupted(RuntimeError):
@@ -330,7 +330,7 @@ class Interrupted(RuntimeError):
 def graceful_stop() -> Iterator[Callable[[], bool]]:
     "Within the block SIGINT and SIGTERM only set a flag, which the yielded function reads; a second signal acts as usual."
     received: list[int] = []
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    old: dict[int, Any] = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
@@ -383,7 +383,8 @@ def progress_bar(label: str, trainer: Trainer) -> Callable[[Trainer], None]:
 
     def after_step(t: Trainer) -> None:
         bar.update(t.step - bar.n)
-        bar.set_postfix(train=f"{t.losses[-1]:.3f}", valid=f"{t.record[-1]['valid_loss']:.3f}" if t.record else "-", refresh=False)
+        valid = f"{t.record[-1]['valid_loss']:.3f}" if t.record else "-"
+        bar.set_postfix(train=f"{t.losses[-1]:.3f}", valid=valid, refresh=False)
         if t.step >= t.config.train.iters:
             bar.close()
 
@@ -411,7 +412,8 @@ class TextData:
 def start(config: RunConfig, data: TextData, device: str = "auto") -> Trainer:
     "A fresh trainer; ConfigError when the configuration's vocabulary is not the corpus's."
     if config.model.vocab_size != data.tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but the corpus has {data.tokenizer.vocab_size} characters")
+        has = f"the corpus has {data.tokenizer.vocab_size} characters"
+        raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but {has}")
     return Trainer(config, data.train_ids, data.valid_ids, pick_device(device))
 
 

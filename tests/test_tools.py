@@ -1,0 +1,124 @@
+"""The scripts in tools/: what they keep, what they skip, and how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+for name in ("nbformat", "jupytext", "nbclient", "nbdev"):
+    pytest.importorskip(name, reason="the dev extra is not installed")
+import nbformat  # noqa: E402
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output  # noqa: E402
+
+
+def tool(name: str, *args: str, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a script of tools/."""
+    env = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
+    cmd = [sys.executable, str(ROOT / "tools" / name), *args]
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, input=stdin, check=False, env=env)
+
+
+def write(path: Path, *cells: nbformat.NotebookNode) -> Path:
+    """Write a notebook with the ids c0, c1, ..."""
+    nb = new_notebook(cells=list(cells), metadata={"kernelspec": {"display_name": "x", "name": "python3"}})
+    for n, cell in enumerate(nb.cells):
+        cell.id = f"c{n}"
+    nbformat.write(nb, path)
+    return path
+
+
+def shown(text: str) -> list[nbformat.NotebookNode]:
+    """A saved output."""
+    return [new_output("stream", text=text)]
+
+
+def test_filter_drops_and_keeps() -> None:
+    """Directives go, options stay, hidden cells and widgets vanish, and a source stays a list of lines."""
+    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})
+    cells = [
+        new_markdown_cell("# Title"),
+        new_code_cell("#| default_exp x"),
+        new_code_cell("#| hide\n1"),
+        new_code_cell("#| export\n#| label: fig-x\n#| fig-cap:\n#|   - One: two\na = 1\nb = 2"),
+        new_code_cell("#| output: false\ninteract(f)", outputs=[widget]),
+        new_code_cell("#| slow\nlong()", outputs=shown("kept")),
+    ]
+    done = tool("nb_filter.py", stdin=json.dumps(new_notebook(cells=cells)))
+    out = json.loads(done.stdout)["cells"]
+    assert [isinstance(c["source"], list) for c in out[1:]] == [True, True, True]
+    sources = ["".join(c["source"]) for c in out]
+    assert sources[1] == "#| label: fig-x\n#| fig-cap:\n#|   - One: two\na = 1\nb = 2"
+    assert sources[2:] == ["#| output: false\ninteract(f)", "long()"]
+    assert out[2]["outputs"] == [] and out[3]["outputs"]
+
+
+def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
+    """Marked cells keep what was saved; ids stay; a second run changes no byte."""
+    path = write(
+        tmp_path / "a.ipynb",
+        new_code_cell("import os\nprint(os.environ['OMP_NUM_THREADS'], object())"),
+        new_code_cell("#| eval: false\nraise ValueError", outputs=shown("kept")),
+        new_code_cell("#| slow\nraise ValueError"),
+        new_code_cell("#| cuda\nraise ValueError"),
+    )
+    first = tool("run_notebooks.py", str(path))
+    assert first.returncode == 0, first.stderr
+    assert "a.ipynb: " in first.stdout
+    nb, text = nbformat.read(path, 4), path.read_bytes()
+    assert [c.id for c in nb.cells] == ["c0", "c1", "c2", "c3"]
+    assert nb.cells[0].outputs[0].text == "1 <object object>\n"
+    assert nb.cells[1].outputs[0].text == "kept"
+    assert not any(c.execution_count for c in nb.cells)
+    assert tool("run_notebooks.py", str(path)).returncode == 0
+    assert path.read_bytes() == text
+
+
+def test_runner_names_the_cell_that_failed(tmp_path: Path) -> None:
+    """A failure ends with exit 1, and leaves the notebook as it was."""
+    path = write(tmp_path / "a.ipynb", new_code_cell("print(1)"), new_code_cell("assert 1 == 2, 'odd'"))
+    before = path.read_bytes()
+    done = tool("run_notebooks.py", str(path))
+    assert done.returncode == 1
+    assert "assert 1 == 2, 'odd'" in done.stderr and "AssertionError: odd" in done.stderr
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
+
+
+def test_percent_and_back(tmp_path: Path) -> None:
+    """Ids stay, unchanged cells keep their outputs, changed ones lose them, new ones get an id."""
+    (tmp_path / "nbs").mkdir()
+    write(
+        tmp_path / "nbs/a.ipynb",
+        new_markdown_cell("# Title $x_l$"),
+        new_code_cell("#| export\nx = 1", outputs=shown("one")),
+        new_code_cell("x", outputs=shown("two")),
+    )
+    assert tool("percent.py", "to", "nbs/a.ipynb", cwd=tmp_path).returncode == 0
+    script = tmp_path / ".nbpy/a.py"
+    text = script.read_text(encoding="utf-8")
+    assert '# %% id="c1"\n#| export\nx = 1' in text
+    script.write_text(text.replace("\nx\n", "\nx + 1\n") + "\n# %%\nnew = 3\n", encoding="utf-8")
+    assert tool("percent.py", "from", "nbs/a.ipynb", cwd=tmp_path).returncode == 0
+    cells = nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells
+    assert [c.id for c in cells[:3]] == ["c0", "c1", "c2"] and len(cells) == 4
+    assert [c.source for c in cells] == ["# Title $x_l$", "#| export\nx = 1", "x + 1", "new = 3"]
+    assert [len(c.outputs) for c in cells[1:]] == [1, 0, 0]
+
+
+def test_readme_follows_the_index(tmp_path: Path) -> None:
+    """Links gain their folder; `--check` tells when README.md is old."""
+    (tmp_path / "nbs").mkdir()
+    cells = [new_markdown_cell("# T\n\n[a](00_a.ipynb) [l](../LICENSE) [w](https://example.org)"), new_code_cell("1")]
+    write(tmp_path / "nbs/index.ipynb", *cells)
+    root = ("--root", str(tmp_path))
+    assert tool("make_readme.py", "--check", *root).returncode == 1
+    assert tool("make_readme.py", *root).returncode == 0
+    assert tool("make_readme.py", "--check", *root).returncode == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "[a](nbs/00_a.ipynb) [l](LICENSE) [w](https://example.org)" in text and "```python\n1\n```" in text
+    (tmp_path / "README.md").write_text(text + "edited", encoding="utf-8")
+    done = tool("make_readme.py", "--check", *root)
+    assert done.returncode == 1 and "README.md" in done.stderr
