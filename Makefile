@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## make .venv with the pinned packages
 
-demo: $(STAMP) ## train a PC Transformer and its backprop twin side by side, and draw both
-	$(BIN)/pct compare --out runs/demo
+demo: $(STAMP) ## train a standard GPT, ours by backprop and ours by predictive coding on Tiny Shakespeare; compare
+	$(BIN)/pct compare --iters 500 --out runs/demo
 
 test: $(STAMP) ## every check: notebooks, package, README, types, docs, tests
 	$(BIN)/python tools/check.py
@@ -38,10 +38,10 @@ docs: $(STAMP) ## build the site into _docs (no Quarto, no network)
 serve: docs ## build the site and serve it on this machine
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir nbs --port $(PORT)
+lab: $(STAMP) ## open JupyterLab on the first chapter
+	$(BIN)/jupyter lab --port $(PORT) nbs/00_notation.ipynb
 
-bench: $(STAMP) ## time settling, training and generation on this machine
+bench: $(STAMP) ## step time and peak memory of each learner on this machine, interleaved
 	$(BIN)/pct bench --out runs/bench
 
 export: $(STAMP) ## notebooks -> package and README

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = "<!-- Generated from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n"
 LINK = re.compile(r"(\]\()(?!https?:|#|/|mailto:|README_files/|data:)([^)\s]+)(\))")
 CAPTION = re.compile(r"^#\|\s*fig-(?:alt|cap):\s*(.+?)\s*$", re.M)
+SILENT = re.compile(r"^#\|\s*echo:\s*false", re.M)
 IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
@@ -40,6 +41,8 @@ def render(root: Path) -> dict[str, bytes]:
         src = "".join(cell["source"])
         caption = CAPTION.search(src)
         captions[str(n)] = caption[1].strip("\"'") if caption else "figure"
+        if SILENT.search(src):
+            cell["metadata"]["transient"] = {"remove_source": True}
         if cell["cell_type"] == "code":
             src = "\n".join(ln for ln in src.splitlines() if not ln.startswith("#|"))
         else:

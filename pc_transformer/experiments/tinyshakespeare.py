@@ -10,6 +10,7 @@ __all__ = ['VARIANTS', 'DEMO', 'RATIOS', 'variant_config', 'seconds', 'peak_byte
 # %% ../../nbs/42_tinyshakespeare.ipynb #17dc559e
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -72,6 +73,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         held = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - held
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler announces itself on stderr otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -119,10 +121,10 @@ def optimizer_step(model: nn.Module, fill_gradients: Callable[[], Any]) -> Calla
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         fill_gradients()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -308,11 +310,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def cost_table(results: dict[str, Any]) -> str:
+def cost_table(
+    results: dict[str, Any],
+    costs: dict[str, Any] | None = None,     # of `step_costs`; `None`: those measured along with the results
+) -> str:
     "Ratios of step time and peak memory, and where predictive coding sits, as Markdown."
-    rows = ["| what | step time | peak memory of a step | with parameters and optimiser |", "|---|---|---|---|"]
+    rows = ["| what | step time | peak memory of a step | with parameters and optimiser |", "|---|" + 3 * "---:|"]
     for a, b in RATIOS:
-        r = results["costs"][f"{a} / {b}"]
+        r = (costs or results["costs"])[f"{a} / {b}"]
         rows.append(f"| {a} / {b} | {r['time']:.2f} | {r['memory']:.2f} | {r['memory_with_resident']:.2f} |")
     for r in results["runs"]:
         if r["variant"] == "ours, predictive coding" and r["seed"] == results["seeds"][0]:
