@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Family', 'Backend', 'SHARPNESS', 'per_coordinate', 'log_key_prior', 'gaussian_scores', 'additive_mask',
-           'responsibilities', 'augment', 'fused', 'check_attend', 'attend', 'dot_lanes', 'reference',
+           'responsibilities', 'augment', 'poison', 'fused', 'check_attend', 'attend', 'dot_lanes', 'reference',
            'default_precision', 'PCAttention']
 
 # %% ../nbs/12_attention.ipynb #67b9b418
@@ -94,6 +94,13 @@ def augment(
     return torch.cat([q, square, one], -1), torch.cat([Lam * k, lanes, b], -1)
 
 # %% ../nbs/12_attention.ipynb #288e6f1e
+def poison(q: Float[Tensor, "B H Tq d"], k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H #Tq 1"]:
+    "Zero; NaN for a query that is not finite or whose own key is not (any key, when keys are not the queries' own)."
+    own = k.detach().sum(-1, keepdim=True)
+    own = own if q.shape[-2] == k.shape[-2] else own.sum(-2, keepdim=True)
+    return (q.detach().sum(-1, keepdim=True) + own) * 0
+
+
 def fused(
     q: Float[Tensor, "B H Tq dk"],
     k: Float[Tensor, "B H Tk dk"],
@@ -142,7 +149,7 @@ def attend(
     backend: Backend = "auto",
     return_attention: bool = False,         # also return the responsibilities `(B, H, Tq, Tk)`
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`, chapter 01 equation (5).
+    """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`, chapter 01 equation (9).
 
     `family="dot"` scores by `precision * q.k + log_mix`, `"gaussian"` by equation (1) of this chapter. Rows whose keys
     are all masked give zeros. Raises ValueError for shapes, families or backends that make no sense.
@@ -153,11 +160,14 @@ def attend(
         raise ValueError("the fused kernel never forms the attention matrix: use backend='reference' to return it")
     if backend == "reference" or return_attention:
         return reference(q, k, v, family, precision, log_mix, is_causal, attn_mask, return_attention)
+    scale, d = 1.0, q.shape[-1]
     if family == "gaussian":
-        return fused(*augment(q, k, precision, log_mix), v, 1.0, is_causal, attn_mask)
-    if isinstance(precision, Tensor) or log_mix is not None:
-        return fused(*dot_lanes(q, k, precision, log_mix), v, 1.0, is_causal, attn_mask)
-    return fused(q, k, v, float(precision), is_causal, attn_mask)
+        q, k = augment(q, k, precision, log_mix)
+    elif isinstance(precision, Tensor) or log_mix is not None:
+        q, k = dot_lanes(q, k, precision, log_mix)
+    else:
+        scale = float(precision)
+    return fused(q, k, v, scale, is_causal, attn_mask) + poison(q[..., :d], k[..., :d])
 
 # %% ../nbs/12_attention.ipynb #b9996943
 def dot_lanes(q: Tensor, k: Tensor, scale: float | Tensor, log_mix: float | Tensor | None) -> tuple[Tensor, Tensor]:

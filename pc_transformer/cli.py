@@ -68,7 +68,7 @@ def train(
     trainer = start(fit_vocabulary(config, text), text, device)
     if resume:
         resume_run(trainer, out)
-        say(f"going on after step {trainer.step} of {trainer.config.train.iters}")
+        say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
     else:
         write_run_config(trainer.config, out)
     train_run(trainer, out, text.tokenizer, progress_bar(config.learner.algorithm, trainer) if progress else None)

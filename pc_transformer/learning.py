@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import LearnerConfig
 from .model import PCTransformer
-from .settling import ErrorSettling, Settled
+from .settling import ErrorSettling, Settled, check_batch
 
 # %% ../nbs/21_learning.ipynb #6a0149f5
 def local_gradient(
@@ -70,6 +70,7 @@ class Backprop:
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # nothing to measure here; the same interface
     ) -> Report:
+        check_batch(model, tokens, targets)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
         return Report(loss.item())

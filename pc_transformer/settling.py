@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chain', 'SettlingError', 'Pass', 'predict_up', 'errors_down', 'relative_precisions', 'moving_energies', 'normalisers',
-           'step_errors', 'Settled', 'gradient_norm', 'ErrorSettling']
+           'step_errors', 'Settled', 'gradient_norm', 'check_batch', 'ErrorSettling']
 
 # %% ../nbs/20_settling.ipynb #4aaa67a7
 import math
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .energies import Gaussian
+from .model import PCTransformer, check_targets, check_tokens
 
 # %% ../nbs/20_settling.ipynb #dc93df42
 class Chain(Protocol):
@@ -78,8 +79,12 @@ def relative_precisions(
     states: Sequence[Tensor],    # feed-forward states `(B, T, D)`
     beta: float,                 # relative precision, > 0
 ) -> list[Tensor]:               # one positive scalar a node
-    "Equation (3): precision in units of the node's own mean square."
-    return [beta / s.square().mean() for s in states]
+    "Equation (3): precision in units of the node's own mean square. Raises SettlingError, naming a node that has none."
+    squares = torch.stack([s.square().mean() for s in states])
+    if not ((squares > 0) & squares.isfinite()).all():
+        node = int((~((squares > 0) & squares.isfinite())).nonzero()[0])
+        raise SettlingError(f"the states of node {node} have mean square {squares[node].item()}: a weight or state overflowed or vanished")
+    return list(beta / squares)
 
 # %% ../nbs/20_settling.ipynb #b29875bc
 def moving_energies(
@@ -87,15 +92,9 @@ def moving_energies(
     errors: Sequence[Tensor],      # `eps_l (B, T, D)`
     precision: Sequence[Tensor],   # `Pi_l`, scalars
 ) -> Float[Tensor, " nodes"]:
-    "Per node `1/2 Pi_l |eps_l|^2` summed over positions, then the output energy; float64. Raises if not finite."
+    "Per node `1/2 Pi_l |eps_l|^2` summed over positions, then the output energy; float64."
     terms = [p * e.square().sum() / 2 for p, e in zip(precision, errors, strict=True)]
-    energies = torch.stack([*terms, up.output_energy.detach()]).double()
-    if not energies.isfinite().all():
-        node = int((~energies.isfinite()).nonzero()[0])
-        name = f"node {node}" if node < len(terms) else "the output"
-        what = "its states, weights or precision overflowed"
-        raise SettlingError(f"the energy of {name} is {energies[node].item()}: {what}")
-    return energies
+    return torch.stack([*terms, up.output_energy.detach()]).double()
 
 
 def normalisers(states: Sequence[Tensor], precision: Sequence[Tensor]) -> Float[Tensor, " nodes"]:
@@ -143,6 +142,17 @@ def gradient_norm(errors: Sequence[Tensor], deltas: Sequence[Tensor], precision:
     return math.sqrt(sum(s.item() for s in squares))
 
 # %% ../nbs/20_settling.ipynb #46ff2a0c
+def check_batch(model: Chain, tokens: Tensor, targets: Tensor) -> int:
+    "The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch that cannot be learned from."
+    if isinstance(model, PCTransformer):
+        check_tokens(tokens, model.config)
+        check_targets(targets, tokens, model.config)
+    count = int((targets != -100).sum())
+    if count == 0:
+        raise ValueError("every target is -100: the batch predicts nothing")
+    return count
+
+# %% ../nbs/20_settling.ipynb #fbc5f824
 @dataclass(frozen=True)
 class ErrorSettling:
     """Optimise the errors from zero by K bidirectional sweeps (chapter 03; "error optimization", Goemaere et al. 2025).
@@ -168,11 +178,14 @@ class ErrorSettling:
         targets: Int[Tensor, "B T"],     # clamped at the output; -100: predicts nothing
         measure_residual: bool = True,   # one more sweep down, to report equation (5)
     ) -> Settled:
+        count = check_batch(model, tokens, targets)
         with torch.enable_grad():
             up = predict_up(model, tokens, targets)
             precision = relative_precisions(up.states, self.relative_precision)
             errors = [s.new_zeros(()).expand_as(s) for s in up.states]
             trace, sizes, start, end = [moving_energies(up, errors, precision)], [], 0.0, 0.0
+            if not trace[0].isfinite().all():
+                raise SettlingError(f"the energy of the output is {trace[0][-1].item()}: its weights or logits overflowed")
             for k in range(self.steps):
                 deltas = errors_down(up)
                 del up      # its tensors are not needed while the next pass is built
@@ -183,7 +196,6 @@ class ErrorSettling:
                 sizes.append(eta)
             if measure_residual:
                 end = gradient_norm(errors, errors_down(up, keep_graph=True), precision)
-        count = int((targets != -100).sum())
         node_energy = (torch.stack(trace) + normalisers(up.states, precision)).cpu() / count
         residual = (end / start if start else 0.0) if measure_residual else None
         return Settled(up, errors, precision, count, trace[0][-1].item() / count, node_energy, sizes, residual)

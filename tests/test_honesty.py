@@ -1,5 +1,6 @@
-"""The rules that keep results honest (DESIGN section 3). Each is a check, passed by the library for both learners and
-every attention family, and failed by mutants: small copies of what went wrong in published code."""
+"""The rules that keep results honest (DESIGN section 3), for both learners and every attention family.
+
+Each is a check that the library passes and that mutants fail: small copies of what went wrong in published code."""
 
 import dataclasses
 import io
@@ -105,7 +106,9 @@ def build(
     return model.to(dtype)
 
 
-def batch(model: PCTransformer, seed: int = 0, rows: int = 2, unpredicted: bool = True) -> tuple[Tensor, Tensor]:
+def batch(
+    model: PCTransformer, seed: int = 0, rows: int = 2, unpredicted: bool = True
+) -> tuple[Tensor, Tensor]:
     "Random tokens and targets; one position predicts nothing."
     draw, c = torch.Generator().manual_seed(seed), model.config
     tokens, targets = torch.randint(c.vocab_size, (2, rows, c.block_size), generator=draw).unbind()
@@ -214,7 +217,9 @@ class LeaksThroughABuffer(PCTransformer):
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__(config, seed)
-        self.register_buffer("clamped", torch.zeros(2, config.block_size, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "clamped", torch.zeros(2, config.block_size, dtype=torch.int64), persistent=False
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) + F.one_hot(self.clamped, self.config.vocab_size)
@@ -353,7 +358,9 @@ def check_rule_3(model: PCTransformer, learner: Any = None, seed: int = 0) -> No
                 if learner is not None:
                     with torch.enable_grad():
                         gradients(learner, model, changed, targets)
-                identical(model(changed)[:, :t], logits[:, :t], f"logits before {t}, where the tokens changed")
+                identical(
+                    model(changed)[:, :t], logits[:, :t], f"logits before {t}, where the tokens changed"
+                )
             prefix = model(tokens[:, :t])
             apart = (prefix - logits[:, :t]).abs().max().item()
             size = logits.abs().max().item()
@@ -609,7 +616,7 @@ class Bomb:
     "What a pickle may do to its reader."
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (random.seed, ("the pickle ran",))
+        return (exec, ("import random; random.seed('the pickle ran')",))
 
 
 def check_rule_6_pickle(loader: Loader, folder: Path) -> None:
@@ -617,21 +624,20 @@ def check_rule_6_pickle(loader: Loader, folder: Path) -> None:
     save(build("gaussian"), folder)
     data = io.BytesIO()
     torch.save({"w": Bomb()}, data)
-    for content in (pickle.dumps(Bomb()), data.getvalue()):
+    for content in (data.getvalue(), pickle.dumps(Bomb())):
         (folder / "model.safetensors").write_bytes(content)
         before = random.getstate()
         try:
             loader(folder)
+            end = "loaded"
         except CheckpointError:
-            pass
-        except Exception as error:  # noqa: BLE001
-            raise AssertionError(f"a pickle is no clear error, but {error!r}") from error
-        else:
-            raise AssertionError("a pickle was loaded")
-        finally:
-            ran = random.getstate() != before
-            random.setstate(before)
+            end = "refused"
+        except Exception as error:
+            end = f"no clear error, but {error!r}"
+        ran = random.getstate() != before
+        random.setstate(before)
         assert not ran, "the pickle was run"
+        assert end == "refused", f"a pickle was {end}"
 
 
 @every_family
@@ -674,7 +680,8 @@ def reshapes(folder: Path) -> PCTransformer:
     model, tensors = build("gaussian", 9), load_or_nothing(folder)
     own = dict(model.named_parameters())
     tensors = {
-        n: t.reshape(own[n].shape) if n in own and t.numel() == own[n].numel() else t for n, t in tensors.items()
+        n: t.reshape(own[n].shape) if n in own and t.numel() == own[n].numel() else t
+        for n, t in tensors.items()
     }
     restore(model, tensors, folder)
     return model
@@ -698,7 +705,7 @@ def broadcasts(folder: Path) -> PCTransformer:
 def unpickles(folder: Path) -> PCTransformer:
     "Mutant: `torch.load` runs what the file says."
     try:
-        torch.load(folder / "model.safetensors", weights_only=False)
+        torch.load(io.BytesIO((folder / "model.safetensors").read_bytes()), weights_only=False)
     except (RuntimeError, pickle.UnpicklingError):
         raise CheckpointError("damaged") from None
     return build("gaussian")
@@ -711,7 +718,7 @@ def test_rule_6_catches_loaders(mutant: Loader, tmp_path: Path) -> None:
 
 
 def test_rule_6_catches_unpickling(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="a pickle was loaded|the pickle was run"):
+    with pytest.raises(AssertionError, match="the pickle was run"):
         check_rule_6_pickle(unpickles, tmp_path / "model")
 
 
@@ -732,7 +739,10 @@ def advance(trainer: Trainer, steps: int) -> Trainer:
 
 
 def check_rule_6_resume(
-    config: RunConfig, run: Path, go_on: Callable[[Trainer, Path], None] = resume, kind: type[Trainer] = Trainer
+    config: RunConfig,
+    run: Path,
+    go_on: Callable[[Trainer, Path], None] = resume,
+    kind: type[Trainer] = Trainer,
 ) -> None:
     "Stopped after 4 of 8 steps and resumed, the losses and weights of all steps are those of one uninterrupted run."
     cpu = torch.device("cpu")
@@ -918,7 +928,11 @@ def settled_by_hand(
 
 
 def gradients_by_hand(
-    model: PCTransformer, tokens: Tensor, targets: Tensor, states: list[Tensor] | None, precision: list[Tensor]
+    model: PCTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    states: list[Tensor] | None,
+    precision: list[Tensor],
 ) -> Weights:
     "Autodiff of the energy by the weights with the states held fixed; without states, of the plain loss."
     W, c = weights_of(model, requires_grad=True), model.config
@@ -938,7 +952,9 @@ def gradients_by_hand(
 # ---- rule 7: local gradients and state steps are those of the stated energy
 
 
-def check_rule_7(model: PCTransformer, learner: Any, seed: int = 0, rows: int = 2, rtol: float = 1e-8) -> None:
+def check_rule_7(
+    model: PCTransformer, learner: Any, seed: int = 0, rows: int = 2, rtol: float = 1e-8
+) -> None:
     "Errors after each step, the energy trace and every p.grad equal autodiff of the energy written out by hand."
     tokens, targets = batch(model, seed, rows)
     states, precision = None, []
@@ -1033,7 +1049,9 @@ class NoAttentionJacobian(PCTransformer):
 MODEL_MUTANTS = [NoGeluJacobian, NoNormJacobian, NoAttentionJacobian]
 
 
-@pytest.mark.parametrize("learner", [PredictiveCoding(ErrorSettling(2, 50.0)), Backprop()], ids=["pc", "backprop"])
+@pytest.mark.parametrize(
+    "learner", [PredictiveCoding(ErrorSettling(2, 50.0)), Backprop()], ids=["pc", "backprop"]
+)
 @pytest.mark.parametrize("mutant", MODEL_MUTANTS)
 def test_rule_7_catches_missing_jacobians(mutant: type[PCTransformer], learner: Any) -> None:
     model = build("gaussian", dtype=torch.float64, kind=mutant)
@@ -1122,7 +1140,9 @@ def test_rule_7_passes_the_solver_of_the_mutants() -> None:
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
 def test_rule_7_catches_solvers(message: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the error of node"):
-        check_rule_7(build("gaussian", dtype=torch.float64), PredictiveCoding(StepsBy(2, 100.0, 0.5, message=message)))
+        check_rule_7(
+            build("gaussian", dtype=torch.float64), PredictiveCoding(StepsBy(2, 100.0, 0.5, message=message))
+        )
 
 
 # ---- rule 8: settling never raises the energy, and names what is not finite
@@ -1140,7 +1160,9 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     assert energy.isfinite().all(), f"the energy trace is {energy.tolist()}"
     assert len(energy) == solver.steps + 1 == len(settled.step_sizes) + 1
     D, N = model.config.d_model, tokens.numel()
-    constants = sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.precision) / settled.count
+    constants = (
+        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.precision) / settled.count
+    )
     moving = energy[:-1] - constants
     rises = energy.diff() - 10 * eps * (moving.abs() + abs(constants))
     assert (rises <= 0).all(), f"the energy rises: {energy.tolist()} after steps {settled.step_sizes}"
@@ -1202,7 +1224,7 @@ def broken_nodes(solver: ErrorSettling, model: PCTransformer, value: float) -> l
         except SettlingError as error:
             if f"of {node} " not in str(error):
                 complaints.append(f"{value} in {name}: expected {node}, but: {error}")
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             complaints.append(f"{value} in {name}: {error!r} instead of a SettlingError")
         with torch.no_grad():
             p[where] = kept
@@ -1221,7 +1243,23 @@ def test_rule_8_names_the_node(family: str, value: float) -> None:
     check_rule_8_names(build(family), ErrorSettling(2), value)
 
 
-@pytest.mark.parametrize("size", [1e19, 1e25])
+@every_family
+def test_rule_8_no_nan_is_swallowed(family: str) -> None:
+    "A model with a NaN in any weight that is read has no finite logits everywhere: a fused kernel may hide it."
+    model = build(family)
+    tokens, _ = batch(model)
+    hidden = []
+    for name, p in model.named_parameters():
+        where = (int(tokens[0, 0]), 0) if name.endswith("token.weight") else (0,) * p.dim()
+        kept = p[where].item()
+        with torch.no_grad():
+            p[where] = math.nan
+            hidden += [name] if model(tokens).isfinite().all() else []
+            p[where] = kept
+    assert not hidden, f"NaN in {', '.join(hidden)} leaves every logit finite"
+
+
+@pytest.mark.parametrize("size", [1e22, 1e30])
 def test_rule_8_overflow_names_the_node(size: float) -> None:
     "Finite weights whose square is not: the feed-forward layer 2 is the first whose state overflows float32."
     model = build("gaussian")
@@ -1303,7 +1341,9 @@ class NamesNoNode(ErrorSettling):
             raise SettlingError("diverged") from None
 
 
-@pytest.mark.parametrize("mutant", [NeverRejects(4, 1.0), HidesTheRise(4, 1.0), ReportsTheWrongEnergy(4, 1.0)])
+@pytest.mark.parametrize(
+    "mutant", [NeverRejects(4, 1.0), HidesTheRise(4, 1.0), ReportsTheWrongEnergy(4, 1.0)]
+)
 @every_family
 def test_rule_8_catches_steps(family: str, mutant: ErrorSettling) -> None:
     with pytest.raises(AssertionError, match="the energy rises|of the trace"):
@@ -1370,7 +1410,9 @@ def test_rule_9_catches(mutant: type[PCTransformer]) -> None:
 # ---- rule 10: stiff latents give backprop, and every run says where it sits
 
 
-def check_rule_10(model: PCTransformer, solver_at: Callable[[float], Any], seed: int = 0, rows: int = 2) -> None:
+def check_rule_10(
+    model: PCTransformer, solver_at: Callable[[float], Any], seed: int = 0, rows: int = 2
+) -> None:
     "Cosine >= 0.999 for every part; the difference to backprop falls like 1 / beta."
     tokens, targets = batch(model, seed, rows)
     theirs = gradients_by_hand(model, tokens, targets, None, [])
@@ -1380,9 +1422,13 @@ def check_rule_10(model: PCTransformer, solver_at: Callable[[float], Any], seed:
         ours = gradients(solver_at(beta), model, tokens, targets)
         cosine = gradient_cosine(solver_at(beta), model, tokens, targets)
         worst = min(cosine, key=lambda part: cosine[part])
-        assert cosine[worst] >= 0.999, f"cosine {cosine[worst]:.6f} with backprop in {worst} at beta = {beta:g}"
+        assert cosine[worst] >= 0.999, (
+            f"cosine {cosine[worst]:.6f} with backprop in {worst} at beta = {beta:g}"
+        )
         apart.append(math.sqrt(sum(float(((ours[n] - g) ** 2).sum()) for n, g in theirs.items())) / size)
-    assert apart[0] < 1e-2, f"at beta = 1e7 the gradient is still {apart[0]:.3g} of its size away from backprop's"
+    assert apart[0] < 1e-2, (
+        f"at beta = 1e7 the gradient is still {apart[0]:.3g} of its size away from backprop's"
+    )
     falls = apart[0] / max(apart[1], 1e-300)
     assert 8 < falls < 12, f"ten times the beta makes the difference {falls:.2f} times smaller: {apart}"
 
@@ -1461,7 +1507,9 @@ def test_the_message_of_one_sweep_is_backprops() -> None:
     W, c, precision = weights_of(model), model.config, relative_precisions(up.states, 1.0)
     zero = [torch.zeros_like(s, requires_grad=True) for s in up.states]
     energies, _ = energies_by_hand(W, c, tokens, targets, zero, precision)
-    for l, (got, want) in enumerate(zip(errors_down(up), torch.autograd.grad(energies[-1], zero), strict=True)):
+    for l, (got, want) in enumerate(
+        zip(errors_down(up), torch.autograd.grad(energies[-1], zero), strict=True)
+    ):
         same(got, want, f"the message to node {l}")
 
 
@@ -1496,7 +1544,9 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> dict[str, Any]:
 
 def check_rule_12(text: str, results: dict[str, Any]) -> None:
     "Baselines in the same unit, tokens, parameters, time, seeds; mean and spread from three seeds on."
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
     header, body = lines[0], {row[0]: row for row in lines[2:]}
     column = {}
     for word in ("nats", "bits", "tokens", "parameters", "time", "seeds"):
@@ -1518,13 +1568,19 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
         want = {"tokens": runs[0]["tokens"], "parameters": runs[0]["parameters"], "seeds": len(runs)}
         for word, value in want.items():
             shown = row[column[word]]
-            assert shown.replace(",", "") == str(value), f"{variant} says {shown!r} {word}, should say {value:,}"
+            assert shown.replace(",", "") == str(value), (
+                f"{variant} says {shown!r} {word}, should say {value:,}"
+            )
         time = statistics.mean(r["seconds"] for r in runs)
-        assert row[column["time"]].startswith(f"{time:.0f}"), f"{variant} says {row[column['time']]!r} s, not {time:.0f}"
+        assert row[column["time"]].startswith(f"{time:.0f}"), (
+            f"{variant} says {row[column['time']]!r} s, not {time:.0f}"
+        )
         for unit, key in (("nats", "valid_loss"), ("bits", "bits_per_byte")):
             values = [r[key] for r in runs]
             mean, shown = statistics.mean(values), row[column[unit]]
-            assert shown.startswith(f"{mean:.3f}"), f"{variant} says {shown!r} in {unit}, the mean is {mean:.3f}"
+            assert shown.startswith(f"{mean:.3f}"), (
+                f"{variant} says {shown!r} in {unit}, the mean is {mean:.3f}"
+            )
             if len(runs) >= 3:
                 spread = f"± {max(abs(v - mean) for v in values):.3f}"
                 assert shown.endswith(spread), f"{variant} says {shown!r} in {unit}, the spread is {spread}"
@@ -1569,7 +1625,10 @@ def test_rule_12_catches_the_best_seed() -> None:
     "Mutant: the best of three seeds instead of their mean."
     results = synthetic_results()
     best = {v: min(r["valid_loss"] for r in results["runs"] if r["variant"] == v) for v in ("GPT, backprop",)}
-    flattering = {**results, "runs": [{**r, "valid_loss": best.get(r["variant"], r["valid_loss"])} for r in results["runs"]]}
+    flattering = {
+        **results,
+        "runs": [{**r, "valid_loss": best.get(r["variant"], r["valid_loss"])} for r in results["runs"]],
+    }
     with pytest.raises(AssertionError, match="the mean is"):
         check_rule_12(table(flattering), results)
 
@@ -1577,4 +1636,7 @@ def test_rule_12_catches_the_best_seed() -> None:
 def test_configurations_in_the_rules_are_plain() -> None:
     "What a run writes down is enough to build its model again."
     config = run_config("gaussian", LearnerConfig())
-    assert PCTransformer(ModelConfig(**to_dict(config)["model"])).n_parameters == PCTransformer(config.model).n_parameters
+    assert (
+        PCTransformer(ModelConfig(**to_dict(config)["model"])).n_parameters
+        == PCTransformer(config.model).n_parameters
+    )

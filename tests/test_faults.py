@@ -1,0 +1,632 @@
+"""Signals, kills, full disks, damaged files and bad input: nothing is half-written, nothing ends in a traceback."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pc_transformer import ModelConfig, PCTransformer, data, load, save, training
+from pc_transformer.cli import main
+from pc_transformer.config import ConfigError, replace
+from pc_transformer.learning import Backprop, PredictiveCoding
+from pc_transformer.settling import ErrorSettling
+from pc_transformer.training import CheckpointError, checkpoints, evaluate
+
+PROGRAM = "from pc_transformer.cli import main; raise SystemExit(main())"
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"]
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["pytest", "jsonargparse", "pc_transformer.cli"])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A corpus of ten characters."
+    draw, path = random.Random(0), tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(draw.choice("abcdefgh \n") for _ in range(600)))
+    return path
+
+
+def command(run: Path, text: Path, iters: int = 4, interval: int = 1, **options: Any) -> list[str]:
+    "A run of a tiny model that writes a checkpoint every `interval` steps."
+    given = {
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.d_model": 8,
+        "model.block_size": 8,
+        "train.iters": iters,
+        "train.batch_size": 2,
+        "train.warmup_iters": 2,
+        "train.learning_rate": 0.01,
+        "train.eval_interval": 2,
+        "train.checkpoint_interval": interval,
+        "data": text,
+        "progress": "false",
+    }
+    return ["train", str(run), *(f"--{k}={v}" for k, v in (given | options).items())]
+
+
+def resumed(run: Path) -> list[str]:
+    return ["train", str(run), "--resume=true", "--progress=false"]
+
+
+def history(run: Path) -> dict[str, Any]:
+    "Losses and evaluations of the newest checkpoint."
+    saved = json.loads((checkpoints(run)[-1] / "training.json").read_text())
+    return {k: saved[k] for k in ("step", "losses", "record")}
+
+
+def check_whole(run: Path) -> int:
+    "The newest checkpoint holds all files, loads, and is finite; its step."
+    newest = checkpoints(run)[-1]
+    assert sorted(p.name for p in newest.iterdir()) == FILES, (
+        f"{newest.name} holds {sorted(newest.iterdir())}"
+    )
+    assert all(p.isfinite().all() for p in load(newest).parameters())
+    saved = json.loads((newest / "training.json").read_text())
+    assert saved["step"] == len(saved["losses"]) == int(newest.name.removeprefix("step-"))
+    return saved["step"]
+
+
+def one_sentence(said: str) -> str:
+    "What `pct` said, if it was one short line and no traceback."
+    lines = said.strip().splitlines()
+    assert "Traceback" not in said, said
+    assert len(lines) == 1, f"{len(lines)} lines instead of one sentence:\n{said}"
+    assert lines[0].startswith("pct: ") and 20 < len(lines[0]) < 600, lines[0]
+    return lines[0]
+
+
+def fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    "`pct` with these arguments ends with status 1; its one sentence."
+    capsys.readouterr()
+    assert main(args) == 1
+    return one_sentence(capsys.readouterr().err)
+
+
+# ---- processes that end early
+
+
+def dies_at(count: int) -> None:
+    "Kill this process at its n-th change of the disk; a write is left half-done."
+    done = [0]
+
+    def killing(change: Callable[..., Any], half: Callable[..., Any] | None) -> Callable[..., Any]:
+        def changed(*args: Any, **options: Any) -> Any:
+            done[0] += 1
+            if done[0] == count:
+                if half is not None:
+                    half(*args, **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **options)
+
+        return changed
+
+    def half_tensors(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def half_removed(path: Path, *args: Any, **options: Any) -> None:
+        for file in sorted(Path(path).glob("*"))[:2]:
+            file.unlink()
+
+    save_file, write = training.save_file, Path.write_text
+    training.save_file = killing(save_file, half_tensors)
+    Path.write_text = killing(write, lambda path, text: write(path, text[: len(text) // 2]))
+    os.rename, os.replace = killing(os.rename, None), killing(os.replace, None)
+    shutil.rmtree = killing(shutil.rmtree, half_removed)
+    tempfile.mkdtemp = killing(tempfile.mkdtemp, None)
+
+
+def before_step(number: int, event: Callable[[], Any]) -> None:
+    "Something happens in this process just before a training step."
+    advance = training.Trainer.advance
+
+    def eventful(trainer: training.Trainer) -> float:
+        if trainer.step == number:
+            event()
+        return advance(trainer)
+
+    training.Trainer.advance = eventful
+
+
+def fill_disk() -> None:
+    "From now on no file may grow beyond 7 kB: the model fits, the optimiser's state does not."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
+
+
+def child(args: list[str], log: Path, fate: str, number: int) -> None:
+    "`pct` in a process of its own."
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, 1), os.dup2(target, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    if fate == "kill":
+        dies_at(number)
+    elif fate == "full":
+        before_step(number, fill_disk)
+    elif fate:
+        before_step(number, lambda: os.kill(os.getpid(), signal.Signals[fate]))
+    raise SystemExit(main(args))
+
+
+def elsewhere(args: list[str], log: Path, fate: str = "", number: int = 0) -> tuple[int, str]:
+    "Exit status and output of `pct` in a process that meets its fate."
+    process = processes.Process(target=child, args=(args, log, fate, number))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("pct hangs")
+    return process.exitcode, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "An uninterrupted run of four steps."
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert main(command(run, text)) == 0
+    assert check_whole(run) == 4
+    return run
+
+
+def test_sigterm_in_a_real_process(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "SIGTERM while training: status 130, a checkpoint, a word on how to resume; and the resumed run is the same run."
+    args = command(tmp_path / "run", text, 150, 5, **{"train.eval_interval": 75})
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *args], stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while not checkpoints(tmp_path / "run") and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "resume" in one_sentence(said) and str(tmp_path / "run") in said
+    step = check_whole(tmp_path / "run")
+    assert 5 <= step < 150 and f"after step {step} of 150" in said
+    assert main(resumed(tmp_path / "run")) == 0
+    assert f"going on after step {step} of 150" in capsys.readouterr().err
+    assert main(command(tmp_path / "other", text, 150, 150, **{"train.eval_interval": 75})) == 0
+    assert history(tmp_path / "run") == history(tmp_path / "other")
+
+
+@pytest.mark.parametrize("algorithm", ["predictive_coding", "backprop"])
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGTERM", 2)])
+def test_stopped_and_resumed(text: Path, tmp_path: Path, name: str, step: int, algorithm: str) -> None:
+    "The step is finished, a checkpoint written although none was due, and the losses go on as if nothing had been."
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = {"learner.algorithm": algorithm}
+    status, said = elsewhere(command(run, text, 4, 100, **options), tmp_path / "log", name, step)
+    assert status == 130 and f"stopped after step {step + 1} of 4" in one_sentence(said)
+    assert check_whole(run) == step + 1
+    assert main(resumed(run)) == 0
+    assert main(command(other, text, 4, 100, **options)) == 0
+    assert history(run) == history(other)
+    for name, p in load(checkpoints(run)[-1]).named_parameters():
+        assert torch.equal(p, dict(load(checkpoints(other)[-1]).named_parameters())[name]), name
+
+
+def test_a_signal_in_the_last_step_changes_nothing(text: Path, tmp_path: Path, whole: Path) -> None:
+    status, said = elsewhere(command(tmp_path / "run", text), tmp_path / "log", "SIGTERM", 3)
+    assert status == 0, said
+    assert history(tmp_path / "run") == history(whole)
+
+
+# Changes 1 and 2 write config.yaml, 3 to 9 the first checkpoint, 10 to 17 the second and remove the first
+@pytest.mark.parametrize("number", [1, 2, 4, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17])
+def test_killed_at_any_change_of_the_disk(text: Path, tmp_path: Path, whole: Path, number: int) -> None:
+    "A checkpoint a step; killed anywhere, at most one step is lost and the rest is the uninterrupted run."
+    run = tmp_path / "run"
+    status, said = elsewhere(command(run, text), tmp_path / "log", "kill", number)
+    assert status == -signal.SIGKILL, said
+    found = checkpoints(run)
+    if found:
+        check_whole(run)
+        assert main(resumed(run)) == 0
+    else:  # before the first checkpoint there is nothing to lose: the same command starts anew
+        assert number <= 10, "the first checkpoint should be there"
+        assert main(command(run, text)) == 0
+    assert check_whole(run) == 4 and history(run) == history(whole)
+    assert checkpoints(run) == [run / "step-000004"], "older checkpoints stay behind"
+
+
+def test_at_most_one_interval_is_lost(text: Path, tmp_path: Path, whole: Path) -> None:
+    "SIGKILL before each step, a checkpoint every step: what was done before the last checkpoint is there."
+    for step in (1, 3):
+        run = tmp_path / f"run-{step}"
+        status, said = elsewhere(command(run, text), tmp_path / "log", "SIGKILL", step)
+        assert status == -signal.SIGKILL, said
+        assert check_whole(run) == step
+        assert history(run)["losses"] == history(whole)["losses"][:step]
+
+
+def test_work_folders_are_no_checkpoints(tmp_path: Path, whole: Path) -> None:
+    "Names that a killed run, an editor or a file manager leaves."
+    run = shutil.copytree(whole, tmp_path / "run")
+    for name in (
+        ".step-000009-abc",
+        ".step-000009-abc-old",
+        "step-000009-abc",
+        "step-9",
+        "step-000009.tmp",
+        "step-",
+    ):
+        (run / name).mkdir()
+    assert checkpoints(run) == [run / "step-000004"]
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_killed_while_a_model_is_saved_again(tmp_path: Path, number: int) -> None:
+    "Overwriting a saved model: the folder holds the old model or the new one."
+    folder, old, new = (
+        tmp_path / "model",
+        *(PCTransformer(ModelConfig(5, 4, 1, 1, 4), seed=s) for s in (1, 2)),
+    )
+    save(old, folder)
+    process = processes.Process(target=save_and_die, args=(folder, number))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    found = load(folder)
+    same = [all(map(torch.equal, found.parameters(), m.parameters())) for m in (old, new)]
+    assert any(same), "the folder holds neither the old model nor the new one"
+
+
+def save_and_die(folder: Path, number: int) -> None:
+    new = PCTransformer(ModelConfig(5, 4, 1, 1, 4), seed=2)
+    dies_at(number)
+    save(new, folder)
+
+
+# ---- disks that do not take it
+
+
+def test_disk_full_while_training(text: Path, tmp_path: Path, whole: Path) -> None:
+    "One sentence, the last checkpoint is intact, nothing is left beside it, and with space again the run goes on."
+    run = tmp_path / "run"
+    status, said = elsewhere(command(run, text), tmp_path / "log", "full", 2)
+    assert status == 1, said
+    one_sentence(said)
+    assert check_whole(run) == 2
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-000002"]
+    assert main(resumed(run)) == 0
+    assert history(run) == history(whole)
+
+
+def test_disk_full_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "An error in the middle leaves the old model, or nothing."
+    old, new = (PCTransformer(ModelConfig(5, 4, 1, 1, 4), seed=s) for s in (1, 2))
+    save(old, tmp_path / "model")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("model", "fresh"):
+        with monkeypatch.context() as disk, pytest.raises(OSError, match="No space"):
+            disk.setattr(training.json, "dumps", full)
+            save(new, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert all(map(torch.equal, load(tmp_path / "model").parameters(), old.parameters()))
+
+
+def test_a_folder_that_cannot_be_written(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("here already")
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "file" in fails(command(run, text), capsys)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert "Permission denied" in fails(command(tmp_path / "run", text), capsys)
+
+
+# ---- damaged and foreign checkpoints
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "half": lambda p: os.truncate(p, p.stat().st_size // 2),
+    "its last byte missing": lambda p: os.truncate(p, p.stat().st_size - 1),
+    "empty": lambda p: p.write_bytes(b""),
+    "garbage": lambda p: p.write_bytes(bytes(range(256)) * 9),
+    "missing": lambda p: p.unlink(),
+    "a list": lambda p: p.write_text("[]"),
+    "a number": lambda p: p.write_text("3"),
+    "an object without keys": lambda p: p.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_checkpoint(
+    file: str, damage: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "Resuming, evaluating and sampling each say in one sentence which file is no good."
+    run = shutil.copytree(whole, tmp_path / "run")
+    DAMAGE[damage](run / "step-000004" / file)
+    uses = (
+        [resumed(run)] if file != "config.json" else []
+    )  # a resumed run reads the configuration from the run
+    if file in ("config.json", "model.safetensors"):
+        uses += [["evaluate", str(run), f"--data={text}"], ["sample", str(run), "--max_new_tokens=2"]]
+    for use in uses:
+        said = fails(use, capsys)
+        assert file in said, f"{use[0]} does not name {file}: {said}"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "3", "model: 3", "train: {iters: many}", "\x00", "model: {d_model: 9}", "new: 1"]
+)
+def test_damaged_run_configuration(
+    content: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "config.yaml").write_text(content)
+    fails(resumed(run), capsys)
+
+
+@pytest.mark.parametrize("key", ["step", "losses", "record", "run"])
+def test_a_training_record_without_a_key(
+    key: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    file = run / "step-000004" / "training.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    assert "training.json" in fails(resumed(run), capsys)
+
+
+def test_foreign_optimizer_states(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "Moments that are absent, of another shape or of no parameter."
+    whole_state = training.load_file(whole / "step-000004" / "optimizer.safetensors")
+    gain = "exp_avg:output.norm.weight"
+    assert gain in whole_state
+    foreign = {
+        "no first moments": {k: v for k, v in whole_state.items() if not k.startswith("exp_avg:")},
+        "one moment missing": {k: v for k, v in whole_state.items() if k != gain},
+        "another shape": whole_state | {gain: torch.zeros(3)},
+        "no parameter's": whole_state | {"exp_avg:predictors.9.up.weight": torch.zeros(3)},
+        "no name": whole_state | {"moments": torch.zeros(3)},
+        "no tensors": {},
+    }
+    complaints = []
+    for what, tensors in foreign.items():
+        run = shutil.copytree(whole, tmp_path / what)
+        training.save_file(tensors, run / "step-000004" / "optimizer.safetensors")
+        # one more step to do, so that the state is used
+        for file in (run / "config.yaml", run / "step-000004" / "training.json"):
+            file.write_text(
+                file.read_text().replace("iters: 4", "iters: 5").replace('"iters": 4', '"iters": 5')
+            )
+        try:
+            said = fails(resumed(run), capsys)
+            if "optimiser" not in said:
+                complaints.append(f"{what}: {said}")
+        except Exception as error:
+            complaints.append(f"{what}: {error!r} instead of one sentence")
+    assert not complaints, "\n".join(complaints)
+
+
+def test_checkpoint_of_another_configuration(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "Files of two runs mixed up, a run's configuration edited, a configuration insisted on: each is named."
+    other = tmp_path / "other"
+    assert main(command(other, text, **{"model.d_model": 12})) == 0
+    swapped = shutil.copytree(whole, tmp_path / "swapped")
+    shutil.copy(checkpoints(other)[-1] / "model.safetensors", swapped / "step-000004")
+    assert "shape" in fails(["sample", str(swapped)], capsys)
+    assert "shape" in fails(resumed(swapped), capsys)
+    edited = shutil.copytree(whole, tmp_path / "edited")
+    shutil.copy(other / "config.yaml", edited)
+    assert "model.d_model" in fails(resumed(edited), capsys)
+    assert "d_model" in fails([*resumed(whole), "--model.d_model=12"], capsys)
+    wanted = replace(load(checkpoints(whole)[-1]).config, n_head=1)
+    with pytest.raises(CheckpointError, match="another configuration: n_head 2 .wanted 1."):
+        load(checkpoints(whole)[-1], wanted)
+
+
+def test_a_configuration_without_its_family_is_not_guessed(tmp_path: Path) -> None:
+    "A learned-scale dot model has the tensors of a gaussian one: a missing key must not choose between them."
+    save(PCTransformer(ModelConfig(5, 4, 1, 1, 4, "dot", 1.0)), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    about = json.loads(file.read_text())
+    del about["config"]["attention"]
+    file.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="attention"):
+        load(tmp_path / "model")
+
+
+def test_empty_and_absent_folders(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "absent"):
+        place = str(tmp_path / folder)
+        for use in (["evaluate", place, f"--data={text}"], ["sample", place], resumed(Path(place))):
+            assert place in fails(use, capsys)
+
+
+def test_a_run_is_not_overwritten(whole: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = history(whole)
+    assert "--resume" in fails(command(whole, text), capsys)
+    assert history(whole) == before
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("abc#d", "'#' at position 3"),
+        ("", "prompt is empty"),
+        ("abcdefghabc", "11 tokens but the context holds 8"),
+    ],
+)
+def test_bad_prompt(prompt: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in fails(["sample", str(whole), f"--prompt={prompt}"], capsys)
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature=-1", "--top_k=0", "--top_p=1.5", "--max_new_tokens=-1", "--device=tpu9"]
+)
+def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = option[2:].partition("=")[0]
+    assert name in fails(["sample", str(whole), option], capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model.d_model": 10, "model.n_head": 4}, "not divisible by n_head = 4; d_model = 8 or 12 would do"),
+        ({"train.min_learning_rate": 1}, "min_learning_rate = 1.0 is above learning_rate"),
+        ({"train.iters": 0}, "iters must be positive"),
+        ({"learner.step_size": 2}, "step_size must lie in"),
+        ({"model.vocab_size": 7}, "vocab_size is 7, but the corpus has 10"),
+        ({"model.block_size": 5000}, "too short"),
+    ],
+)
+def test_contradictory_configuration(
+    options: dict[str, Any], says: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "Said at once, and no run folder is begun."
+    try:
+        status = main(command(tmp_path / "run", text, **options))
+    except SystemExit as stop:  # found while the command line was read
+        status = stop.code
+    said = capsys.readouterr().err
+    assert status in (1, 2) and says in said and "Traceback" not in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_text_with_unknown_characters(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_text("abcdefgh xyz\n" * 30)
+    assert "not in the vocabulary" in fails(
+        ["evaluate", str(whole), f"--data={tmp_path / 'other.txt'}"], capsys
+    )
+
+
+def test_hash_mismatch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PC_TRANSFORMER_DATA", str(tmp_path))
+    corpus = data.CORPORA["tinyshakespeare"]
+    (tmp_path / corpus.file).parent.mkdir()
+    (tmp_path / corpus.file).write_text("To be, or not to be\n" * 100)
+    said = fails(["data"], capsys)
+    assert corpus.sha256 in said and "delete it" in said
+    fails(["train", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_and_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PC_TRANSFORMER_DATA", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr(data, "from_url", unreachable)
+    monkeypatch.setattr(data, "from_wheel", unreachable)
+    monkeypatch.setattr(data, "cache_folders", lambda: [tmp_path / "cache"])
+    said = fails(["data"], capsys)
+    assert "PC_TRANSFORMER_DATA" in said and data.CORPORA["tinyshakespeare"].url in said
+    fails(["train", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+READERS: dict[str, Callable[[PCTransformer, torch.Tensor], Any]] = {
+    "model": lambda m, x: m(x),
+    "backprop": lambda m, x: Backprop().backward(m, x, torch.ones(x.shape, dtype=torch.int64)),
+    "settling": lambda m, x: ErrorSettling()(m, x, torch.ones(x.shape, dtype=torch.int64)),
+    "predictive coding": lambda m, x: PredictiveCoding().backward(
+        m, x, torch.ones(x.shape, dtype=torch.int64)
+    ),
+}
+BAD_TOKENS = {
+    "int32": (torch.ones(2, 4, dtype=torch.int32), TypeError, "int64"),
+    "float": (torch.ones(2, 4), TypeError, "int64"),
+    "too long": (torch.ones(2, 9, dtype=torch.int64), ValueError, "9 tokens .* context of 8"),
+    "one row": (torch.ones(4, dtype=torch.int64), ValueError, "shape"),
+    "no tokens": (torch.ones(2, 0, dtype=torch.int64), ValueError, "shape"),
+    "outside": (torch.full((2, 4), 5), ValueError, r"0\.\.4"),
+    "negative": (torch.full((2, 4), -1), ValueError, r"0\.\.4"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("what", BAD_TOKENS)
+def test_bad_tokens(what: str, reader: str) -> None:
+    "Every way of reading a model gives the same sentence."
+    tokens, error, says = BAD_TOKENS[what]
+    with pytest.raises(error, match=says):
+        READERS[reader](PCTransformer(ModelConfig(5, 8, 1, 1, 4)), tokens)
+
+
+BAD_TARGETS = {
+    "int32": torch.ones(2, 4, dtype=torch.int32),
+    "another shape": torch.ones(2, 3, dtype=torch.int64),
+    "outside": torch.full((2, 4), 5),
+    "none predicted": torch.full((2, 4), -100),
+}
+
+
+@pytest.mark.parametrize("learner", [Backprop(), PredictiveCoding()], ids=["backprop", "pc"])
+@pytest.mark.parametrize("what", BAD_TARGETS)
+def test_bad_targets(what: str, learner: Any) -> None:
+    "Targets that mean nothing are named as such, not met as a crash inside PyTorch or a loss of NaN."
+    model = PCTransformer(ModelConfig(5, 8, 1, 1, 4))
+    with pytest.raises((TypeError, ValueError), match="target"):
+        learner.backward(model, torch.ones(2, 4, dtype=torch.int64), BAD_TARGETS[what])
+
+
+def test_diverged_training_is_one_sentence(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "Rates that blow up: the message names a number and a cure, and the last checkpoint stays."
+    for algorithm in ("backprop", "predictive_coding"):
+        options = {
+            "learner.algorithm": algorithm,
+            "train.learning_rate": 1e30,
+            "train.warmup_iters": 0,
+            "train.iters": 30,
+        }
+        said = fails(command(tmp_path / algorithm, text, **options), capsys)
+        assert "nan" in said or "inf" in said or "energy" in said
+        assert not list((tmp_path / algorithm).glob(".*"))
+
+
+def test_evaluation_needs_two_tokens() -> None:
+    with pytest.raises(ValueError, match="too short"):
+        evaluate(PCTransformer(ModelConfig(5, 4, 1, 1, 4)), torch.zeros(1, dtype=torch.int64), 4)
+
+
+def test_gpu_that_is_not_there(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "'cuda' is not available" in fails([*command(tmp_path / "run", text), "--device=cuda"], capsys)
+
+
+def test_sentences_of_configurations() -> None:
+    "The same from Python as from the command line."
+    for given, says in (
+        ({"d_model": 10, "n_head": 4}, "8 or 12 would do"),
+        ({"vocab_size": math.nan}, "an integer"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            ModelConfig(**given)
