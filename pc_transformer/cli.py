@@ -67,7 +67,7 @@ def train(
     text = read_data(config.data)
     trainer = start(fit_vocabulary(config, text), text, device)
     if resume:
-        resume_run(trainer, out)
+        resume_run(trainer, out, text.tokenizer)
         say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
     else:
         write_run_config(trainer.config, out)
@@ -92,16 +92,18 @@ def model_folder(path: Path) -> Path:
     return found[-1] if found else path
 
 
-def evaluate(model: Path, data: str = "tinyshakespeare", device: str = "auto") -> None:
+def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None:
     """Loss of a saved model on the whole validation split, beside baselines that need no network.
 
     Args:
         model: folder of a saved model or of a run
-        data: a corpus by name, or a text file
+        data: a corpus by name, or a text file; null: the run's own, else tinyshakespeare
         device: auto, cpu, cuda, ...
     """
     from pc_transformer.training import evaluate as whole_split, pick_device
 
+    if data is None:
+        data = read_run_config(model).data if (model / "config.yaml").is_file() else RunConfig().data
     net, tokenizer, text = load(model_folder(model)), load_tokenizer(model_folder(model)), read_data(data)
     ids = tokenizer.encode(text.valid_text)
     loss = whole_split(net.to(pick_device(device)), ids, net.config.block_size)
@@ -114,8 +116,8 @@ def evaluate(model: Path, data: str = "tinyshakespeare", device: str = "auto") -
 
 
 def sample(
-    model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = 50,
-    top_p: float | None = 0.95, seed: int = 1, device: str = "auto",
+    model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
+    top_p: float | None = 0.95, seed: int = 1, sliding_window: bool = False, device: str = "auto",
 ) -> None:
     """Continue a text.
 
@@ -127,22 +129,22 @@ def sample(
         top_k: draw from the k likeliest characters only; null: from all
         top_p: draw from the smallest set with this probability; null: from all
         seed: the same seed gives the same text
+        sliding_window: accept a prompt longer than the context and read its end
         device: auto, cpu, cuda, ...
     """
     from pc_transformer.generation import generate_text
     from pc_transformer.training import pick_device
 
     net = load(model_folder(model)).to(pick_device(device))
-    vocab = net.config.vocab_size
-    k = min(top_k, vocab) if top_k is not None else None
-    print(generate_text(net, load_tokenizer(model_folder(model)), prompt, max_new_tokens, temperature, k, top_p, seed))
+    tokenizer = load_tokenizer(model_folder(model))
+    print(generate_text(net, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window))
 
 
-def data(name: str = "tinyshakespeare") -> None:
+def data(name: str) -> None:
     """Fetch a corpus (or look at a text file), check it and describe it.
 
     Args:
-        name: a corpus by name, or a text file
+        name: a corpus by name (tinyshakespeare), or a text file
     """
     if name in corpora.CORPORA:
         print(f"file        {corpora.locate(name)} (SHA-256 checked)")
@@ -175,6 +177,13 @@ def compare(
     """
     from pc_transformer.experiments import tinyshakespeare as page
 
+    own = {"train.iters": train.iters, "train.eval_interval": train.eval_interval, "train.seed": train.seed,
+           "learner.algorithm": learner.algorithm, "model.attention": model.attention}
+    default = flat(to_dict(RunConfig()))
+    if given := [name for name, value in own.items() if value != default[name]]:
+        raise ConfigError(f"compare sets {', '.join(given)} itself: use --iters, --evals, --seeds and --variants")
+    if evals < 1 or iters < 1:
+        raise ConfigError(f"compare needs iters >= 1 and evals >= 1, got {iters} and {evals}")
     text = read_data(data)
     settings = {"iters": iters, "eval_interval": max(1, -(-iters // evals)), "warmup_iters": min(train.warmup_iters, iters // 4)}
     config = fit_vocabulary(RunConfig(model=model, learner=learner, train=train, data=data), text)
@@ -185,7 +194,7 @@ def compare(
         print(f"\n--- {name}\n{words}")
     print(f"\n{page.table(results)}\n\n{page.cost_table(results)}\n")
     print(f"results  {out / 'results.json'}\nplot     {out / 'curves.png'}\nsamples  {out / 'samples.txt'}")
-    if keep_models:
+    if keep_models and (out / "models" / "ours-predictive_coding").is_dir():
         print(f"models   {out / 'models'}  (pct sample {out / 'models' / 'ours-predictive_coding'} --prompt ROMEO:)")
 
 
@@ -215,7 +224,7 @@ def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig =
 
 # %% ../nbs/34_cli.ipynb #76427aee
 COMMANDS: dict[str, Any] = {f.__name__: f for f in (train, evaluate, sample, data, compare, bench)}
-MISTAKES = (ValueError, TypeError, OSError, SettlingError, FloatingPointError)
+MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -168,6 +168,8 @@ class LearnerConfig(Config):
         _check(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _positive(self, "relative_precision")
         _check(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
+        _check(self.steps > 1 or self.step_size == 1, f"step_size = {self.step_size} needs steps > 1: a single part step "
+               "would teach the layers less than the output")
 
 # %% ../nbs/10_config.ipynb #38ea88a2
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, train_text: str) -> "CharTokenizer":
-        "The tokenizer of a *training* text (DESIGN rule 11). Raises `ValueError` for an empty one."
+        "The tokenizer of a *training* text (rule 11 of chapter 00). Raises `ValueError` for an empty one."
         if not train_text:
             raise ValueError("cannot fit a tokenizer on an empty text.")
         return cls("".join(sorted(set(train_text))))

@@ -70,7 +70,7 @@ class PCTransformer(nn.Module):
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)     # weights are drawn on the CPU, wherever they go later
             embedding = Embedding(config.vocab_size, config.block_size, config.d_model)
             layers = [f for _ in range(config.n_layer) for f in self.block()]
             self.predictors = nn.ModuleList([embedding, *layers])

@@ -59,7 +59,8 @@ def predict_up(
         states.append(s)
         inputs.append(s.detach().requires_grad_())
     logits = model.output(inputs[-1])
-    return Pass(inputs, predictions, states, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    energies = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return Pass(inputs, predictions, states, energies.sum(dtype=torch.float64))
 
 # %% ../nbs/20_settling.ipynb #1be8c16b
 def errors_down(
@@ -93,8 +94,8 @@ def moving_energies(
     precision: Sequence[Tensor],   # `Pi_l`, scalars
 ) -> Float[Tensor, " nodes"]:
     "Per node `1/2 Pi_l |eps_l|^2` summed over positions, then the output energy; float64."
-    terms = [p * e.square().sum() / 2 for p, e in zip(precision, errors, strict=True)]
-    return torch.stack([*terms, up.output_energy.detach()]).double()
+    terms = [p * e.square().sum(dtype=torch.float64) / 2 for p, e in zip(precision, errors, strict=True)]
+    return torch.stack([*terms, up.output_energy.detach()])
 
 
 def normalisers(states: Sequence[Tensor], precision: Sequence[Tensor]) -> Float[Tensor, " nodes"]:
@@ -167,8 +168,9 @@ class ErrorSettling:
     max_halvings: int = 8               # how often a rejected step is halved before giving up
 
     def __post_init__(self):
-        if self.steps < 1 or self.relative_precision <= 0 or not 0 < self.step_size <= 1 or self.max_halvings < 0:
-            limits = "steps >= 1, relative_precision > 0, step_size in (0, 1], max_halvings >= 0"
+        whole = isinstance(self.steps, int) and isinstance(self.max_halvings, int)
+        if not (whole and self.steps >= 1 and 0 < self.relative_precision < math.inf and 0 < self.step_size <= 1 and self.max_halvings >= 0):
+            limits = "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], max_halvings >= 0"
             raise ValueError(f"settling needs {limits}: got {self}")
 
     def __call__(
@@ -213,6 +215,10 @@ class ErrorSettling:
             energies = moving_energies(up, trial, precision)
             if energies.sum() <= allowed:
                 return trial, up, energies, eta
+        if not energies.isfinite().all():
+            node = int((~energies.isfinite()).nonzero()[0])
+            name = f"node {node}" if node < len(trial) else "the output"
+            raise SettlingError(f"the energy of {name} is {energies[node].item()} even after the smallest step: its states overflowed")
         raise SettlingError(
             f"no step from {self.step_size} down to {sizes[-1]:.2g} lowered the energy of {before.sum().item():.4g} nats: "
             f"raise relative_precision above {self.relative_precision:g} or allow more halvings")

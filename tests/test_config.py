@@ -47,13 +47,15 @@ def trainings(draw) -> TrainConfig:
     )  # fmt: skip
 
 
-learners = st.builds(
-    LearnerConfig,
-    algorithm=st.sampled_from(["predictive_coding", "backprop"]),
-    steps=sizes,
-    relative_precision=positive,
-    step_size=st.floats(0, 1, exclude_min=True),
-)
+@st.composite
+def learners_(draw) -> LearnerConfig:
+    steps = draw(sizes)
+    step_size = draw(st.floats(0, 1, exclude_min=True)) if steps > 1 else 1.0
+    algorithm = draw(st.sampled_from(["predictive_coding", "backprop"]))
+    return LearnerConfig(algorithm, steps, draw(positive), step_size)
+
+
+learners = learners_()
 runs = st.builds(RunConfig, models(), learners, trainings(), st.text(min_size=1).filter(str.strip))
 
 

@@ -445,7 +445,7 @@ def test_a_configuration_without_its_family_is_not_guessed(tmp_path: Path) -> No
     about = json.loads(file.read_text())
     del about["config"]["attention"]
     file.write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="attention"):
+    with pytest.raises(CheckpointError, match="settings"):
         load(tmp_path / "model")
 
 

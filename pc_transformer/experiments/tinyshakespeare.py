@@ -36,12 +36,14 @@ from ..training import Interrupted, TextData, Trainer, graceful_stop, pick_devic
 
 # %% ../../nbs/42_tinyshakespeare.ipynb #b3ab57cb
 VARIANTS: dict[str, dict[str, Any]] = {
-    "GPT, backprop": {"model.attention": "dot", "learner.algorithm": "backprop"},
+    "GPT, backprop": {"model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": None},
     "ours, backprop": {"model.attention": "gaussian", "learner.algorithm": "backprop"},
     "ours, predictive coding": {"model.attention": "gaussian", "learner.algorithm": "predictive_coding"},
     "ours from 1/sqrt(d), backprop": {
         "model.attention": "gaussian", "learner.algorithm": "backprop", "model.precision_init": "soft"},
-    "GPT from sharp, backprop": {
+    "GPT with learned scale, backprop": {
+        "model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": "soft"},
+    "GPT with learned scale from sharp, backprop": {
         "model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": "sharp"},
 }
 DEMO = tuple(VARIANTS)[:3]
@@ -214,7 +216,7 @@ def run_lockstep(trainers: dict[str, Trainer], progress: bool = True) -> dict[st
                     times[name].append(seconds(t.advance, t.device))
                     bars[name].update()
             if stopped():
-                raise Interrupted(f"stopped after step {step + 1} of {iters}: a comparison starts again from the beginning")
+                raise Interrupted(f"stopped after step {step + 1} of {iters}: finished seeds are in the results file, this one starts again")
         for bar in bars.values():
             bar.close()
     return times
@@ -298,7 +300,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def table(results: dict[str, Any]) -> str:
     "The comparison as a Markdown table: baselines first, then each variant (mean ± largest deviation over seeds)."
-    rows = ["| model | valid. loss (nats/char) | bits/byte | tokens | parameters | time (s) | seeds |", "|---|" + 6 * "---:|"]
+    rows = ["| model | valid. loss (nats/char) | bits/byte | tokens | parameters | training time (s) | seeds |", "|---|" + 6 * "---:|"]
     for name, b in results["baselines"].items():
         rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | | |")
     for name in dict.fromkeys(r["variant"] for r in results["runs"]):
@@ -323,7 +325,8 @@ def cost_table(
         if r["variant"] == "ours, predictive coding" and r["seed"] == results["seeds"][0]:
             last, cosines = r["record"][-1], [e["cosine"] for e in r["record"]]
             rows += ["", f"Predictive coding at the end of training: gradient cosine to backprop {last['cosine']:.5f} "
-                     f"(smallest on the way {min(cosines):.5f}), relaxation residual {last['residual']:.4f}."]
+                     f"(smallest of {len(cosines)} evaluations {min(cosines):.5f}), relaxation residual {last['residual']:.4f}; "
+                     "both measured on the first training batch."]
     return "\n".join(rows)
 
 
