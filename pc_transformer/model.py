@@ -47,7 +47,8 @@ def check_targets(
     if targets.shape != tokens.shape:
         raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit tokens of shape {tuple(tokens.shape)}")
     if targets.device.type == "cpu" and not ((targets == -100) | (targets >= 0) & (targets < config.vocab_size)).all():
-        raise ValueError(f"targets must lie in 0..{config.vocab_size - 1} or be -100, but range over {targets.min()}..{targets.max()}")
+        found = f"{targets.min()}..{targets.max()}"
+        raise ValueError(f"targets must lie in 0..{config.vocab_size - 1} or be -100, but range over {found}")
 
 # %% ../nbs/15_model.ipynb #c78960b0
 def initialise(model: nn.Module, n_layer: int) -> None:

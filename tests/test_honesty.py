@@ -1609,7 +1609,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     # more tokens, more parameters or more time than its rival, unsaid
     "no tokens": lambda t: t.replace("1,536,000", ""),
     "no parameters": lambda t: re.sub(r"804,\d+", "", t),
-    "no time": lambda t: t.replace("| time (s) |", "| |"),
+    "no time": lambda t: t.replace("| training time (s) |", "| |"),
 }
 
 

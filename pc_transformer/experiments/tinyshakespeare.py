@@ -216,7 +216,8 @@ def run_lockstep(trainers: dict[str, Trainer], progress: bool = True) -> dict[st
                     times[name].append(seconds(t.advance, t.device))
                     bars[name].update()
             if stopped():
-                raise Interrupted(f"stopped after step {step + 1} of {iters}: finished seeds are in the results file, this one starts again")
+                kept = "finished seeds are in the results file, this one starts again"
+                raise Interrupted(f"stopped after step {step + 1} of {iters}: {kept}")
         for bar in bars.values():
             bar.close()
     return times
@@ -300,7 +301,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def table(results: dict[str, Any]) -> str:
     "The comparison as a Markdown table: baselines first, then each variant (mean ± largest deviation over seeds)."
-    rows = ["| model | valid. loss (nats/char) | bits/byte | tokens | parameters | training time (s) | seeds |", "|---|" + 6 * "---:|"]
+    heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "training time (s)", "seeds")
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + 6 * "---:|"]
     for name, b in results["baselines"].items():
         rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | | |")
     for name in dict.fromkeys(r["variant"] for r in results["runs"]):
