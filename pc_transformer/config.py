@@ -105,7 +105,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     "The configuration as YAML, one line per value; `from_yaml` reads it back to an equal object."
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=1 << 20)
 
 # %% ../nbs/10_config.ipynb #06c98f8e
 @dataclass(frozen=True)
