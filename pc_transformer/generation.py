@@ -113,7 +113,7 @@ def check_prompt(
     if prompt.numel() == 0:
         raise ValueError("prompt is empty: give at least one token to start from.")
     if (length := prompt.shape[-1]) > block_size and not sliding_window:
-        cure = "shorten it or pass sliding_window=True to read only its end"
+        cure = "shorten it, or let the window slide (sliding_window) to read only its end"
         raise ValueError(f"prompt has {length} tokens but the context holds {block_size}: {cure}.")
     if (outside := (prompt < 0) | (prompt >= vocab_size)).any():
         where = outside.nonzero()[0].tolist()

@@ -111,7 +111,7 @@ def step_errors(errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: S
     return [e - eta * (e + d / p) for e, d, p in zip(errors, deltas, precision, strict=True)]
 
 # %% ../nbs/20_settling.ipynb #d708fb74
-@dataclass
+@dataclass(repr=False)
 class Settled:
     "The states after settling, and how they got there."
 
@@ -131,6 +131,11 @@ class Settled:
     @property
     def predictions(self) -> list[Tensor]:
         return self.up.predictions
+
+    def __repr__(self) -> str:
+        moved = self.energy[-1].item() - self.energy[0].item()
+        size = f"{len(self.step_sizes)} steps, {len(self.errors)} nodes"
+        return f"Settled({size}, loss {self.loss:.4f}, energy moved by {moved:.3g} nats per token, residual {self.residual})"
 
     @property
     def energy(self) -> Float[Tensor, " steps"]:

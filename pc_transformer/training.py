@@ -419,7 +419,8 @@ def train(
             if run is not None and (done or stop or trainer.step % c.checkpoint_interval == 0):
                 save_checkpoint(trainer, run, tokenizer)
             if stop:
-                hint = f"the checkpoint is in {run}; resume to go on" if run else "no folder was given, so nothing was saved"
+                hint = f"the checkpoint is in {run}; `pct train {run} --resume true` goes on"
+                hint = hint if run else "no folder was given, so nothing was saved"
                 raise Interrupted(f"stopped after step {trainer.step} of {c.iters}: {hint}")
     return trainer
 
@@ -452,9 +453,12 @@ class TextData:
 
     @classmethod
     def of(cls, text: str) -> "TextData":
-        "Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both."
+        "Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both. Raises ValueError."
         train_text, valid_text = split(text)
         tokenizer = CharTokenizer.fit(train_text)
+        if unknown := sorted(set(valid_text) - set(train_text)):
+            raise ValueError(f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and the vocabulary "
+                             "comes from the rest: shuffle the text's parts or replace the character")
         return cls(tokenizer, train_text, valid_text, tokenizer.encode(train_text), tokenizer.encode(valid_text))
 
 
@@ -475,5 +479,7 @@ def read_run_config(run: Path) -> RunConfig:
     "The configuration of a run's folder; CheckpointError when there is none."
     try:
         return from_yaml(RunConfig, (run / "config.yaml").read_text())
+    except ConfigError as error:
+        raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run") from None
