@@ -68,13 +68,13 @@ def train(
         progress: show a progress bar
     """
     given = RunConfig(model=model, learner=learner, train=train, data=data)
-    make_folder(out)
     if not resume and checkpoints(out):
         held = f"{out} already holds a run ({checkpoints(out)[-1].name})"
         raise CheckpointError(f"{held}: resume it with --resume true or choose another folder")
     config = stored_config(out, given) if resume else given
     text = read_data(config.data)
     trainer = start(fit_vocabulary(config, text), text, device)
+    make_folder(out)
     if resume:
         resume_run(trainer, out, text.tokenizer)
         say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
@@ -199,7 +199,6 @@ def compare(
     default = flat(to_dict(RunConfig()))
     if given := [name for name, value in own.items() if value != default[name]]:
         raise ConfigError(f"compare sets {', '.join(given)} itself: use --iters, --evals, --seeds and --variants")
-    make_folder(out)
     if (out / "results.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds a comparison: choose another folder or add --overwrite true")
     if evals < 1 or iters < 1:
@@ -208,6 +207,7 @@ def compare(
     settings = {"iters": iters, "eval_interval": max(1, -(-iters // evals)), "warmup_iters": min(train.warmup_iters, iters // 4)}
     config = fit_vocabulary(RunConfig(model=model, learner=learner, train=train, data=data), text)
     config = replace(config, **{f"train.{name}": value for name, value in settings.items()})
+    make_folder(out)
     results = page.compare(config, text, out, list(seeds), variants or page.DEMO, device, keep_models=keep_models)
     page.plot(results, out / "curves.png")
     for name, words in results["samples"].items():
