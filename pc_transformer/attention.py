@@ -149,9 +149,10 @@ def check_attend(
 def check_precision(precision: float | Tensor, q: Tensor, family: str) -> None:
     "Raise one clear sentence for a precision that is none. Values of tensors are looked at on the CPU only."
     on_cpu = not isinstance(precision, Tensor) or precision.device.type == "cpu"
-    if on_cpu and bool((torch.as_tensor(precision) <= 0).any()):
+    number = not isinstance(precision, Tensor) and not math.isfinite(precision)
+    if number or on_cpu and bool((torch.as_tensor(precision) <= 0).any()):
         least = torch.as_tensor(precision).min().item()
-        raise ValueError(f"the precision of {family} attention must be positive, but its smallest is {least:g}")
+        raise ValueError(f"the precision of {family} attention must be positive and finite, but its smallest is {least:g}")
     if family == "dot" and per_coordinate(precision, q).shape[-2] > 1:
         raise ValueError("dot-product attention has one scale per head; a precision per key needs family='gaussian'")
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'evaluate', 'exchange', 'current_umask', 'whole_folder', 'write_text', 'CheckpointError', 'read_json',
-           'write_tensors', 'read_tensors', 'restore', 'tensors_of', 'save', 'load', 'load_tokenizer', 'make_optimizer',
-           'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors', 'save_checkpoint', 'data_hash',
-           'checkpoints', 'resume', 'flat', 'restore_optimizer', 'Interrupted', 'graceful_stop', 'train',
+           'write_tensors', 'read_tensors', 'restore', 'tensors_of', 'write_model', 'save', 'load', 'load_tokenizer',
+           'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors', 'save_checkpoint',
+           'data_hash', 'checkpoints', 'resume', 'flat', 'restore_optimizer', 'Interrupted', 'graceful_stop', 'train',
            'progress_bar', 'TextData', 'start', 'write_run_config', 'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
@@ -154,6 +154,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
+def write_model(model: PCTransformer, folder: Path, tokenizer: CharTokenizer | None) -> None:
+    "The two files of a saved model, into a folder that exists."
+    write_tensors(tensors_of(model), folder / "model.safetensors")
+    about = {"config": to_dict(model.config), "tokenizer": tokenizer.to_dict() if tokenizer else None}
+    (folder / "config.json").write_text(json.dumps(about, indent=1))
+
+
 def save(
     model: PCTransformer,
     folder: str | Path,
@@ -161,9 +168,7 @@ def save(
 ) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, whole or not at all."
     with whole_folder(Path(folder)) as work:
-        write_tensors(tensors_of(model), work / "model.safetensors")
-        about = {"config": to_dict(model.config), "tokenizer": tokenizer.to_dict() if tokenizer else None}
-        (work / "config.json").write_text(json.dumps(about, indent=1))
+        write_model(model, work, tokenizer)
     return Path(folder)
 
 
@@ -309,10 +314,8 @@ def save_checkpoint(
         shutil.rmtree(half)
     place = run / f"step-{trainer.step:06d}"
     with whole_folder(place) as work:
-        write_tensors(tensors_of(trainer.model), work / "model.safetensors")
+        write_model(trainer.model, work, tokenizer)
         write_tensors(optimizer_tensors(trainer), work / "optimizer.safetensors")
-        about = {"config": to_dict(trainer.model.config), "tokenizer": tokenizer.to_dict() if tokenizer else None}
-        (work / "config.json").write_text(json.dumps(about, indent=1))
         progress = {"step": trainer.step, "losses": trainer.losses, "record": trainer.record}
         progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
         (work / "training.json").write_text(json.dumps(progress))

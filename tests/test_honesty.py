@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -96,13 +97,7 @@ def build(
 ) -> PCTransformer:
     "A model with random weights, gains and precisions, in which every part matters."
     model = kind(ModelConfig(**(SMALL | shape), **FAMILIES[family]), seed=seed)
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("log_precision") or p.dim() < 2:
-                p.add_(torch.randn(p.shape, generator=noise) / 4)
-            else:
-                p.mul_(scale)
+    stir(model, seed, scale)
     return model.to(dtype)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from common import stir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,13 +50,7 @@ for path in sys.argv[1:]:
 def build(family: str, seed: int = 1) -> PCTransformer:
     "A random model in float64 in which every part matters."
     model = PCTransformer(ModelConfig(**SIZES, **FAMILIES[family]), seed).double()
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("log_precision") or p.dim() < 2:
-                p.add_(torch.randn(p.shape, generator=noise) / 4)
-            else:
-                p.mul_(5)
+    stir(model, seed, 5.0)
     return model
 
 
