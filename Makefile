@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs serve lab bench export clean-nbs run readme py nb hooks clean
+.PHONY: help install demo test docs serve lab bench bench-attention test-triton export clean-nbs run readme py nb hooks clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # pip, not uv: the pinned CPU build of torch must be found wherever pip finds it
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,14 @@ lab: $(STAMP) ## open JupyterLab on the first chapter
 
 bench: $(STAMP) ## step time and peak memory of each learner on this machine, interleaved
 	$(BIN)/pct bench --out runs/bench
+
+bench-attention: $(STAMP) ## time and memory of every attention family and backend against PyTorch's own: QUICK=true for a minute
+	$(BIN)/pct bench-attention --out results/attention_speed --quick $(or $(QUICK),false)
+
+test-triton: $(STAMP) ## the Triton kernels in its interpreter and, ahead of time, for two GPUs (installs 1 GB; half an hour)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]'
+	$(BIN)/python -m pytest -q tests/test_gpu_kernels.py
+	$(BIN)/python tools/compile_triton.py
 
 export: $(STAMP) ## notebooks -> package and README
 	$(BIN)/nbdev_clean

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
-           'evaluate', 'sample', 'data', 'compare', 'bench', 'main']
+           'evaluate', 'sample', 'data', 'compare', 'study', 'bench', 'bench_attention', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -218,6 +218,35 @@ def compare(
         print(f"models   {out / 'models'}  (pct sample {out / 'models' / 'ours-predictive_coding'})")
 
 
+def study(
+    out: Path = Path("runs/study"), families: list[str] | None = None, sharpness: list[float | None] | None = None,
+    seeds: tuple[int, ...] | list[int] = (1,), train_damage: float = 0.0, model: ModelConfig = ModelConfig(),
+    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto",
+) -> None:
+    """Train attention families from the same sharpness; losses on clean and on damaged context (chapter 41).
+
+    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it was.
+
+    Args:
+        out: folder of results.json
+        families: a list of chapter 41's families, such as '["dot", "student_t"]'; null: all of them
+        sharpness: a list of initial spreads of the scores, in nats; null in it is nanoGPT's fixed 1/sqrt(d); default [0.5]
+        seeds: a list such as "[1,2,3]"
+        train_damage: part of the context that is replaced in training
+        model: shape of the models, and what differs from the default
+        train: optimiser and schedule, and what differs from the default
+        data: a corpus by name, or a text file
+        device: auto, cpu, cuda, ...
+    """
+    from pc_transformer.experiments import components as page
+
+    text = read_data(data)
+    config = fit_vocabulary(RunConfig(model=model, learner=LearnerConfig(algorithm="backprop"), train=train, data=data), text)
+    make_folder(out)
+    page.study(config, text, out, families or tuple(page.FAMILIES), sharpness or (0.5,), list(seeds), train_damage, device)
+    print(f"results  {out / 'results.json'}")
+
+
 def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig = ModelConfig(), device: str = "auto") -> None:
     """Step time and peak memory of each learner, interleaved in one process; ratios are medians over rounds.
 
@@ -245,8 +274,32 @@ def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig =
         print(f"{a} / {b}: time {r['time']:.3f}, memory {r['memory']:.3f}")
     print(f"results  {out / 'costs.json'}")
 
+# %% ../nbs/34_cli.ipynb #a440d160
+def bench_attention(
+    out: Path = Path("runs/attention_speed"), quick: bool = False, lengths: list[int] | None = None, rounds: int | None = None,
+    device: str = "auto", memory: bool = True,
+) -> None:
+    """Time and peak memory of every attention family and backend against PyTorch's fused kernel, interleaved.
+
+    Args:
+        out: folder for results.json and speed.png
+        quick: short sequences and few rounds
+        lengths: sequence lengths such as "[512,1024]"; null: 256 to 16384
+        rounds: how many times each contender takes its turn; null: 7, or 3 if quick
+        device: auto (a GPU where there is one, and the CPU), cpu, cuda
+        memory: measure peak memory as well
+    """
+    from pc_transformer.experiments import attention_speed as page
+
+    make_folder(out)
+    if not all(n >= 1 for n in [*(lengths or [1]), rounds or 1]):
+        raise ConfigError(f"bench-attention needs lengths and rounds of at least 1, got {lengths} and {rounds}")
+    page.bench_attention(out, quick, lengths, rounds, device, memory=memory)
+    print(f"results  {out / 'results.json'}\nplot     {out / 'speed.png'}")
+
 # %% ../nbs/34_cli.ipynb #76427aee
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (train, evaluate, sample, data, compare, bench)}
+COMMANDS: dict[str, Any] = {
+    f.__name__.replace("_", "-"): f for f in (train, evaluate, sample, data, compare, study, bench, bench_attention)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 

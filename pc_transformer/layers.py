@@ -6,6 +6,8 @@
 __all__ = ['LayerNorm', 'Embedding', 'AttentionLayer', 'FeedForwardLayer', 'Output']
 
 # %% ../nbs/14_layers.ipynb #5623a3f5
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -28,38 +30,45 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     "Predicts node 0 from tokens: `mu_0 = token[x_t] + position[t]`."
 
-    def __init__(self, vocab_size: int, block_size: int, d_model: int):
+    def __init__(self, vocab_size: int, block_size: int, d_model: int, dropout: float = 0.0):
         super().__init__()
         self.token = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(block_size, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        return self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.dropout(self.token(tokens) + self.position.weight[: tokens.shape[1]])
 
 # %% ../nbs/14_layers.ipynb #d9204263
 class AttentionLayer(nn.Module):
     "Predicts the next node by looking at earlier tokens: `mu = s + Attention(LN(s))`."
 
-    def __init__(self, d_model: int, n_head: int, family: Family = "gaussian", precision_init: float | None = None):
+    def __init__(
+        self, d_model: int, n_head: int, family: Family = "gaussian", precision_init: float | None = None,
+        dropout: float = 0.0,         # of attention weights and of the whole branch, in training
+        **options: Any,               # of `PCAttention`
+    ):
         super().__init__()
         self.norm = LayerNorm(d_model)
-        self.attention = PCAttention(d_model, n_head, family, precision_init)
+        self.attention = PCAttention(d_model, n_head, family, precision_init, dropout=dropout, **options)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return s + self.attention(self.norm(s))
+        return s + self.dropout(self.attention(self.norm(s)))
 
 
 class FeedForwardLayer(nn.Module):
     "Predicts the next node token by token: `mu = s + W_down gelu(W_up LN(s))`, four times wider inside."
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, dropout: float = 0.0):
         super().__init__()
         self.norm = LayerNorm(d_model)
         self.up = nn.Linear(d_model, 4 * d_model, bias=False)
         self.down = nn.Linear(4 * d_model, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return s + self.down(F.gelu(self.up(self.norm(s))))
+        return s + self.dropout(self.down(F.gelu(self.up(self.norm(s)))))
 
 # %% ../nbs/14_layers.ipynb #1a1fb1f0
 class Output(nn.Module):

@@ -50,10 +50,13 @@ def predict_up(
     targets: Int[Tensor, "B T"],             # -100 marks a position that predicts nothing
     errors: Sequence[Tensor] | None = None,  # `eps_l (B, T, D)` for every node; `None`: all zero
 ) -> Pass:
-    "Predictions up over states `s_l = f_l(s_{l-1}) + eps_l`, equation (1)."
+    "Predictions up over states `s_l = f_l(s_{l-1}) + eps_l`, equation (1). Raises SettlingError, naming the node."
     inputs, predictions, states = [tokens], [], []
     for l, f in enumerate(model.predictors):
-        mu = f(inputs[-1])
+        try:
+            mu = f(inputs[-1])
+        except ValueError as error:     # an attention layer refuses a precision or a tail that is none
+            raise SettlingError(f"the prediction of node {l} failed: {error}") from error
         s = mu.detach() if errors is None else mu.detach() + errors[l]
         predictions.append(mu)
         states.append(s)

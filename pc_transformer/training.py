@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
 from .generation import evaluating
@@ -204,11 +205,11 @@ def load_tokenizer(folder: str | Path) -> CharTokenizer:
 
 # %% ../nbs/31_training.ipynb #0f2b43bc
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    "AdamW with three groups: matrices (decayed), gains, attention precisions (own learning rate)."
+    "AdamW with three groups: matrices (decayed), gains, what attention's distributions learn (own learning rate)."
     named = list(model.named_parameters())
-    precisions = [p for n, p in named if n.endswith("log_precision")]
-    matrices = [p for n, p in named if p.dim() >= 2 and not n.endswith("log_precision")]
-    gains = [p for n, p in named if p.dim() < 2]
+    precisions = [p for n, p in named if n.endswith(LEARNED)]
+    matrices = [p for n, p in named if p.dim() >= 2 and not n.endswith(LEARNED)]
+    gains = [p for n, p in named if p.dim() < 2 and not n.endswith(LEARNED)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "scale": 1.0},
         {"params": gains, "weight_decay": 0.0, "scale": 1.0},

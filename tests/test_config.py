@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import yaml
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pc_transformer.config import (
+    TAILED,
+    Attention,
     ConfigError,
     LearnerConfig,
     ModelConfig,
@@ -32,9 +35,17 @@ counts = st.fixed_dictionaries({k: sizes for k in ("iters", "batch_size", "eval_
 @st.composite
 def models(draw) -> ModelConfig:
     n_head, d_head = draw(st.integers(1, 64)), draw(st.integers(1, 64))
-    attention = draw(st.sampled_from(["dot", "gaussian"]))
-    precision = draw(st.none() | positive) if attention == "gaussian" else None
-    return ModelConfig(draw(sizes), draw(sizes), draw(sizes), n_head, n_head * d_head, attention, precision)
+    attention = draw(st.sampled_from(get_args(Attention)))
+    own = {} if attention == "dot" else {
+        "precision": draw(st.sampled_from(["head", "key", "diagonal"])),
+        "mixing": draw(st.sampled_from(["equal", "norm", "key"])),
+        "tail": draw(st.none() | positive) if attention in TAILED else None,
+    }  # fmt: skip
+    return ModelConfig(
+        draw(sizes), draw(sizes), draw(sizes), n_head, n_head * d_head, attention, draw(st.none() | positive), **own,
+        n_component=draw(sizes), n_kv_head=draw(st.sampled_from([None, 1, n_head])), window=draw(st.none() | sizes),
+        qk_norm=draw(st.booleans()), background=draw(st.booleans()),
+    )  # fmt: skip
 
 
 @st.composite

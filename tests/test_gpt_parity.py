@@ -4,6 +4,7 @@ The model and the loop below are written from nanoGPT's description (bias=False)
 
 import inspect
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.attention import LEARNED, Family
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
 
@@ -178,7 +180,7 @@ def test_other_architectures_are_noticed(mutant: str) -> None:
     assert (ours(tokens) - theirs(tokens)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["dot", "gaussian"])
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_initial_weights(family: str) -> None:
     "Normal with nanoGPT's standard deviations; gains are one; the seed decides and the global state is left alone."
     config = ModelConfig(attention=family)
@@ -187,7 +189,8 @@ def test_initial_weights(family: str) -> None:
     assert torch.equal(state, torch.get_rng_state()), "construction drew from the global random state"
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), f"{name} differs for the same seed"
-        if name.endswith("log_precision"):
+        if name.endswith(LEARNED):
+            assert torch.equal(p, r), f"{name} depends on the seed"
             continue
         if p.dim() < 2:
             assert torch.equal(p, torch.ones_like(p)), f"{name} should start at one"
@@ -202,12 +205,14 @@ def test_initial_weights(family: str) -> None:
         )
 
 
-def test_both_families_start_from_the_same_weights() -> None:
+@pytest.mark.parametrize("family", get_args(Family)[1:])
+@pytest.mark.parametrize("options", [{}, {"precision": "key", "mixing": "key", "background": True}])
+def test_all_families_start_from_the_same_weights(family: str, options: dict) -> None:
     "So that a comparison of families is one of families."
-    dot, gaussian = (
-        dict(PCTransformer(ModelConfig(attention=f), 3).named_parameters()) for f in ("dot", "gaussian")
-    )
-    assert all(torch.equal(p, gaussian[n]) for n, p in dot.items())
+    dot = dict(PCTransformer(ModelConfig(attention="dot"), 3).named_parameters())
+    other = dict(PCTransformer(ModelConfig(attention=family, **options), 3).named_parameters())
+    assert all(torch.equal(p, other[n]) for n, p in dot.items())
+    assert all(n.endswith(LEARNED) for n in other.keys() - dot.keys())
 
 
 def nanogpt_lr(it: int, c: TrainConfig) -> float:
@@ -242,7 +247,7 @@ def test_schedule_of_the_cpu_run() -> None:
     assert got == pytest.approx([1e-3 / 101, 1e-3, 5.5e-4, 1e-4], rel=1e-12)
 
 
-@pytest.mark.parametrize("family", ["dot", "gaussian"])
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_optimizer_groups(family: str) -> None:
     "Matrices and embeddings decay, gains do not; precisions have their own rate; each parameter is in one group."
     model, c = PCTransformer(ModelConfig(attention=family)), TrainConfig(weight_decay=0.3)
@@ -252,7 +257,7 @@ def test_optimizer_groups(family: str) -> None:
         sum(len(g["params"]) for g in optimizer.param_groups) == len(groups) == len(list(model.parameters()))
     )
     for name, p in model.named_parameters():
-        g, precision = groups[id(p)], name.endswith("log_precision")
+        g, precision = groups[id(p)], name.endswith(LEARNED)
         decay = 0.3 if p.dim() >= 2 and not precision else 0.0
         assert (g["weight_decay"], g["scale"]) == (decay, c.precision_lr_scale if precision else 1.0), name
     for g in optimizer.param_groups:

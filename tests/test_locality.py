@@ -66,7 +66,7 @@ def constructor(model: PCTransformer, l: int) -> str:
     if l == 0:
         return f"Embedding({c.vocab_size}, {c.block_size}, {c.d_model})"
     if l % 2:
-        return f"AttentionLayer({c.d_model}, {c.n_head}, {c.attention!r}, {c.precision_init})"
+        return f"AttentionLayer({c.d_model}, {c.n_head}, {c.attention!r}, {c.precision_init}, **{c.attention_options!r})"
     return f"FeedForwardLayer({c.d_model})"
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import default_precision
+from ..attention import initial_precision
 from ..config import ModelConfig, RunConfig, replace, to_dict
 from ..data import baselines, bits_per_byte
 from ..generation import generate_text
@@ -54,7 +54,7 @@ def variant_config(name: str, base: RunConfig) -> RunConfig:
     if name not in VARIANTS:
         raise ValueError(f"unknown variant {name!r}: choose from {', '.join(map(repr, VARIANTS))}")
     d = base.model.d_head
-    start = {"soft": 1 / math.sqrt(d), "sharp": default_precision(d)}
+    start = {"soft": 1 / math.sqrt(d), "sharp": initial_precision("gaussian", base.model.d_model, d)}
     return replace(base, **{k: start.get(v, v) if k == "model.precision_init" else v for k, v in VARIANTS[name].items()})
 
 # %% ../../nbs/42_tinyshakespeare.ipynb #e33f042c

@@ -1,0 +1,322 @@
+"""Attention of every family: accuracy on adversarial inputs, invariances, limits, settling, dropout, conversions."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.attention import (
+    Component,
+    PCAttention,
+    attend,
+    attention_energy,
+    floats_per_key,
+    initial_precision,
+    scores,
+    settle_query,
+)
+from pc_transformer.energies import FAMILIES, Gaussian, GeneralizedGaussian
+from pc_transformer.model import convert
+
+close = torch.testing.assert_close
+CASES: dict[str, dict[str, Any]] = {name: {} for name in ("dot", *FAMILIES)} | {
+    "student_t, nu 0.1": {"nu": 0.1},
+    "student_t, nu 1e6": {"nu": 1e6},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+every_density = pytest.mark.parametrize("family", FAMILIES)
+
+
+def few(examples: int) -> settings:
+    return settings(deadline=None, derandomize=True, database=None, max_examples=examples)
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def family_of(case: str) -> str:
+    return case.split(",")[0]
+
+
+def huge_norms(x: list[Tensor]) -> list[Tensor]:
+    return [30 * x[0], 30 * x[1], x[2]]
+
+
+def equal_keys(x: list[Tensor]) -> list[Tensor]:
+    return [x[0], x[1][:, :, :1].expand_as(x[1]).clone(), x[2]]
+
+
+def outlier(x: list[Tensor]) -> list[Tensor]:
+    x[1][:, :, 3] = 1e4
+    return x
+
+
+def offset(x: list[Tensor]) -> list[Tensor]:
+    return [x[0] + 30, x[1] + 30, x[2]]
+
+
+def query_on_key(x: list[Tensor]) -> list[Tensor]:
+    return [x[1].clone(), x[1], x[2]]
+
+
+INPUTS = {
+    "huge norms": huge_norms, "equal keys": equal_keys, "outlier at 1e4": outlier, "common offset": offset, "q = k": query_on_key,
+}  # fmt: skip
+
+
+@every_case
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("shape", [(2, 2, 19, 16), (1, 1, 1, 8), (1, 2, 7, 1)], ids=["usual", "T = 1", "d = 1"])
+def test_float32_against_float64(case: str, inputs: str, shape: tuple[int, ...]) -> None:
+    "On adversarial inputs what `auto` picks is as good as float32 rounding of scores of this size allows, and finite."
+    if inputs == "outlier at 1e4" and shape[2] < 4:
+        pytest.skip("no fourth key")
+    x = INPUTS[inputs]([draw(i, *shape).float().double() for i in range(3)])
+    if case == "dot" and inputs in ("common offset", "outlier at 1e4"):
+        pytest.skip("a dot product sees the offset: its scores are of size 1e4 and more")
+    want = attend(*x, family_of(case), is_causal=True, backend="reference", return_lse=True, **CASES[case])
+    got = attend(*(y.float() for y in x), family_of(case), is_causal=True, return_lse=True, **CASES[case])
+    assert got[0].isfinite().all() and got[1].isfinite().all()
+    s = scores(x[0], x[1], "dot" if case == "dot" else FAMILIES[family_of(case)](**CASES[case]), 1 / math.sqrt(shape[-1]))
+    size = s.masked_fill(s < s.amax(-1, keepdim=True) - 50, 0).abs().max().item()    # of the scores that count
+    tolerance = 5e-5 + 1e-6 * size
+    if inputs == "q = k" and case in ("laplace", "generalized_gaussian"):
+        tolerance = 5e-3        # at u = 0 their links have a tip: sqrt(rounding of u)
+    assert (got[0] - want[0]).abs().max() < tolerance * max(1.0, x[2].abs().max().item())
+
+
+@every_case
+@pytest.mark.parametrize("precision", [1e-6, 1.0, 1e6])
+def test_extreme_precisions(case: str, precision: float) -> None:
+    "Float32 outputs and gradients stay finite and near float64 from precision 1e-6 to 1e6."
+    x = [draw(i, 1, 2, 9, 4) / 30 for i in range(3)]
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
+        leaves = [y.to(dtype).requires_grad_() for y in x]
+        out = attend(*leaves, family_of(case), precision, is_causal=True, backend=backend, **CASES[case])
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for want, got in zip(*found, strict=True):
+        assert got.isfinite().all() and (got - want).abs().max() < 2e-3 * want.abs().max() + 5e-5
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(case: str, dtype: torch.dtype) -> None:
+    "Half precision is off by little more than rounding queries, keys, values and the result themselves."
+    x = [draw(i, 2, 2, 33, 32).to(dtype) for i in range(3)]
+    want = attend(*(y.double() for y in x), family_of(case), 0.5, is_causal=True, backend="reference", **CASES[case])
+    got = attend(*x, family_of(case), 0.5, is_causal=True, **CASES[case])
+    plain = attend(*(y.double() for y in x), "dot", 0.5, is_causal=True, backend="reference")
+    usual = (attend(*x, "dot", 0.5, is_causal=True) - plain).abs().max().item()
+    assert got.dtype == dtype and (got - want).abs().max() < 2 * usual + torch.finfo(dtype).eps
+
+
+@every_density
+def test_translation(family: str) -> None:
+    "A likelihood of the difference does not see where the origin is."
+    q, k, v, shift = draw(0, 1, 2, 5, 4), draw(1, 1, 2, 6, 4), draw(2, 1, 2, 6, 3), draw(3, 4)
+    close(attend(q + shift, k + shift, v, family), attend(q, k, v, family), rtol=1e-10, atol=1e-10)
+
+
+@every_density
+@pytest.mark.parametrize("kind", ["scalar", "head", "key", "diagonal", "key and coordinate"])
+@few(8)
+@given(seed=st.integers(0, 10**6))
+def test_settling_never_raises_the_energy(family: str, kind: str, seed: int) -> None:
+    "Majorise-minimise, for every link of the library and every kind of precision, causal or not."
+    q, k = 3 * draw(seed, 2, 3, 7, 4), 2 * draw(seed + 1, 2, 3, 7, 4)
+    some = draw(seed + 2, 2, 3, 7, 4).exp()
+    kinds = {"scalar": 0.7, "head": some[0, :, :1, 0], "key": some[..., 0], "diagonal": some[:1, :, :1]}
+    precision: Any = kinds.get(kind, some)
+    options: dict[str, Any] = {"precision": precision, "log_mix": draw(seed + 3, 2, 3, 7), "is_causal": bool(seed % 2)}
+    # a query that settles on a key has u = 0, which the fused form knows to the root of rounding only
+    for backend, rounding in (("reference", 1e-12), ("auto", 1e-6)):
+        options |= {"backend": backend, "return_lse": True}
+        energies = torch.stack([-attend(q, k, k, family, settle_steps=n, **options)[1] for n in range(5)])
+        assert energies.diff(dim=0).max() < rounding * (1 + energies.abs().max()), backend
+
+
+@few(10)
+@given(seed=st.integers(0, 10**6))
+def test_mixtures_settle_too(seed: int) -> None:
+    q, k = 3 * draw(seed, 2, 2, 5, 3), 2 * draw(seed + 1, 2, 2, 3, 6, 3)
+    precision = draw(seed + 2, 2, 2, 3, 6).exp()
+    for component in ("gaussian", "student_t"):
+        options: dict[str, Any] = {"return_lse": True, "component": component}
+        x = [attend(q, k, k[:, :, 0], "mixture", precision, settle_steps=n, **options)[1] for n in range(5)]
+        assert torch.stack(x).diff(dim=0).min() > -1e-9
+
+
+def test_light_tails_break_the_promise() -> None:
+    "The condition is needed: with p = 4 (a link that is not convex) some steps raise the energy."
+    q, k = 2 * draw(0, 8, 8, 16, 2), draw(1, 8, 8, 5, 2)
+    before, after = (-attend(q, k, k, "generalized_gaussian", 1.0, p=4.0, settle_steps=n, return_lse=True)[1] for n in (0, 1))
+    assert (after - before).max() > 1e-3
+
+
+def test_a_step_size_of_a_third_of_the_way_is_not_what_settles() -> None:
+    "Mutant: IRLS weights forgotten. For Student's t the plain posterior mean of keys does raise the energy sometimes."
+    q, k = draw(0, 8, 8, 64, 2), 3 * draw(1, 8, 8, 3, 2)
+    link = FAMILIES["student_t"](1.0)
+    E = lambda x: -scores(x, k, link, 1.0).logsumexp(-1)
+    right = settle_query(q, [Component(k, torch.ones(1, 1, 1, 1, dtype=q.dtype))], link, "reference")
+    wrong = scores(q, k, link, 1.0).softmax(-1) @ k
+    assert (E(right) - E(q)).max() < 1e-10 < 1e-3 < (E(wrong) - E(q)).max()
+
+
+@every_density
+def test_energy_is_the_density_of_the_mixture(family: str) -> None:
+    "In one dimension it integrates to one, normaliser and mixing weights included."
+    k = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(1, 1, 3, 1)
+    heavy = family in ("student_t", "contaminated")
+    edge = 4000.0 if heavy else 60.0
+    line = torch.sinh(torch.linspace(-math.asinh(edge), math.asinh(edge), 40001, dtype=torch.float64))
+    log_mix = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    E = attention_energy(line.view(1, 1, -1, 1), k, family, precision=2.0, log_mix=log_mix, backend="reference")
+    p = (-E).exp().flatten()
+    assert abs(torch.trapezoid(p, line).item() - 1) < 1e-4
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_future_keys_are_bit_equal_nothing(case: str, backend: Any) -> None:
+    "Causality in the function: changing key and value t leaves every output before t bit-equal, also when q settles."
+    x = [draw(i, 2, 2, 9, 8, dtype=torch.float32) for i in range(3)]
+    y = [a.clone() for a in x]
+    for a in y:
+        a[:, :, 5] += 100.0
+    options: dict[str, Any] = {"is_causal": True, "backend": backend, **CASES[case]}
+    for steps in (0, 2):
+        before, after = (attend(*a, family_of(case), settle_steps=steps, **options) for a in (x, y))
+        assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(before[:, :, 5:], after[:, :, 5:])
+
+
+@every_case
+def test_log_mix_minus_infinity_hides_a_key(case: str) -> None:
+    q, k, v = (draw(i, 1, 2, 6, 4) for i in range(3))
+    log_mix = torch.zeros(6, dtype=torch.float64)
+    log_mix[2] = -math.inf
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    hidden = attend(q, k, v, family_of(case), log_mix=log_mix, **CASES[case])
+    close(hidden, attend(q, k[:, :, keep], v[:, :, keep], family_of(case), **CASES[case]), rtol=1e-9, atol=1e-9)
+
+
+def test_grouped_heads_are_copies() -> None:
+    q, k, v = draw(0, 2, 6, 5, 4), draw(1, 2, 2, 5, 4), draw(2, 2, 2, 5, 4)
+    precision, log_mix = draw(3, 2, 2, 5).exp(), draw(4, 2, 2, 5)
+    got = attend(q, k, v, "student_t", precision, log_mix, is_causal=True)
+    full = [x.repeat_interleave(3, 1) for x in (k, v, precision, log_mix)]
+    close(got, attend(q, full[0], full[1], "student_t", full[2], full[3], is_causal=True))
+
+
+def test_attention_matrix_of_a_mixture_sums_to_one() -> None:
+    q, k, v = draw(0, 1, 2, 5, 4), draw(1, 1, 2, 3, 5, 4), draw(2, 1, 2, 5, 4)
+    out, r, lse = attend(q, k, v, "mixture", 2.0, is_causal=True, return_attention=True, return_lse=True)
+    close(r.sum(-1), torch.ones_like(r[..., 0]))
+    again = attend(q, k, v, "mixture", 2.0, is_causal=True, return_lse=True)
+    close(out, again[0]), close(lse, again[1])
+
+
+def test_dropout_needs_training() -> None:
+    layer, x = PCAttention(16, 2, "laplace", dropout=0.5), draw(0, 2, 6, 16, dtype=torch.float32)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@few(20)
+@given(st.sampled_from(["dot", *FAMILIES]), st.sampled_from([64, 128, 768]), st.sampled_from([16, 32, 64]), st.floats(0.05, 1.0))
+def test_initial_precision_gives_the_sharpness(family: Any, d_model: int, d: int, sharpness: float) -> None:
+    "Drawn queries and keys have the wanted spread of scores, within what a first-order formula can promise."
+    precision = initial_precision(family, d_model, d, sharpness)
+    q, k = ((0.02 * math.sqrt(d_model)) * draw(i, 1, 1, 256, d) for i in range(2))
+    got = scores(q, k, "dot" if family == "dot" else FAMILIES[family](), precision).std(-1).mean().item()
+    assert 0.7 < got / sharpness < 1.3, f"{family}: {got} instead of {sharpness}"
+
+
+def trained_like(scale: float = 8.0, **config: Any) -> PCTransformer:
+    "A model whose scores are of size one, with keys of unequal norms."
+    model = PCTransformer(ModelConfig(**config), seed=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("qkv.weight"):
+                p.mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize("new", ["gaussian", "mixture", "generalized_gaussian"])
+@pytest.mark.parametrize("options", [{}, {"precision_init": 0.4}, {"n_kv_head": 2}, {"qk_norm": True}, {"window": 9}], ids=str)
+def test_conversion_from_dot(new: Any, options: dict[str, Any]) -> None:
+    model = trained_like(attention="dot", **options)
+    tokens = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
+    other = convert(model, new)
+    assert (other(tokens) - model(tokens)).abs().max() < (3e-5 if new == "generalized_gaussian" else 1e-5)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    assert all((p < 0.9).any() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1), "shared storage"
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "key"}, {"precision": "diagonal"}, {"background": True, "mixing": "key"}], ids=str
+)
+def test_conversion_from_gaussian(options: dict[str, Any]) -> None:
+    model = trained_like(2.0, attention="gaussian", **options)      # it starts sharp by itself
+    tokens = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
+    for new in ("mixture", "generalized_gaussian"):
+        assert (convert(model, new)(tokens) - model(tokens)).abs().max() < 1e-5
+
+
+def test_conversion_refuses_what_is_not_exact() -> None:
+    for model in (trained_like(attention="gaussian"), trained_like(attention="dot", background=True)):
+        with pytest.raises(ValueError, match="no exact conversion"):
+            convert(model, "student_t" if model.config.attention == "gaussian" else "gaussian")
+
+
+def test_a_gaussian_with_a_flat_prior_is_no_conversion() -> None:
+    "Mutant: the same weights without the prior tied to the norms are another function."
+    model = trained_like(attention="dot")
+    flat = PCTransformer(ModelConfig(attention="gaussian", precision_init=1 / math.sqrt(32)))
+    flat.load_state_dict(model.state_dict(), strict=False)
+    tokens = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
+    assert (flat(tokens) - model(tokens)).abs().max() > 1e-3
+
+
+def test_generalized_gaussian_with_power_two_is_the_gaussian() -> None:
+    u = torch.linspace(0, 50, 11, dtype=torch.float64)
+    close(GeneralizedGaussian(2.0).link(u, 4), Gaussian().link(u, 4))
+
+
+def test_floats_per_key() -> None:
+    assert [floats_per_key(8, p) for p in ("head", "diagonal", "key", "key and coordinate")] == [16, 16, 17, 24]
+    assert floats_per_key(8, "key", True, 3) == 8 + 3 * 10
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown parameter": ({"family": "laplace", "nu": 2.0}, "laplace attention has no parameter 'nu'"),
+    "parameter of dot": ({"family": "dot", "nu": 2.0}, "no parameter 'nu'"),
+    "negative nu": ({"family": "student_t", "nu": -1.0}, "nu"),
+    "window": ({"window": 0}, "window must be at least 1"),
+    "dropout": ({"dropout_p": 1.0}, "dropout_p"),
+    "settle steps": ({"settle_steps": -1}, "settle_steps"),
+    "negative precision": ({"precision": -1.0}, "positive and finite"),
+    "attention of a kernel": ({"return_attention": True, "backend": "sdpa"}, "never forms the attention matrix"),
+    "laplace on sdpa": ({"family": "laplace", "backend": "sdpa"}, "chunked"),
+    "dropout on sdpa": ({"backend": "sdpa", "dropout_p": 0.5}, "chunked"),
+    "gpu kernel here": ({"backend": "triton"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_sentence(case: str) -> None:
+    options, words = BAD[case]
+    q, k, v = (draw(i, 1, 2, 4, 4, dtype=torch.float32) for i in range(3))
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        attend(q, k, v, **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
