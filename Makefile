@@ -45,7 +45,7 @@ bench: $(STAMP) ## step time and peak memory of each learner on this machine, in
 	$(BIN)/pct bench --out runs/bench
 
 bench-attention: $(STAMP) ## time and memory of every attention family and backend against PyTorch's own: QUICK=true for a minute
-	$(BIN)/pct bench-attention --out results/attention_speed --quick $(or $(QUICK),false)
+	$(BIN)/pct bench-attention --out $(or $(OUT),runs/attention_speed) --quick $(or $(QUICK),false)
 
 test-triton: $(STAMP) ## the Triton kernels in its interpreter and, ahead of time, for two GPUs (installs 1 GB; half an hour)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]'

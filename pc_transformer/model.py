@@ -7,7 +7,7 @@ __all__ = ['EXACT', 'check_tokens', 'check_targets', 'initialise', 'PCTransforme
 
 # %% ../nbs/15_model.ipynb #570f653e
 import math
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -109,7 +109,12 @@ def convert(
     model: "PCTransformer",
     attention: Attention,              # the new family
 ) -> "PCTransformer":                  # a new model; nothing is shared with the old one
-    "The same function with attention of another family: logits equal up to rounding. Raises ValueError where none is exact."
+    """A new model that computes the same logits, up to rounding, with attention of another family: the pairs in `EXACT`.
+
+    Raises ValueError for an unknown family and for a pair without an exact conversion.
+    """
+    if attention not in get_args(Attention):
+        raise ValueError(f"unknown attention family {attention!r}: choose from {', '.join(get_args(Attention))}")
     c = model.config
     if (c.attention, attention) not in EXACT or (c.attention == "dot" and (c.background or c.mixing != "equal")):
         ways = ", ".join(f"{a} to {b}" for a, b in sorted(EXACT))

@@ -298,7 +298,48 @@ def test_floats_per_key() -> None:
     assert floats_per_key(8, "key", True, 3) == 8 + 3 * 10
 
 
+def test_gradients_of_blind_rows_are_zero() -> None:
+    "A row that may see nothing gives zeros, lse minus infinity, and gradients without NaN, on every path."
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    for options in ({"return_attention": True}, {"backend": "reference"}, {"backend": "chunked"}, {}):
+        q, k, v = (draw(i, 1, 2, 4, 4).requires_grad_() for i in range(3))
+        out, *rest = attend(q, k, v, "student_t", attn_mask=mask, return_lse=True, **options)
+        (out.sum() + rest[-1][:, :, [0, 2, 3]].sum()).backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v)) and q.grad[:, :, 1].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_priors_and_precisions_keep_float32_in_short_dtypes(backend: Any) -> None:
+    "A prior of size 100 in bfloat16, and a precision of a million in float16, lose nothing on their way."
+    q, k, v = (draw(i, 1, 2, 9, 8).bfloat16() for i in range(3))
+    log_mix = 100 + 0.2 * torch.arange(9.0)
+    want = attend(*(x.double() for x in (q, k, v)), log_mix=log_mix.double(), backend="reference")
+    assert (attend(q, k, v, log_mix=log_mix, backend=backend) - want).abs().max() < 0.02
+    q, k, v = ((draw(i, 1, 1, 5, 4) / 1000).half() for i in range(3))
+    want = attend(*(x.double() for x in (q, k, v)), precision=1e6, backend="reference")
+    assert (attend(q, k, v, precision=1e6, backend=backend) - want).abs().max() < 1e-4
+
+
+def test_a_mask_that_hides_the_first_keys_hides_their_contents() -> None:
+    "Far padding at the beginning, hidden by the mask, changes nothing."
+    q, k, v = (draw(i, 1, 2, 16, 8, dtype=torch.float32) for i in range(3))
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[:2] = False
+    padded = k.clone()
+    padded[:, :, :2] += 1e3
+    for family in ("gaussian", "student_t", "laplace"):
+        before, after = (attend(q, x, v, family, 1.0, attn_mask=mask, is_causal=True) for x in (k, padded))
+        close(after, before, rtol=1e-5, atol=1e-5)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "mask too large": ({"family": "student_t", "attn_mask": torch.ones(9, 9).bool()}, "attn_mask of shape (9, 9)"),
+    "precision per head without a key axis": ({"precision": torch.ones(3)}, "one value a head has shape (H, 1)"),
+    "precision enlarges": ({"precision": torch.ones(2, 1, 1)}, "does not broadcast"),
+    "prior of another length": ({"log_mix": torch.zeros(7)}, "log_mix of shape (7,)"),
+    "family is no name": ({"family": torch.ones(2)}, "is a name such as"),
+    "unknown component": ({"family": "mixture"}, "k (B, H, M, Tk, d)"),
     "unknown parameter": ({"family": "laplace", "nu": 2.0}, "laplace attention has no parameter 'nu'"),
     "parameter of dot": ({"family": "dot", "nu": 2.0}, "no parameter 'nu'"),
     "negative nu": ({"family": "student_t", "nu": -1.0}, "nu"),

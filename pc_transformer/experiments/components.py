@@ -92,7 +92,9 @@ def run_config(family: str, sharpness: float | None, seed: int, base: RunConfig)
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose from {', '.join(map(repr, FAMILIES))}")
     c = replace(base, **{**FAMILIES[family], "train.seed": seed, "learner.algorithm": "backprop"})
-    if sharpness is None: return replace(c, **{"model.precision_init": None})
+    if sharpness is None:
+        if c.model.attention != "dot": raise ValueError(f"only dot products have a fixed scale: give {family} a sharpness")
+        return replace(c, **{"model.precision_init": None})
     m, tail = c.model, {}
     if m.attention in TAILS: tail = {TAILS[m.attention][0]: m.tail or TAILS[m.attention][1]}
     start = initial_precision(m.attention, m.d_model, m.d_head, sharpness, m.qk_norm, **tail)
@@ -190,7 +192,7 @@ def verdict(
     a: Sequence[float],      # losses of one kind, one for each seed
     b: Sequence[float],      # losses of the other, same seeds
 ) -> tuple[float, str]:      # mean of a - b, and what to say of it
-    "Whether `a` is below `b` by more than the spread of either over seeds; `better`, `worse` or `no difference`."
+    "Whether `a` is below `b` by more than the spread of both: `better`, `worse`, `no clear difference`, `too few seeds`."
     apart = [x - y for x, y in zip(a, b, strict=True)]
     noise = max(max(abs(x - statistics.mean(l)) for x in l) for l in (a, b))
     clear = len(apart) >= 3 and abs(statistics.mean(apart)) > noise and (max(apart) < 0 or min(apart) > 0)
