@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import kernels
+from .config import Attention
 from .energies import FAMILIES, Elliptical, Gaussian
 from .kernels import additive_mask, per_coordinate, responsibilities
 
 # %% ../nbs/12_attention.ipynb #0a60d473
-Family = Literal[
-    "dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]
+Family = Attention    # the names that a configuration knows
 Backend = Literal["auto", "reference", "sdpa", "chunked", "flex", "triton"]
 Link = Elliptical | Literal["dot"]
 
