@@ -149,7 +149,7 @@ class ModelConfig(Config):
     window: int | None = None  # sliding window of attention, in tokens; None: the whole past
     qk_norm: bool = False  # scale queries and keys to mean square one
     background: bool = False  # one more hypothesis per head: no key explains the query
-    dropout: float = 0.0  # nanoGPT's: of attention weights, residual branches and embeddings; by backprop only
+    dropout: float = 0.0  # nanoGPT's: of attention weights, residual branches and embeddings
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,17 +192,42 @@ class LearnerConfig(Config):
     "How gradients are found and how latents settle; raises `ConfigError`. Backprop uses `algorithm` only."
 
     algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
-    steps: int = 1  # K, settling steps before the weights move
+    steps: int = 1  # K, settling steps before the weights move; rounds of the highway
     relative_precision: float = 1000.0  # beta of equation (2), stiffness of the latents
     step_size: float = 1.0  # part of a full settling step, in (0, 1]
+    solver: Literal["error", "sweep", "state", "highway"] = "error"  # chapters 20 and 25
+    relative_precision_end: float | None = None  # beta at the last iteration, reached geometrically; none: constant
+    steps_end: int | None = None  # K at the last iteration, reached linearly; none: constant
+    tolerance: float = 0.0  # stop settling a batch at this residual; 0: after K steps
+    centred: bool = False  # settle twice with half a nudge of either sign
+    fused: bool = False  # the last errors teach without another upward pass
+    lean: bool = False  # keep states only and make each layer's graph again
+    incremental: bool = False  # weights move after every state step
+    energy: Literal["gaussian", "student_t", "laplace", "huber", "logistic", "contaminated"] = "gaussian"  # of a node
+    per: Literal["node", "coordinate", "token"] = "node"  # what has a precision of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _check(self.steps_end is None or self.steps_end >= 1, f"steps_end must be at least 1, got {self.steps_end}")
         _positive(self, "relative_precision")
+        if self.relative_precision_end is not None:
+            _positive(self, "relative_precision_end")
         _check(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
-        _check(self.steps > 1 or self.step_size == 1, f"step_size = {self.step_size} needs steps > 1: a single part step "
+        _check(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), got {self.tolerance}")
+        few = self.solver == "error" and min(self.steps, self.steps_end or self.steps) == 1
+        _check(not few or self.step_size == 1, f"step_size = {self.step_size} needs steps > 1: a single part step "
                "would teach the layers less than the output")
+        self._check_solver()
+
+    def _check_solver(self) -> None:
+        "Options that the solver does not have."
+        has = {"error": {"tolerance", "centred", "fused", "lean", "energy", "per", "step_size", "steps", "steps_end"},
+               "state": {"energy", "per", "incremental", "step_size", "steps", "steps_end"}, "sweep": {"lean"},
+               "highway": {"steps", "steps_end"}}
+        own = has[self.solver] | {"algorithm", "solver", "relative_precision", "relative_precision_end"}
+        for f in fields(self):
+            _check(f.name in own or getattr(self, f.name) == f.default, f"the solver {self.solver!r} has no {f.name}")
 
 # %% ../nbs/10_config.ipynb #38ea88a2
 @dataclass(frozen=True)
@@ -221,11 +246,16 @@ class TrainConfig(Config):
     precision_lr_scale: float = 1.0  # learning rate of log-precisions over that of weights; 0: frozen
     eval_interval: int = 250  # iterations between evaluations
     checkpoint_interval: int = 250  # iterations between checkpoints
+    accumulate: int = 1  # parts in which a batch is learned, one after the other: less memory
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: mixed precision, weights stay float32
     seed: int = 1  # of initial weights and batches
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "iters", "batch_size", "learning_rate", "eval_interval", "checkpoint_interval")
+        _positive(self, "accumulate")
+        _check(self.batch_size % self.accumulate == 0, f"a batch of {self.batch_size} cannot be learned in {self.accumulate} "
+               "equal parts")
         _not_negative(self, "min_learning_rate", "warmup_iters", "weight_decay", "grad_clip",
                       "precision_lr_scale", "seed")
         low, high = self.min_learning_rate, self.learning_rate
@@ -246,9 +276,6 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(bool(self.data.strip()), "data must name a corpus or a path, got an empty text")
-        steady = self.model.dropout == 0 or self.learner.algorithm == "backprop"
-        _check(steady, "dropout would change the energy at every look: predictive coding needs model.dropout = 0, "
-               f"got {self.model.dropout}")
 
 # %% ../nbs/10_config.ipynb #5f20fcfc
 _C = TypeVar("_C", bound=Config)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .energies import FAMILIES, Elliptical
+from .kernels import first_order
 
 # %% ../nbs/16_gpu_kernels.ipynb #265f6587
 _tr: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
@@ -647,7 +647,7 @@ class Fused(torch.autograd.Function):
         return out, lse * math.log(2)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         "Equations (6) and (7)."
         q, k, v, lam, bias, a, b, m, q2, k2, out, lse = ctx.saved_tensors

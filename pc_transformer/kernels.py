@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['Link', 'NEAR', 'LONG', 'per_coordinate', 'log_key_prior', 'additive_mask', 'responsibilities', 'split_prior', 'both',
            'window_mask', 'squares', 'augment', 'dropped', 'centre', 'centred', 'hi_lo', 'carry', 'augment_short',
-           'flash_agrees', 'poison', 'poison_prior', 'first_row', 'blind_rows', 'needs_grad', 'check', 'sdpa', 'affine',
-           'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes', 'shape_tensors', 'with_shape', 'AnyLink', 'as_step',
-           'is_sharp', 'Near', 'Blocks', 'Plan', 'Terms', 'chunked', 'merge', 'choose']
+           'first_order', 'flash_agrees', 'poison', 'poison_prior', 'first_row', 'blind_rows', 'needs_grad', 'check',
+           'sdpa', 'affine', 'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes', 'shape_tensors', 'with_shape', 'AnyLink',
+           'as_step', 'is_sharp', 'Near', 'Blocks', 'Plan', 'Terms', 'chunked', 'merge', 'choose']
 
 # %% ../nbs/13_kernels.ipynb #0ea61fce
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pc_transformer.energies import (
     FAMILIES, Contaminated, Elliptical, Gaussian, GeneralizedGaussian, Laplace, Logistic, StudentT,
@@ -171,6 +170,18 @@ def augment_short(q: Tensor, k: Tensor, Lam: Tensor, log_mix: Tensor | None, dty
     (s1, s2), (l1, l2) = hi_lo(s, dtype), hi_lo(l, dtype)
     return (torch.cat([qs, s1, s2, carry(s1, s), one, one], -1), torch.cat([ks, l1, carry(l1, l), l2, b_hi, b_lo], -1))
 
+# %% ../nbs/13_kernels.ipynb #d6971acc
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    "A hand-written backward pass that is asked for a graph (`create_graph=True`) raises RuntimeError, and keeps none otherwise."
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused attention has no second derivative: use backend='reference', or differences of gradients")
+        return backward(ctx, *grads)
+
+    return checked
+
 # %% ../nbs/13_kernels.ipynb #6f4cafdc
 _aten = torch.ops.aten
 
@@ -188,7 +199,7 @@ class _Flash(torch.autograd.Function):
         return out[..., : v.shape[-1]] + nan, lse + nan.squeeze(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
         q, k, wide, mask, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else F.pad(dout, (0, out.shape[-1] - ctx.dv))
@@ -647,7 +658,7 @@ class _Chunked(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
         *tensors, out = ctx.saved_tensors[:8]
         (qa, ka, rho, kappa, prior, v, mask), shape, plan = tensors, ctx.saved_tensors[8:], ctx.plan

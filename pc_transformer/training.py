@@ -37,8 +37,9 @@ from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
 from .generation import evaluating
-from .learning import gradient_cosine, make_learner, scratch_gradients
+from .learning import gradient_cosine, scratch_gradients
 from .model import PCTransformer
+from .solvers import make_learner
 
 # %% ../nbs/31_training.ipynb #99df7346
 def evaluate(
@@ -255,7 +256,7 @@ class Trainer:
     def __post_init__(self):
         c = self.config
         self.model = PCTransformer(c.model, seed=c.train.seed).to(self.device)
-        self.learner = make_learner(c.learner)
+        self.learner = make_learner(c.learner, apply=self.apply)
         self.optimizer = make_optimizer(self.model, c.train)
         self.batches = Batches(self.train_ids, c.model.block_size, c.train.batch_size, c.train.seed)
 
@@ -263,18 +264,48 @@ class Trainer:
         tokens, targets = self.batches[step]
         return tokens.to(self.device), targets.to(self.device)
 
-    def advance(self) -> float:
-        "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.train) * group["scale"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.learner.backward(self.model, *self.batch(self.step)).loss
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {self.step}: lower the learning rate")
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        "Mixed precision, if configured; and dropout that is a function of seed and step, so that a resumed run repeats it."
+        c, cuda = self.config, [self.device] if self.device.type == "cuda" else []
+        short = c.train.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=short), torch.random.fork_rng(cuda, c.model.dropout > 0):
+            if c.model.dropout > 0:
+                torch.manual_seed(c.train.seed * 1_000_003 + self.step)
+            yield
+
+    def backward(self) -> float:
+        "Fill `p.grad` from this step's batch, in one or several parts; the loss in nats per token."
+        tokens, targets = self.batch(self.step)
+        parts, loss = self.config.train.accumulate, 0.0
+        for x, y in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+            loss += self.learner.backward(self.model, x, y).loss / parts
+        if parts > 1:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad /= parts
+        return loss
+
+    def apply(self) -> None:
+        "Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched, when it is not finite."
         clip = self.config.train.grad_clip or math.inf
         if not nn.utils.clip_grad_norm_(self.model.parameters(), clip).isfinite():
             raise FloatingPointError(f"a gradient is not finite at step {self.step}; the weights were not touched")
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def advance(self) -> float:
+        "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
+        c = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, c) * group["scale"]
+        self.learner = make_learner(self.config.learner, self.step / c.iters, self.apply)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.surroundings():
+            loss = self.backward()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {self.step}: lower the learning rate")
+        self.apply()
         self.step += 1
         self.losses.append(loss)
         return loss
@@ -282,12 +313,14 @@ class Trainer:
     def measure(self) -> dict[str, Any]:
         "Evaluate on the whole validation split and note where the learner sits; appended to the record."
         tokens, targets = self.batch(0)
-        with scratch_gradients(self.model):
-            report = self.learner.backward(self.model, tokens, targets, measure=True)
+        look = make_learner(self.config.learner, min(self.step / self.config.train.iters, 1.0), self.optimizer.zero_grad)
+        with self.surroundings(), scratch_gradients(self.model):
+            report = look.backward(self.model, tokens, targets, measure=True)
+            cosine = gradient_cosine(look, self.model, tokens, targets)["all"]
         entry = {
             "step": self.step,
             "valid_loss": evaluate(self.model, self.valid_ids, self.config.model.block_size),
-            "cosine": gradient_cosine(self.learner, self.model, tokens, targets)["all"],
+            "cosine": cosine,
             "residual": report.residual,
             "step_sizes": report.step_sizes,
             "energy": report.energy,

@@ -63,7 +63,9 @@ def learners_(draw) -> LearnerConfig:
     steps = draw(sizes)
     step_size = draw(st.floats(0, 1, exclude_min=True)) if steps > 1 else 1.0
     algorithm = draw(st.sampled_from(["predictive_coding", "backprop"]))
-    return LearnerConfig(algorithm, steps, draw(positive), step_size)
+    end = {"steps_end": draw(st.none() | st.integers(2, 9))} if steps > 1 else {}
+    own = {"tolerance": draw(st.floats(0, 0.9)), "centred": draw(st.booleans()), "lean": draw(st.booleans())}
+    return LearnerConfig(algorithm, steps, draw(positive), step_size, **own, **end, relative_precision_end=draw(st.none() | positive))
 
 
 learners = learners_()
