@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
-           'evaluate', 'sample', 'data', 'compare', 'study', 'bench', 'bench_attention', 'main']
+           'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -247,6 +247,51 @@ def study(
     print(f"results  {out / 'results.json'}")
 
 
+def settle(
+    grid: dict[str, Any], out: Path = Path("runs/settle"), model: ModelConfig = ModelConfig(),
+    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto",
+) -> None:
+    """Train every combination of a grid of settings; losses, cosine to backprop, residual (chapter 27).
+
+    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it was.
+
+    Args:
+        grid: settings by dotted name and their values, such as '{"learner.steps": [1, 4], "train.seed": [1, 2, 3]}';
+            also label_noise and input_noise, shares of the training data
+        out: folder of results.json
+        model: shape of the models, and what differs from the default
+        train: optimiser and schedule, and what differs from the default
+        data: a corpus by name, or a text file
+        device: auto, cpu, cuda, ...
+    """
+    from pc_transformer.experiments import settling_study as page
+
+    text = read_data(data)
+    config = fit_vocabulary(RunConfig(model=model, train=train, data=data), text)
+    for changes in page.expand(grid):
+        page.settle_config(changes, config)      # a mistake in the grid shows before any work is done
+    make_folder(out)
+    page.settle_study(config, text, out, grid, device)
+    print(f"results  {out / 'results.json'}")
+
+
+def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) -> None:
+    """Settle random models with random settings; none may diverge: a lower energy or one clear sentence (chapter 27).
+
+    Args:
+        out: folder of results.json
+        n: how many configurations
+        first_seed: seed of the first; the others follow
+    """
+    from pc_transformer.experiments import settling_study as page
+
+    if n < 1:
+        raise ConfigError(f"stress needs n of at least 1, got {n}")
+    make_folder(out)
+    found = page.stress(n, out, first_seed)
+    print(", ".join(f"{v} {k}" for k, v in found["outcomes"].items()) + f"\nresults  {out / 'results.json'}")
+
+
 def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig = ModelConfig(), device: str = "auto") -> None:
     """Step time and peak memory of each learner, interleaved in one process; ratios are medians over rounds.
 
@@ -299,7 +344,8 @@ def bench_attention(
 
 # %% ../nbs/34_cli.ipynb #76427aee
 COMMANDS: dict[str, Any] = {
-    f.__name__.replace("_", "-"): f for f in (train, evaluate, sample, data, compare, study, bench, bench_attention)}
+    f.__name__.replace("_", "-"): f
+    for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 

@@ -65,7 +65,8 @@ def learners_(draw) -> LearnerConfig:
     algorithm = draw(st.sampled_from(["predictive_coding", "backprop"]))
     end = {"steps_end": draw(st.none() | st.integers(2, 9))} if steps > 1 else {}
     own = {"tolerance": draw(st.floats(0, 0.9)), "centred": draw(st.booleans()), "lean": draw(st.booleans())}
-    return LearnerConfig(algorithm, steps, draw(positive), step_size, **own, **end, relative_precision_end=draw(st.none() | positive))
+    own["relative_precision_end"] = draw(st.none() | positive)
+    return LearnerConfig(algorithm, steps, draw(positive), step_size, **own, **end)
 
 
 learners = learners_()

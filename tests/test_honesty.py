@@ -1140,7 +1140,7 @@ def test_rule_7_passes_the_rule_of_the_mutants() -> None:
 @every_family
 def test_rule_7_catches_learners(family: str, push: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the gradient of predictors"):
-        check_rule_7(build(family, dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0), push))
+        check_rule_7(build(family, dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0), push=push))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1150,9 +1150,9 @@ class StepsBy(ErrorSettling):
     message: Callable[..., Tensor] = lambda l, deltas, errors, precision: deltas[l]
 
     def descend(self, model: Any, tokens: Tensor, targets: Tensor, errors: Any, deltas: Any, precision: Any,
-                before: Any) -> Any:  # fmt: skip
+                *rest: Any) -> Any:  # fmt: skip
         deltas = [self.message(l, deltas, errors, precision) for l in range(len(deltas))]
-        return super().descend(model, tokens, targets, errors, deltas, precision, before)
+        return super().descend(model, tokens, targets, errors, deltas, precision, *rest)
 
 
 MESSAGES: dict[str, Callable[..., Tensor]] = {
@@ -1314,9 +1314,9 @@ class NeverRejects(ErrorSettling):
     "Mutant: a fixed step size, and no look at the energy."
 
     def descend(self, model: Any, tokens: Tensor, targets: Tensor, errors: Any, deltas: Any, precision: Any,
-                before: Any) -> Any:  # fmt: skip
+                before: Any, *rest: Any) -> Any:  # fmt: skip
         anything = torch.full_like(before, math.inf)
-        return super().descend(model, tokens, targets, errors, deltas, precision, anything)
+        return super().descend(model, tokens, targets, errors, deltas, precision, anything, *rest)
 
 
 @dataclasses.dataclass(frozen=True)

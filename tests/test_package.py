@@ -10,7 +10,7 @@ import pc_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"nbdev", "fastcore", "execnb", "IPython"}  # what made the package
-LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton"}
+LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton", "tensorboard"}
 
 
 def modules_after(code: str) -> set[str]:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
-from pc_transformer.learning import Backprop, PredictiveCoding, Solver, gradient_cosine, gradients, local_gradient
+from pc_transformer.learning import (
+    Backprop,
+    PredictiveCoding,
+    Solver,
+    gradient_cosine,
+    gradients,
+    local_gradient,
+)
 from pc_transformer.settling import ErrorSettling, Pathway, SettlingError, errors_down, predict_up
 from pc_transformer.solvers import (
     ENERGIES,
