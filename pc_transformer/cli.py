@@ -248,7 +248,7 @@ def study(
 
 
 def settle(
-    grid: dict[str, Any], out: Path = Path("runs/settle"), model: ModelConfig = ModelConfig(),
+    out: Path = Path("runs/settle"), grid: dict[str, Any] | None = None, model: ModelConfig = ModelConfig(),
     train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto",
 ) -> None:
     """Train every combination of a grid of settings; losses, cosine to backprop, residual (chapter 27).
@@ -256,9 +256,9 @@ def settle(
     Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it was.
 
     Args:
-        grid: settings by dotted name and their values, such as '{"learner.steps": [1, 4], "train.seed": [1, 2, 3]}';
-            also label_noise and input_noise, shares of the training data
         out: folder of results.json
+        grid: settings by dotted name and their values, such as '{"learner.steps": [1, 4], "train.seed": [1, 2, 3]}';
+            also label_noise and input_noise, shares of the training data; null: the default run
         model: shape of the models, and what differs from the default
         train: optimiser and schedule, and what differs from the default
         data: a corpus by name, or a text file
@@ -268,6 +268,7 @@ def settle(
 
     text = read_data(data)
     config = fit_vocabulary(RunConfig(model=model, train=train, data=data), text)
+    grid = grid or {}
     for changes in page.expand(grid):
         page.settle_config(changes, config)      # a mistake in the grid shows before any work is done
     make_folder(out)

@@ -123,6 +123,10 @@ def learn(
     sign: float = 1.0,      # -1 for the half of a centred pair that is taken away
 ) -> None:
     "Add every local gradient, times `sign`, to `p.grad`; uses up the graphs of the last upward pass."
+    if settled.taught is not None:
+        for f, found in zip([*model.predictors, model.output], settled.taught, strict=True):
+            accumulate([p for p in f.parameters() if p.requires_grad], [g * (sign / settled.count) for g in found])
+        return
     for l, f in enumerate(model.predictors):
         parameters = [p for p in f.parameters() if p.requires_grad]
         if parameters:

@@ -11,10 +11,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from .energies import Contaminated, Elliptical, Gaussian, Huber, Laplace, Logistic, StudentT
@@ -35,15 +35,39 @@ class SweepSettling:
     lean: bool = False                  # keep states only and make each layer's graph again
 
     def __post_init__(self):
-        self.solver()
-
-    def solver(self) -> ErrorSettling:
-        return ErrorSettling(relative_precision=self.relative_precision, lean=self.lean, fused=True)
+        if not 0 < self.relative_precision < math.inf:
+            raise ValueError(f"a sweep needs finite relative_precision > 0: got {self}")
 
     def __call__(
         self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure_residual: bool = True
     ) -> Settled:
-        return self.solver()(model, tokens, targets, measure_residual)
+        count, noise = check_batch(model, tokens, targets), noise_seed(model)
+        with torch.enable_grad():
+            up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
+            precision = relative_precisions(up.states, self.relative_precision)
+            zero = [s.new_zeros(()).expand_as(s) for s in up.states]
+            energies = moving_energies(up, zero, precision)
+            if not energies.isfinite().all():
+                raise SettlingError(f"the energy of the output is {up.output_energy.item()}: its weights or logits overflowed")
+            deltas, taught = self.down(model, up)
+        errors = step_errors(zero, deltas, precision, 1.0)
+        node_energy = (energies + normalisers(up.states, precision))[None].cpu() / count
+        residual = 0.0 if measure_residual else None       # of equation (5) in chapter 20, at the fixed predictions
+        loss = up.output_energy.item() / count
+        return Settled(up, errors, precision, count, loss, node_energy, [1.0], residual, taught=taught)
+
+    def down(self, model: Any, up: Pass) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        "Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l = delta_l` reads what `mu_l` was made of."
+        own = lambda f: [p for p in f.parameters() if p.requires_grad]
+        delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)])
+        deltas, taught = [delta], [tuple(found)]
+        for l in range(len(up.states) - 1, 0, -1):
+            delta, *found = torch.autograd.grad(up.predict(l), [up.inputs[l], *own(model.predictors[l])], delta)
+            deltas.append(delta)
+            taught.append(tuple(found))
+        first = own(model.predictors[0])
+        taught.append(torch.autograd.grad(up.predict(0), first, delta) if first else ())
+        return deltas[::-1], [*taught[:0:-1], taught[0]]
 
 # %% ../nbs/25_solvers.ipynb #625b0e3a
 def predict_all(

@@ -122,7 +122,7 @@ def notebooks() -> str:
     count = len([p for p in ROOT.glob("nbs/**/*.ipynb") if not any(x.startswith((".", "_")) for x in p.parts[-2:])])
     if not count:
         raise Failed("there are no notebooks in nbs/")
-    sh(BIN / "nbdev_test", "--n_workers", "2", "--timing", timeout=420, TQDM_DISABLE="1", MPLBACKEND="agg")
+    sh(BIN / "nbdev_test", "--n_workers", "2", "--timing", timeout=1500, TQDM_DISABLE="1", MPLBACKEND="agg")
     return f"{count} notebooks"
 
 
@@ -134,7 +134,7 @@ def docs() -> str:
 
 def tests() -> str:
     """Pytest passes."""
-    sh(sys.executable, "-m", "pytest", "-q", "tests", timeout=420, PC_TRANSFORMER_SITE=str(ROOT / "_docs"))
+    sh(sys.executable, "-m", "pytest", "-q", "tests", timeout=1500, PC_TRANSFORMER_SITE=str(ROOT / "_docs"))
     return ""
 
 

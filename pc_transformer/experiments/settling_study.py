@@ -10,7 +10,7 @@ __all__ = ['NOISES', 'NoisyTrainer', 'expand', 'part_step', 'settle_config', 'ru
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import ConfigError, ModelConfig, RunConfig, replace, to_dict
 from ..data import baselines
 from .components import damage
-from .tinyshakespeare import about_run, seconds, spread
+from .tinyshakespeare import about_run, seconds
 from ..learning import Solver, gradient_cosine
 from ..model import PCTransformer
 from ..settling import ErrorSettling, SettlingError
