@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOISES', 'NoisyTrainer', 'expand', 'part_step', 'settle_config', 'run_name', 'run_one', 'settle_study', 'draw_case',
-           'case_solver', 'try_case', 'stress']
+           'case_solver', 'try_case', 'stress', 'select']
 
 # %% ../../nbs/27_settling_study.ipynb #1f48c867
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -194,3 +194,12 @@ def stress(n: int, out: Path, first_seed: int = 0) -> dict[str, Any]:
                "odd": [f for f in found if f["outcome"] != "settled"]}
     write_text(out / "results.json", json.dumps(results, indent=1))
     return results
+
+# %% ../../nbs/27_settling_study.ipynb #3d4da315
+def select(runs: Iterable[Mapping[str, Any]], iters: int = 2000, **settings: Any) -> dict[int, Mapping[str, Any]]:
+    "Runs of one kind by seed; settings by the last part of their name, all others as usual."
+    def kind(r: Mapping[str, Any]) -> dict[str, Any]:
+        short = {k.split(".")[-1]: v for k, v in r["changes"].items() if k not in ("train.seed", "train.eval_interval")}
+        return {"iters": 2000, "algorithm": "predictive_coding", **short}
+    wanted = {"iters": iters, "algorithm": "predictive_coding", **settings}
+    return {r["changes"]["train.seed"]: r for r in sorted(runs, key=lambda r: r["changes"]["train.seed"]) if kind(r) == wanted}
