@@ -467,7 +467,7 @@ def advance(
     for f in layers:
         x = f.norm(s)
         if isinstance(f, FeedForwardLayer):
-            s = s + f.down(F.gelu(f.up(x)))
+            s = s + f.down(F.gelu(f.up(x), approximate=f.approximate))
             continue
         out, energy = remember(cache, layer, x, slots, seen, first, settle_steps, energies)
         s, layer = s + f.attention.out(out), layer + 1
