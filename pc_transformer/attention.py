@@ -463,6 +463,7 @@ class PCAttention(nn.Module):
         qk_norm: bool = False,
         background: bool = False,
         dropout: float = 0.0,                   # of attention weights, in training
+        bias: bool = False,                     # of the two linear maps
     ):
         super().__init__()
         check_options(d_model, n_head, family, precision_init, precision, mixing, tail, n_component, n_kv_head)
@@ -470,8 +471,8 @@ class PCAttention(nn.Module):
         self.family: Family = family
         self.window, self.qk_norm, self.dropout, self.mixing = window, qk_norm, dropout, mixing
         self.n_component = n_component if family == "mixture" else 1
-        self.qkv = nn.Linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias=bias)
+        self.out = nn.Linear(d_model, d_model, bias=bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
         start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))

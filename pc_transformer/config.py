@@ -150,6 +150,8 @@ class ModelConfig(Config):
     qk_norm: bool = False  # scale queries and keys to mean square one
     background: bool = False  # one more hypothesis per head: no key explains the query
     dropout: float = 0.0  # nanoGPT's: of attention weights, residual branches and embeddings
+    bias: bool = False  # GPT-2's: one in every linear map but the output, and in every LayerNorm
+    gelu: Literal["exact", "tanh"] = "exact"  # tanh: GPT-2's approximation of the activation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +175,7 @@ class ModelConfig(Config):
     @property
     def attention_options(self) -> dict[str, Any]:
         "What an attention layer needs besides its sizes, its family and its initial precision."
-        names = ("precision", "mixing", "tail", "n_component", "n_kv_head", "window", "qk_norm", "background", "dropout")
+        names = ("precision", "mixing", "tail", "n_component", "n_kv_head", "window", "qk_norm", "background", "dropout", "bias")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -6,7 +6,7 @@
 __all__ = ['LayerNorm', 'Embedding', 'AttentionLayer', 'FeedForwardLayer', 'Output']
 
 # %% ../nbs/14_layers.ipynb #5623a3f5
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,15 @@ from .attention import Family, PCAttention
 
 # %% ../nbs/14_layers.ipynb #787187cb
 class LayerNorm(nn.Module):
-    "Normalise each token's state over its coordinates, equation (3); a learned gain and no bias (nanoGPT's `bias=False`)."
+    "Normalise each token's state over its coordinates, equation (3); a learned gain and, if asked for, a bias (GPT-2's)."
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return F.layer_norm(s, self.weight.shape, self.weight)
+        return F.layer_norm(s, self.weight.shape, self.weight, self.bias)
 
 # %% ../nbs/14_layers.ipynb #753cb652
 class Embedding(nn.Module):
@@ -46,11 +47,12 @@ class AttentionLayer(nn.Module):
     def __init__(
         self, d_model: int, n_head: int, family: Family = "gaussian", precision_init: float | None = None,
         dropout: float = 0.0,         # of attention weights and of the whole branch, in training
+        bias: bool = False,           # in the norm and in both linear maps
         **options: Any,               # of `PCAttention`
     ):
         super().__init__()
-        self.norm = LayerNorm(d_model)
-        self.attention = PCAttention(d_model, n_head, family, precision_init, dropout=dropout, **options)
+        self.norm = LayerNorm(d_model, bias)
+        self.attention = PCAttention(d_model, n_head, family, precision_init, dropout=dropout, bias=bias, **options)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -60,23 +62,28 @@ class AttentionLayer(nn.Module):
 class FeedForwardLayer(nn.Module):
     "Predicts the next node token by token: `mu = s + W_down gelu(W_up LN(s))`, four times wider inside."
 
-    def __init__(self, d_model: int, dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, dropout: float = 0.0,
+        bias: bool = False,                             # in the norm and in both linear maps
+        gelu: Literal["exact", "tanh"] = "exact",       # equation (5), or GPT-2's approximation of it, equation (6)
+    ):
         super().__init__()
-        self.norm = LayerNorm(d_model)
-        self.up = nn.Linear(d_model, 4 * d_model, bias=False)
-        self.down = nn.Linear(4 * d_model, d_model, bias=False)
+        self.norm = LayerNorm(d_model, bias)
+        self.up = nn.Linear(d_model, 4 * d_model, bias)
+        self.down = nn.Linear(4 * d_model, d_model, bias)
         self.dropout = nn.Dropout(dropout)
+        self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return s + self.dropout(self.down(F.gelu(self.up(self.norm(s)))))
+        return s + self.dropout(self.down(F.gelu(self.up(self.norm(s)), approximate=self.approximate)))
 
 # %% ../nbs/14_layers.ipynb #1a1fb1f0
 class Output(nn.Module):
     "Logits of the next token: `W LN(s_N)`; `weight` is the token table of the embedding (tied)."
 
-    def __init__(self, weight: nn.Parameter):  # `(V, D)`
+    def __init__(self, weight: nn.Parameter, bias: bool = False):  # `(V, D)`; the bias is the norm's
         super().__init__()
-        self.norm = LayerNorm(weight.shape[1])
+        self.norm = LayerNorm(weight.shape[1], bias)
         self.weight = weight
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:

@@ -55,6 +55,8 @@ def check_targets(
 def initialise(model: nn.Module, n_layer: int) -> None:
     "nanoGPT's initial weights, drawn from torch's current random state; gains and distributions stay as constructed."
     for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
         if name.endswith(LEARNED) or p.dim() < 2:
             continue
         writes = name.endswith(("attention.out.weight", "down.weight"))
@@ -76,13 +78,13 @@ class PCTransformer(nn.Module):
             embedding = Embedding(config.vocab_size, config.block_size, config.d_model, config.dropout)
             layers = [f for _ in range(config.n_layer) for f in self.block()]
             self.predictors = nn.ModuleList([embedding, *layers])
-            self.output = Output(cast(nn.Parameter, embedding.token.weight))
+            self.output = Output(cast(nn.Parameter, embedding.token.weight), config.bias)
             initialise(self, config.n_layer)
 
     def block(self) -> tuple[AttentionLayer, FeedForwardLayer]:
         c = self.config
         attention = AttentionLayer(c.d_model, c.n_head, c.attention, c.precision_init, **c.attention_options)
-        return attention, FeedForwardLayer(c.d_model, c.dropout)
+        return attention, FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu)
 
     def forward(
         self,
