@@ -28,7 +28,7 @@ from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
 from .generation import evaluating
-from .layers import AttentionLayer
+from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
 from .training import TextData, Trainer, load, pick_device, read_tensors, restore, write_text
@@ -109,6 +109,7 @@ def climb(
 ) -> tuple[list[Tensor], list[Tensor], list[Memory]]:   # predictions `mu_l`, states `s_l`, memories
     "Equation (1): columns upwards, each over the settled past; columns do not see each other."
     embedding, *layers = model.predictors
+    assert isinstance(embedding, Embedding)
     mu = embedding.token(tokens) + embedding.position.weight[start : start + tokens.shape[1]]
     predictions, memories, behind = [mu], [], iter(past)
     states = [mu if errors is None else mu + errors[0]]
@@ -187,7 +188,7 @@ def column_energy(
     "Equation (1) as a function of the errors, nats."
     def energy(errors: list[Tensor]) -> Float[Tensor, "B T"]:
         _, states, _ = climb(model, tokens, past, errors, start)
-        priors = sum((e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True))
+        priors = torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True)]).sum(0)
         return priors + F.cross_entropy(model.output(states[-1]).mT, evidence, reduction="none", ignore_index=-100)
     return energy
 
@@ -229,7 +230,8 @@ class EvidenceTransformer(nn.Module):
                 predictions, _, _ = climb(self.model, tokens, past)
                 variances = self.variances(predictions)
             energy = column_energy(self.model, tokens, evidence, past, variances)
-            errors, trace = settle_columns(energy, [torch.zeros_like(mu) for mu in predictions], variances, self.steps, self.step_size)
+            zero = [torch.zeros_like(mu) for mu in predictions]
+            errors, trace = settle_columns(energy, zero, variances, self.steps, self.step_size)
         return errors, trace
 
     def forward(
@@ -261,10 +263,9 @@ def read_token(
     settle: Callable[..., tuple[list[Tensor], list[Tensor]]] = settle_columns,
 ) -> tuple[Float[Tensor, "B V"], Past]:
     "Settle the waiting column on this token, then predict the next from an unsettled column over the settled past."
-    model, memories, trace, t = evidence.model, [None] * evidence.config.n_layer, [], 0
-    if past is not None:
-        t = past.tokens.shape[1]
-        memories, trace = finish(evidence, past, token, settle)
+    model, t = evidence.model, 0 if past is None else past.tokens.shape[1]
+    nothing: list[Memory | None] = [None] * evidence.config.n_layer
+    memories, trace = (nothing, []) if past is None else finish(evidence, past, token, settle)
     with torch.no_grad():
         predictions, states, _ = climb(model, token, memories, start=t)
         logits = model.output(states[-1])[:, -1]
@@ -280,7 +281,8 @@ def finish(
     variances, errors, trace = evidence.variances(past.predictions), None, []
     if evidence.steps:
         energy = column_energy(model, last, token, past.memories, variances, start)
-        errors, trace = settle(energy, [torch.zeros_like(mu) for mu in past.predictions], variances, evidence.steps, evidence.step_size)
+        zero = [torch.zeros_like(mu) for mu in past.predictions]
+        errors, trace = settle(energy, zero, variances, evidence.steps, evidence.step_size)
     with torch.no_grad():
         _, _, new = climb(model, last, past.memories, errors, start)
     return [n if m is None else m.append(n) for m, n in zip(past.memories, new, strict=True)], trace
@@ -313,11 +315,13 @@ def sample_columns(
     def away(to: list[Tensor], at: list[Tensor], slopes: Sequence[Tensor]) -> Tensor:
         "`-log q(to | at)` times the temperature, up to a constant."
         parts = zip(to, at, variances, slopes, strict=True)
-        return sum(((x - y + step_size * v * g).square() / v).sum(-1) for x, y, v, g in parts) / (4 * step_size)
+        terms = [((x - y + step_size * v * g).square() / v).sum(-1) for x, y, v, g in parts]
+        return torch.stack(terms).sum(0) / (4 * step_size)
 
     for _ in range(steps):
         noise = [torch.randn(e.shape, generator=generator, dtype=e.dtype).to(e.device) for e in errors]
-        trial = [e - step_size * v * g + (two * v).sqrt() * n for e, v, g, n in zip(errors, variances, slopes, noise, strict=True)]
+        parts = zip(errors, variances, slopes, noise, strict=True)
+        trial = [e - step_size * v * g + (two * v).sqrt() * n for e, v, g, n in parts]
         after, back = slopes_of(energy, trial)
         log_ratio = (now - after + away(trial, errors, slopes) - away(errors, trial, back)) / temperature
         chance = torch.rand(now.shape, generator=generator, dtype=now.dtype).to(now.device)
@@ -352,7 +356,8 @@ class EvidenceSettler:
         "The model with its past settled, by this settler's steps."
         own = isinstance(model, EvidenceTransformer)
         plain = model.model if own else model
-        if not isinstance(plain, PCTransformer): raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
+        if not isinstance(plain, PCTransformer):
+            raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
         size = self.step_size or (0.1 if self.temperature else 1.0)
         found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size).to(plain.output.weight)
         if own: found.log_beta = model.log_beta
@@ -443,7 +448,8 @@ def gains(
 def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
     "Windows spread evenly over a text, and their targets. Raises ValueError for a text too short."
     most = (len(ids) - 1) // block_size
-    if not 1 <= count <= most: raise ValueError(f"there are between 1 and {most} windows of {block_size} tokens here, not {count}")
+    if not 1 <= count <= most:
+        raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, so not {count} of them")
     starts = torch.linspace(0, most - 1, count).round().long() * block_size
     x = torch.stack([ids[s : s + block_size + 1] for s in starts.tolist()])
     return x[:, :-1], x[:, 1:]
@@ -462,8 +468,8 @@ def go_on(
     else:
         t.settle_on_evidence(relative_precision, 10 * config.train.learning_rate)
     while t.step < config.train.iters: times.append(seconds(t.advance, device))
-    about = {"seconds": sum(times), "median_step_ms": 1e3 * statistics.median(times), "train_loss": statistics.mean(t.losses[-50:]),
-             "beta": t.evidence.log_beta.exp().tolist() if relative_precision else None}
+    beta = t.evidence.log_beta.exp().tolist() if relative_precision else None
+    about = {"seconds": sum(times), "median_step_ms": 1e3 * statistics.median(times), "beta": beta}
     return t.evidence, about
 
 
@@ -479,20 +485,24 @@ def evidence_study(
 ) -> dict[str, Any]:
     "Go on with every model, plainly and with evidence, read validation text with both; write `out/results.json`."
     place, where = out / "results.json", pick_device(device)
-    results: dict[str, Any] = {**about_run(config, where), "windows": windows, "relative_precision": relative_precision, "runs": []}
+    settings = {"windows": windows, "relative_precision": relative_precision, "models": len(models)}
+    results: dict[str, Any] = {**about_run(config, where), **settings, "runs": []}
     x, y = some_windows(data.valid_ids, config.model.block_size, windows)
     hurt = damage(x, config.model.vocab_size, 0.1, torch.Generator().manual_seed(0))
     for seed, folder in enumerate(models, 1):
         load(folder, config.model)                          # says what does not fit before any work is done
         for how, beta in (("plain", None), ("evidence", relative_precision)):
             found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, folder, beta, where)
-            tests = {"trained": found} if beta else {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
+            tests = {"trained": found}
+            if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():
                 few = steps if name in ("trained", f"beta {UNTRAINED[0]:g}") else steps[:1]
                 run = {"seed": seed, "training": how, "settling": name, **about}
-                for text, read in (("clean", x), ("10 % replaced", hurt)): run[text] = gains(each, read.to(where), y.to(where), few)
+                run["clean"] = gains(each, x.to(where), y.to(where), few)
+                run["10 % replaced"] = gains(each, hurt.to(where), y.to(where), few)
                 results["runs"].append(run)
-                print(f"seed {seed}, {how}, {name}: {run['clean']['0']['loss']:.4f}, one step {run['clean']['1']['difference']:+.4f}", flush=True)
+                loss, moved = run["clean"]["0"]["loss"], run["clean"][str(few[0])]["difference"]
+                print(f"seed {seed}, {how}, {name}: {loss:.4f}, {few[0]} steps {moved:+.4f}", flush=True)
             write_text(place, json.dumps(results, indent=1))
     return results
 
