@@ -11,7 +11,7 @@ __all__ = ['SCORES', 'BETAS', 'WIKITEXT', 'DAMAGES', 'LEVELS', 'entropy', 'Decom
            'at_level', 'judge', 'flat_predictions', 'calibration', 'study_one', 'study_ensemble', 'uncertainty_study',
            'check_models', 'summary', 'table']
 
-# %% ../nbs/24_uncertainty.ipynb #78abd0fa
+# %% ../nbs/24_uncertainty.ipynb #bd2708e0
 import json
 import math
 import re
@@ -34,14 +34,14 @@ from .layers import AttentionLayer
 from .model import PCTransformer, convert
 from .training import TextData, load, load_tokenizer, pick_device, write_text
 
-# %% ../nbs/24_uncertainty.ipynb #aacd9767
+# %% ../nbs/24_uncertainty.ipynb #009351f6
 def entropy(
     log_p: Float[Tensor, "*batch V"],      # log-probabilities
 ) -> Float[Tensor, "*batch"]:              # nats, in [0, log V]
     "Equation (1); a token of probability zero adds nothing."
     return torch.special.entr(log_p.exp()).sum(-1)
 
-# %% ../nbs/24_uncertainty.ipynb #ab08f134
+# %% ../nbs/24_uncertainty.ipynb #8a57964b
 @dataclass(frozen=True)
 class Decomposition:
     "Equation (2), nats per prediction."
@@ -62,7 +62,7 @@ def decompose(
     terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - mean))
     return Decomposition(entropy(mean), entropy(log_p).mean(0), terms.sum(-1).mean(0))
 
-# %% ../nbs/24_uncertainty.ipynb #3debf109
+# %% ../nbs/24_uncertainty.ipynb #d9de29cc
 def ensemble_log_probs(models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "S B T V"]:
     "Target-free predictions of several models; their modes are restored."
     out = []
@@ -89,7 +89,7 @@ def noisy_log_probs(
             out.append(model.output(s).log_softmax(-1))
     return torch.stack(out)
 
-# %% ../nbs/24_uncertainty.ipynb #e90d40da
+# %% ../nbs/24_uncertainty.ipynb #1bc0db38
 def prior_mass(a: PCAttention, k: Tensor, log_mix: Tensor | None) -> Float[Tensor, "B H T"]:
     "log of the sum of mixing weights over the keys that each query sees."
     T = k.shape[-2]
@@ -109,7 +109,7 @@ def head_energies(a: PCAttention, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B
     options: dict[str, Any] = {"precision": precision, "log_mix": log_mix, "is_causal": True, "window": a.window, **tail}
     return attention_energy(q, k, a.family, **options) + prior_mass(a, k, log_mix)
 
-# %% ../nbs/24_uncertainty.ipynb #68f46d58
+# %% ../nbs/24_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
     "The feed-forward states of every node, target-free."
     states: list[Tensor] = []
@@ -138,7 +138,7 @@ class StateGaussians:
         known = zip(states, self.mean, self.precision, strict=True)
         return torch.stack([Gaussian().energy(s.double() - m, Pi) for s, m, Pi in known]).sum(0)
 
-# %% ../nbs/24_uncertainty.ipynb #9208ae02
+# %% ../nbs/24_uncertainty.ipynb #05ac650c
 SCORES = ("surprisal", "entropy", "attention energy", "state energy")
 
 
@@ -161,7 +161,7 @@ def token_scores(
             for name, row in zip(SCORES, rows, strict=True): found[name].append(row.cpu())
     return {name: torch.cat(rows) for name, rows in found.items()}
 
-# %% ../nbs/24_uncertainty.ipynb #29dad072
+# %% ../nbs/24_uncertainty.ipynb #8c8a475a
 def midranks(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     "Ranks from 1; equal values share the mean of theirs."
     _, where, count = torch.unique(x, return_inverse=True, return_counts=True)
@@ -181,7 +181,7 @@ def auroc(
         raise ValueError(f"{int(x.isnan().sum())} of {len(x)} scores are NaN")
     return ((midranks(x)[y].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)).item()
 
-# %% ../nbs/24_uncertainty.ipynb #c8c82449
+# %% ../nbs/24_uncertainty.ipynb #c7ffd581
 def bootstrap_interval(
     statistic: Callable[..., float],       # of as many tensors as `parts`
     *parts: Tensor,                        # observations along the first axis, drawn together
@@ -192,8 +192,8 @@ def bootstrap_interval(
     "Percentile interval (Efron 1979) over independent observations. Raises ValueError for fewer than two of them."
     n = len(parts[0])
     if n < 2 or any(len(p) != n for p in parts) or draws < 2 or not 0 < level < 1:
-        raise ValueError(f"a bootstrap needs two or more observations, as many in each part, two draws and a level in (0, 1); got "
-                         f"{[len(p) for p in parts]}, {draws}, {level}")
+        raise ValueError(f"a bootstrap needs two or more observations, as many in each part, two draws and a level "
+                         f"in (0, 1); got {[len(p) for p in parts]}, {draws}, {level}")
     generator = torch.Generator().manual_seed(seed)
     found = [statistic(*(p[i] for p in parts)) for i in (torch.randint(n, (n,), generator=generator) for _ in range(draws))]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
@@ -204,7 +204,7 @@ def auroc_pair(clean: Tensor, damaged: Tensor) -> float:
     "AUROC of damaged against clean scores."
     return auroc(torch.cat([clean.flatten(), damaged.flatten()]), torch.arange(clean.numel() + damaged.numel()) >= clean.numel())
 
-# %% ../nbs/24_uncertainty.ipynb #d8b4c9f0
+# %% ../nbs/24_uncertainty.ipynb #6b6ac297
 def replace_characters(
     tokens: Int[Tensor, "N T"], vocab_size: int, share: float, generator: torch.Generator
 ) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:        # damaged tokens, and where they differ
@@ -221,7 +221,7 @@ def shuffle_words(text: str, generator: torch.Generator) -> str:
     parts[::2] = [words[i] for i in torch.randperm(len(words), generator=generator).tolist()]
     return "".join(parts)
 
-# %% ../nbs/24_uncertainty.ipynb #e61f82a9
+# %% ../nbs/24_uncertainty.ipynb #5a99acb6
 @dataclass(frozen=True)
 class Logistic:
     "log odds of being strange, linear in standardised scores."
@@ -253,7 +253,7 @@ def fit_logistic(
         w = w - torch.linalg.solve(X.mT * (p * (1 - p)) @ X / len(X) + decay, slope)
     return Logistic(mean, scale, w[:-1], w[-1].item())
 
-# %% ../nbs/24_uncertainty.ipynb #08445dd7
+# %% ../nbs/24_uncertainty.ipynb #789bd767
 @dataclass(frozen=True)
 class Reliability:
     "Groups of predictions by confidence; empty groups are left out."
@@ -290,7 +290,7 @@ def confidence_and_correct(logits: Float[Tensor, "N V"], targets: Int[Tensor, " 
     best = logits.double().softmax(-1).max(-1)
     return best.values, best.indices == targets
 
-# %% ../nbs/24_uncertainty.ipynb #729fe6eb
+# %% ../nbs/24_uncertainty.ipynb #537922e3
 def brier(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> float:
     "Mean squared distance between the prediction and what came, in [0, 2] (Brier 1950)."
     p = logits.double().softmax(-1)
@@ -304,7 +304,7 @@ def plot_reliability(r: Reliability, ax: Any, label: str = "") -> None:
     ax.scatter(r.confidence, r.accuracy, 4 + 120 * r.count / r.count.sum(), color=line.get_color())
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
 
-# %% ../nbs/24_uncertainty.ipynb #ab132ccb
+# %% ../nbs/24_uncertainty.ipynb #f9680a88
 BETAS = (1e-3, 1e3)    # where 1 / tau is looked for
 
 
@@ -335,7 +335,7 @@ def fit_temperature(
         if done: break
     return 1 / beta
 
-# %% ../nbs/24_uncertainty.ipynb #8b893089
+# %% ../nbs/24_uncertainty.ipynb #b1ce1e00
 def risk_coverage(
     confidence: Float[Tensor, " N"],       # higher for surer
     loss: Float[Tensor, " N"],             # such as 1 for a wrong answer, or nats
@@ -353,7 +353,7 @@ def aurc(confidence: Float[Tensor, " N"], loss: Float[Tensor, " N"]) -> float:
     "Area under the risk-coverage curve: the mean risk over all coverages."
     return risk_coverage(confidence, loss)[1].mean().item()
 
-# %% ../nbs/24_uncertainty.ipynb #60a4c373
+# %% ../nbs/24_uncertainty.ipynb #3360e932
 WIKITEXT = Corpus("wikitext-2/valid.txt", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
                   "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt")
 
@@ -363,8 +363,8 @@ def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> 
     if path is None:
         cached = [p for f in cache_folders() if (p := f / WIKITEXT.file).is_file()]
         if not cached:
-            raise FileNotFoundError(f"there is no {WIKITEXT.file} in {', '.join(map(str, cache_folders()))}: put {WIKITEXT.url} there, "
-                                    "or name another text")
+            places = ", ".join(map(str, cache_folders()))
+            raise FileNotFoundError(f"there is no {WIKITEXT.file} in {places}: put {WIKITEXT.url} there, or name another text")
         path = verify(cached[0], WIKITEXT, str(cached[0]), "put the published file there")
     known = set(tokenizer.vocabulary)
     return tokenizer.encode("".join(c for c in read_text(path) if c in known))
@@ -372,12 +372,12 @@ def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> 
 
 def even_windows(ids: Int[Tensor, " N"], length: int, count: int) -> Int[Tensor, "n T"]:
     "At most `count` windows that do not overlap, spread evenly. Raises ValueError when not two fit."
+    if count < 2 or len(ids) < 2 * length:
+        raise ValueError(f"at least two windows of {length} tokens are needed, but {count} of {len(ids)} tokens were asked for")
     n = min(count, len(ids) // length)
-    if n < 2:
-        raise ValueError(f"{len(ids)} tokens are too few for two windows of {length}")
     return torch.stack([ids[i : i + length] for i in np.linspace(0, len(ids) - length, n).astype(int)])
 
-# %% ../nbs/24_uncertainty.ipynb #a4c47020
+# %% ../nbs/24_uncertainty.ipynb #f41dd9e5
 DAMAGES = ("replaced characters", "shuffled words", "random characters", "foreign text")
 
 
@@ -401,7 +401,7 @@ def damage(
     else: raise ValueError(f"unknown damage {kind!r}: choose from {', '.join(DAMAGES)}")
     return new, torch.ones_like(new, dtype=torch.bool)
 
-# %% ../nbs/24_uncertainty.ipynb #9e4a9c43
+# %% ../nbs/24_uncertainty.ipynb #aa3af767
 LEVELS = ("window", "token")
 
 
@@ -423,13 +423,14 @@ def judge(
     x, y = test
     columns = {n: x[..., i] for i, n in enumerate(SCORES)} | {"combination": combine(x[..., use])}
     options: dict[str, Any] = {"draws": draws, "seed": seed}
-    found: dict[str, Any] = {n: {"auroc": auroc(s, y), "interval": bootstrap_interval(auroc, s, y, **options)} for n, s in columns.items()}
+    found: dict[str, Any] = {n: {"auroc": auroc(s, y), "interval": bootstrap_interval(auroc, s, y, **options)}
+                             for n, s in columns.items()}
     gain = lambda c, s, y: auroc(c, y) - auroc(s, y)
     parts = (columns["combination"], columns["surprisal"], y)
     found["gain over surprisal"] = {"auroc": gain(*parts), "interval": bootstrap_interval(gain, *parts, **options)}
     return found | {"weights": dict(zip((SCORES[i] for i in use), combine.weight.tolist(), strict=True))}
 
-# %% ../nbs/24_uncertainty.ipynb #82756e10
+# %% ../nbs/24_uncertainty.ipynb #0fdc4577
 def flat_predictions(model: PCTransformer, windows: Int[Tensor, "N T"]) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
     "Target-free logits and the tokens that came, of all windows, on the CPU."
     with evaluating(model): z = torch.cat([model(x[:, :-1]).cpu() for x in windows.split(64)])
@@ -446,7 +447,7 @@ def calibration(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> dic
             "ece_equal_mass": even.ece, "accuracy": correct.double().mean().item(), "predictions": len(targets),
             "aurc": risk.mean().item(), "risk_at_half_coverage": risk[(len(risk) - 1) // 2].item(), "reliability": diagram}
 
-# %% ../nbs/24_uncertainty.ipynb #7184691c
+# %% ../nbs/24_uncertainty.ipynb #0286cc05
 def study_one(
     model: PCTransformer, data: TextData, foreign: Int[Tensor, " M"], windows: int, draws: int, seed: int
 ) -> dict[str, Any]:
@@ -469,7 +470,7 @@ def study_one(
         out["detection"][kind] = {lv: judge(at_level(*sets[0], lv), at_level(*sets[1], lv), draws, seed) for lv in levels}
     return out
 
-# %% ../nbs/24_uncertainty.ipynb #ab89c5f7
+# %% ../nbs/24_uncertainty.ipynb #0b2f8bd8
 def study_ensemble(
     models: Sequence[PCTransformer], data: TextData, foreign: Int[Tensor, " M"], windows: int, draws: int, seed: int
 ) -> dict[str, Any]:
@@ -485,10 +486,11 @@ def study_ensemble(
         g = torch.Generator().manual_seed(seed * len(DAMAGES) + i)
         strange = means(damage(kind, clean, data.tokenizer, foreign.chunk(2)[1], g)[0])
         out[kind] = {n: {"auroc": auroc_pair(calm[n], s), "nats_per_token": s.mean().item(),
-                         "interval": bootstrap_interval(auroc_pair, calm[n], s, draws=draws, seed=seed)} for n, s in strange.items()}
+                         "interval": bootstrap_interval(auroc_pair, calm[n], s, draws=draws, seed=seed)}
+                     for n, s in strange.items()}
     return out
 
-# %% ../nbs/24_uncertainty.ipynb #6bea5545
+# %% ../nbs/24_uncertainty.ipynb #0a496bf8
 def uncertainty_study(
     models: Sequence[str | Path],          # folders of saved models of one vocabulary and context, such as three seeds
     data: TextData,                        # the corpus they were trained on
@@ -529,14 +531,15 @@ def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]
             raise ValueError(f"{f} has a context of {net.config.block_size}, {folders[0]} one of {nets[0].config.block_size}")
     return nets
 
-# %% ../nbs/24_uncertainty.ipynb #f094e252
+# %% ../nbs/24_uncertainty.ipynb #6e7afa98
 def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "Mean, least and greatest over models of every number of interest."
     def over(get: Callable[[dict[str, Any]], float]) -> dict[str, float]:
         values = [get(m) for m in models]
         return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
-    def of(kind: str, level: str, name: str) -> dict[str, float]: return over(lambda m: m["detection"][kind][level][name]["auroc"])
+    def of(kind: str, level: str, name: str) -> dict[str, float]:
+        return over(lambda m: m["detection"][kind][level][name]["auroc"])
 
     numbers = ("nll", "brier", "ece_equal_width", "ece_equal_mass", "aurc")
     out: dict[str, Any] = {w: {n: over(lambda m, w=w, n=n: m[w][n]) for n in numbers} for w in ("before", "after")}
@@ -551,7 +554,8 @@ def table(results: dict[str, Any]) -> str:
     say = lambda r: f"{r['mean']:.3f} [{r['min']:.3f}, {r['max']:.3f}]"
     s = results["summary"]
     lines = [f"{len(results['models'])} models, mean [least, greatest]; temperature {say(s['temperature'])}"]
-    lines += [f"ECE {w} {say(s[w]['ece_equal_width'])}, equal mass {say(s[w]['ece_equal_mass'])}, NLL {say(s[w]['nll'])}" for w in ("before", "after")]
+    for w in ("before", "after"):
+        lines.append(f"ECE {w} {say(s[w]['ece_equal_width'])}, equal mass {say(s[w]['ece_equal_mass'])}, NLL {say(s[w]['nll'])}")
     for where, found in s["auroc"].items():
         lines += [f"AUROC, {where}:"] + [f"  {n:20} {say(r)}" for n, r in found.items()]
     return "\n".join(lines)
