@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
-           'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention', 'main']
+           'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
+           'uncertainty', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -343,10 +344,34 @@ def bench_attention(
     page.bench_attention(out, quick, lengths, rounds, device, memory=memory)
     print(f"results  {out / 'results.json'}\nplot     {out / 'speed.png'}")
 
+# %% ../nbs/34_cli.ipynb #7d20a002
+def uncertainty(
+    models: list[Path], out: Path = Path("runs/uncertainty"), data: str = "tinyshakespeare", foreign: Path | None = None,
+    windows: int = 200, draws: int = 200, seed: int = 0, device: str = "auto",
+) -> None:
+    """Calibration of saved models, and how well likelihood, entropy and energies find damaged text (chapter 24).
+
+    Args:
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        out: folder of results.json
+        data: the corpus they were trained on, by name, or a text file
+        foreign: a text of another kind; null: WikiText-2's validation text from the cache folder
+        windows: how many windows of each half of the validation text are damaged and judged
+        draws: of the bootstrap, for intervals
+        seed: of damage and bootstrap
+        device: auto, cpu, cuda, ...
+    """
+    from pc_transformer import uncertainty as page
+
+    folders = [model_folder(m) for m in models]
+    results = page.uncertainty_study(folders, read_data(data), out, foreign, windows, draws, seed, device)
+    print(f"{page.table(results)}\nresults  {out / 'results.json'}")
+
 # %% ../nbs/34_cli.ipynb #76427aee
 COMMANDS: dict[str, Any] = {
     f.__name__.replace("_", "-"): f
-    for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention)}
+    for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention,
+              uncertainty)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 

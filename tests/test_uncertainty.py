@@ -1,0 +1,442 @@
+"""Uncertainty: identities by brute force and by properties, honesty of the scores, the study from its command line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import stir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pc_transformer import ModelConfig, PCTransformer, save
+from pc_transformer.attention import attend
+from pc_transformer.cli import main
+from pc_transformer.data import CharTokenizer
+from pc_transformer.training import TextData
+from pc_transformer.uncertainty import (
+    DAMAGES,
+    SCORES,
+    StateGaussians,
+    aurc,
+    auroc,
+    bootstrap_interval,
+    brier,
+    confidence_and_correct,
+    damage,
+    decompose,
+    ensemble_log_probs,
+    entropy,
+    even_windows,
+    fit_logistic,
+    fit_temperature,
+    foreign_tokens,
+    midranks,
+    node_states,
+    noisy_log_probs,
+    reliability,
+    replace_characters,
+    risk_coverage,
+    scaled_nll,
+    shuffle_words,
+    token_scores,
+    uncertainty_study,
+)  # fmt: skip
+
+SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
+TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dot": {"attention": "dot"},
+    "gaussian": {"attention": "gaussian"},
+    "student_t": {"attention": "student_t", "window": 3},
+    "mixture": {"attention": "mixture", "n_kv_head": 1},
+    "by token": {"attention": "gaussian", "precision": "key", "mixing": "key", "bias": True},
+    "diagonal": {"attention": "laplace", "precision": "diagonal", "background": True},
+}
+seeds = st.integers(0, 2**31)
+few = settings(deadline=None, max_examples=25)
+
+
+def build(family: str, seed: int = 1) -> PCTransformer:
+    model = PCTransformer(ModelConfig(**SIZES, **FAMILIES[family]), seed)
+    stir(model, seed, 10.0)
+    return model
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- entropy and its parts
+
+
+@few
+@given(seeds, st.integers(1, 6), st.integers(2, 9), st.sampled_from([0.01, 1.0, 30.0]))
+def test_decomposition(seed: int, S: int, V: int, scale: float) -> None:
+    log_p = (scale * normal(seed, S, 3, 4, V)).log_softmax(-1)
+    parts = decompose(log_p)
+    mean = log_p.exp().mean(0)
+    torch.testing.assert_close(parts.total, torch.distributions.Categorical(probs=mean).entropy(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.total, parts.aleatoric + parts.epistemic, rtol=1e-9, atol=1e-12)
+    assert (parts.epistemic >= -1e-13).all() and (parts.epistemic <= math.log(S) + 1e-12).all()
+    assert decompose(log_p[:1].expand(S, -1, -1, -1)).epistemic.abs().max() < 1e-13
+
+
+def test_small_epistemic_parts_keep_their_digits() -> None:
+    "For samples that differ by d, the mutual information is of order d^2, far below the rounding of an entropy."
+    base, direction = normal(0, 5), normal(1, 5)
+    sizes = [decompose(torch.stack([base + d * direction, base - d * direction]).log_softmax(-1)).epistemic.item()
+             for d in (1e-3, 1e-5)]  # fmt: skip
+    assert sizes[0] / sizes[1] == pytest.approx(1e4, rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3), torch.zeros(3), torch.full((2, 3), math.nan)])
+def test_samples_must_be_distributions(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match="sum to one"):
+        decompose(bad)
+
+
+def test_samples_leave_the_model_alone() -> None:
+    model = build("gaussian").train()
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    noisy = noisy_log_probs(model, TOKENS, 0.3, 3, seed=4)
+    assert torch.equal(noisy, noisy_log_probs(model, TOKENS, 0.3, 3, seed=4))
+    assert not torch.equal(noisy[0], noisy[1])
+    torch.testing.assert_close(
+        noisy_log_probs(model, TOKENS, 0.0, 1)[0], ensemble_log_probs([model], TOKENS)[0], rtol=1e-5, atol=1e-5
+    )
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_read_the_past_only(family: str) -> None:
+    "Another token changes scores from its place on, and none before; parameters and modes stay."
+    model = build(family)
+    known = StateGaussians.fit(model, TOKENS.repeat(4, 1).roll(1, 1))
+    before, scores = {n: p.clone() for n, p in model.named_parameters()}, token_scores(model, TOKENS, known)
+    assert set(scores) == set(SCORES)
+    for t in (1, 5, 9):
+        other = TOKENS.clone()
+        other[:, t] = (other[:, t] + 1) % 13
+        for n, s in token_scores(model, other, known).items():
+            assert s.shape == (6, 9) and s.isfinite().all(), n
+            torch.testing.assert_close(s[:, : t - 1], scores[n][:, : t - 1], rtol=1e-5, atol=1e-5)
+            assert (s[:, t - 1] != scores[n][:, t - 1]).all(), n
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["gaussian", "by token", "student_t"])
+def test_attention_energy_from_the_attention_itself(family: str) -> None:
+    "Brute force: the density of each query under the normalised mixture of the keys that it sees."
+    model = build(family).double()
+    known = StateGaussians.fit(model, TOKENS.repeat(4, 1).roll(1, 1))
+    total = torch.zeros(6, 10, dtype=torch.float64)
+    with torch.no_grad():
+        states = node_states(model, TOKENS)
+        for f, s in zip(list(model.predictors)[1::2], states[::2], strict=False):
+            a, x = f.attention, f.norm(s)
+            q, k, _ = a.split(x)
+            Lam = a.precision_of(x)
+            mix = a.mixing_of(x, k, Lam)
+            mix = torch.zeros(k.shape[:-1], dtype=torch.float64) if mix is None else mix.expand(k.shape[:-1])
+            Lam = Lam.expand(k.shape[:-1])
+            for b, h, t in [(b, h, t) for b in range(6) for h in range(2) for t in range(10)]:
+                sees = slice(max(0, t + 1 - (a.window or 10)), t + 1)
+                u = Lam[b, h, sees] * (q[b, h, t] - k[b, h, sees]).square().sum(-1)
+                if a.log_tail is None:
+                    log_p = 4 * (Lam[b, h, sees] / (2 * math.pi)).log() - u / 2
+                else:
+                    nu = a.log_tail.exp()[h, 0]
+                    log_p = torch.lgamma((nu + 8) / 2) - torch.lgamma(nu / 2) - 4 * (nu * math.pi).log()
+                    log_p = log_p + 4 * Lam[b, h, sees].log() - (nu + 8) / 2 * torch.log1p(u / nu)
+                total[b, t] -= (log_p + mix[b, h, sees].log_softmax(-1)).logsumexp(-1)
+    torch.testing.assert_close(token_scores(model, TOKENS, known)["attention energy"], total[:, 1:], rtol=1e-8, atol=1e-8)
+
+
+def test_attention_energies_sum_over_shared_heads() -> None:
+    "One key head for two query heads is the same as the head twice."
+    q, k = normal(0, 1, 2, 5, 4), normal(1, 1, 1, 5, 4)
+    shared = attend(q, k, k, is_causal=True, precision=torch.ones(1, 1), return_lse=True)
+    twice = attend(q, k.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1), is_causal=True, precision=torch.ones(2, 1), return_lse=True)
+    torch.testing.assert_close(shared[1], twice[1])
+
+
+def test_state_gaussians() -> None:
+    model = build("gaussian")
+    text = torch.randint(13, (50, 10), generator=torch.Generator().manual_seed(3))
+    known = StateGaussians.fit(model, text)
+    with torch.no_grad():
+        states = node_states(model, text)
+    want = sum(
+        -torch.distributions.Normal(s.double().mean((0, 1)), s.double().std((0, 1), unbiased=False)).log_prob(s.double()).sum(-1)
+        for s in states
+    )
+    torch.testing.assert_close(known.energy(states), want, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="node 0 never varies"):
+        StateGaussians.fit(model, torch.zeros(1, 1, dtype=torch.int64))
+
+
+# ---- AUROC, intervals
+
+
+@few
+@given(seeds, st.integers(2, 60), st.integers(1, 8))
+def test_auroc_counts_pairs(seed: int, n: int, values: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(values, (n,), generator=g).double(), torch.rand(n, generator=g) < 0.5
+    y[0], y[1] = True, False
+    pairs = [(a > b) + (a == b) / 2 for a in x[y].tolist() for b in x[~y].tolist()]
+    assert auroc(x, y) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    assert auroc(-x, y) == pytest.approx(1 - auroc(x, y), abs=1e-12)
+    ranks = midranks(x)
+    assert ranks.sum() == pytest.approx(n * (n + 1) / 2)
+    assert all(ranks[i] == ((x < x[i]).sum() + (x <= x[i]).sum() + 1) / 2 for i in range(n))
+
+
+def test_auroc_and_bootstrap_errors() -> None:
+    x, y = torch.arange(4.0), torch.tensor([True, False, True, False])
+    for a, b in ((x, torch.ones(4, dtype=torch.bool)), (x[:3], y), (x, torch.zeros(4, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="both classes"):
+            auroc(a, b)
+    with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
+        auroc(torch.tensor([0, 1, math.nan, 2]), y)
+    for bad in ((x[:1],), (x, y[:3])):
+        with pytest.raises(ValueError, match="bootstrap needs"):
+            bootstrap_interval(lambda *a: 0.0, *bad)
+
+
+def test_bootstrap_of_a_mean_is_that_of_theory() -> None:
+    x = normal(0, 400)
+    low, high = bootstrap_interval(lambda a: a.mean().item(), x, draws=2000)
+    half = 1.96 * x.std().item() / 20
+    assert low == pytest.approx(x.mean().item() - half, abs=0.02) and high == pytest.approx(x.mean().item() + half, abs=0.02)
+    assert bootstrap_interval(lambda a: a.mean().item(), x, seed=3) == bootstrap_interval(lambda a: a.mean().item(), x, seed=3)
+
+
+# ---- calibration
+
+
+def ece_by_hand(c: list[float], right: list[bool], bins: int) -> float:
+    total = 0.0
+    for g in range(bins):
+        inside = [i for i, x in enumerate(c) if min(int(x * bins), bins - 1) == g]
+        if inside:
+            total += abs(sum(right[i] for i in inside) - sum(c[i] for i in inside)) / len(c)
+    return total
+
+
+@few
+@given(seeds, st.integers(1, 80), st.integers(1, 20))
+def test_ece_by_hand(seed: int, n: int, bins: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    c, right = torch.rand(n, generator=g, dtype=torch.float64), torch.rand(n, generator=g) < 0.5
+    r = reliability(c, right, bins)
+    assert r.ece == pytest.approx(ece_by_hand(c.tolist(), right.tolist(), bins), abs=1e-12)
+    mass = reliability(c, right, bins, equal_mass=True)
+    assert mass.count.sum() == r.count.sum() == n and mass.count.max() - mass.count.min() <= 1
+    assert (mass.confidence.diff() >= 0).all()
+    assert reliability(torch.ones(n), torch.ones(n, dtype=torch.bool), bins).ece == 0
+
+
+def test_ece_of_a_calibrated_simulator_falls_as_the_square_root() -> None:
+    g, found = torch.Generator().manual_seed(0), []
+    for n in (200, 20_000):
+        draws = [torch.rand(2, n, generator=g) for _ in range(40)]
+        found.append(sum(reliability(c, u < c).ece for c, u in draws) / 40)
+    assert found[0] / found[1] == pytest.approx(10, rel=0.25)
+
+
+def test_reliability_refuses_what_is_no_probability() -> None:
+    right = torch.tensor([True, False])
+    for c in (torch.tensor([0.5, 1.5]), torch.tensor([0.5, math.nan]), torch.tensor([0.5]), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match="confidences in"):
+            reliability(c, right)
+
+
+@few
+@given(seeds, st.integers(1, 40), st.integers(2, 7), st.sampled_from([1e-3, 0.3, 1.0, 30.0]))
+def test_temperature(seed: int, n: int, V: int, scale: float) -> None:
+    "Never worse on its fitting set; a stationary point or the bound; no better one on a grid (the loss is convex)."
+    z = scale * normal(seed, n, V)
+    y = torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed))
+    tau = fit_temperature(z, y)
+    best = scaled_nll(z, y, 1 / tau)
+    assert 1e-3 - 1e-12 <= tau <= 1e3 + 1e-9 and best <= scaled_nll(z, y, 1.0) + 1e-15
+    inside = 2e-3 < tau < 500
+    grid = torch.logspace(-2.5, 2.5, 60).tolist()
+    if inside:
+        assert best <= min(scaled_nll(z, y, b) for b in grid) + 1e-9
+    b = torch.tensor(1 / tau, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.cross_entropy(b * z, y), b)
+    if inside:
+        assert slope.abs() < 1e-5 * max(1.0, scale)
+
+
+def test_temperature_errors_and_nothing_to_do() -> None:
+    y = torch.tensor([0, 1])
+    assert fit_temperature(torch.zeros(2, 3), y) == 1.0
+    for z in (torch.tensor([[0.0, math.inf], [0.0, 1.0]]), torch.zeros(0, 3)):
+        with pytest.raises(ValueError, match="finite logits"):
+            fit_temperature(z, y[: len(z)])
+
+
+@few
+@given(seeds, st.integers(1, 30), st.integers(2, 6))
+def test_brier_and_confidence(seed: int, n: int, V: int) -> None:
+    z, y = 3 * normal(seed, n, V), torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed))
+    p = z.softmax(-1)
+    assert brier(z, y) == pytest.approx((p - F.one_hot(y, V)).square().sum(-1).mean().item(), abs=1e-12)
+    c, right = confidence_and_correct(z, y)
+    assert torch.equal(right, z.argmax(-1) == y) and (c >= 1 / V - 1e-12).all()
+    assert torch.equal(confidence_and_correct(z / 3, y)[1], right)
+
+
+@few
+@given(seeds, st.integers(1, 40), st.integers(1, 6))
+def test_risk_coverage(seed: int, n: int, values: int) -> None:
+    "With ties the mean over all their orders; the oracle is best, its reverse worst; the end is the mean loss."
+    g = torch.Generator().manual_seed(seed)
+    c, loss = torch.randint(values, (n,), generator=g).double(), torch.rand(n, generator=g).double()
+    coverage, risk = risk_coverage(c, loss)
+    assert coverage[-1] == 1 and risk[-1] == pytest.approx(loss.mean().item())
+    assert aurc(-loss, loss) <= aurc(c, loss) + 1e-12 and aurc(c, loss) <= aurc(loss, loss) + 1e-12
+    orders = []
+    for _ in range(200):
+        shuffle = torch.randperm(n, generator=g)
+        order = shuffle[torch.argsort(-c[shuffle], stable=True)]
+        orders.append(loss[order].cumsum(0) / torch.arange(1, n + 1))
+    torch.testing.assert_close(torch.stack(orders).mean(0), risk, rtol=0, atol=0.15)
+    shuffle = torch.randperm(n, generator=g)
+    torch.testing.assert_close(risk_coverage(c[shuffle], loss[shuffle])[1], risk)
+
+
+def test_logistic_finds_the_weights_that_made_the_data() -> None:
+    x = normal(0, 20_000, 2) * torch.tensor([1.0, 5.0]) + 3
+    odds = 1.5 * (x[:, 0] - 3) - 0.2 * (x[:, 1] - 3) + 0.4
+    y = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < odds.sigmoid()
+    fitted = fit_logistic(x, y)
+    torch.testing.assert_close(fitted(x), odds, rtol=0.1, atol=0.25)
+    with pytest.raises(ValueError, match="score 1 of 2 never varies"):
+        fit_logistic(torch.cat([x[:, :1], torch.ones(20_000, 1)], 1), y)
+
+
+# ---- damage, and the study
+
+
+@given(st.text("ab \n.", max_size=40), seeds)
+def test_shuffled_words_are_the_same_words(text: str, seed: int) -> None:
+    new = shuffle_words(text, torch.Generator().manual_seed(seed))
+    assert len(new) == len(text) and sorted(new) == sorted(text)
+    assert [c for c in new if c.isspace()] == [c for c in text if c.isspace()]
+    assert sorted(new.split()) == sorted(text.split())
+
+
+def test_damage() -> None:
+    tokenizer = CharTokenizer("\n abcdefg")
+    clean = torch.randint(9, (50, 20), generator=torch.Generator().manual_seed(0))
+    foreign = torch.randint(9, (1000,), generator=torch.Generator().manual_seed(1))
+    for kind in DAMAGES:
+        first, second = (damage(kind, clean, tokenizer, foreign, torch.Generator().manual_seed(5)) for _ in range(2))
+        assert torch.equal(first[0], second[0]) and first[0].shape == clean.shape and 0 <= first[0].min() and first[0].max() < 9
+    new, where = replace_characters(clean, 9, 1.0, torch.Generator().manual_seed(0))
+    assert (new != clean).all() and where.all() and len(new.unique()) == 9
+    with pytest.raises(ValueError, match="unknown damage"):
+        damage("fire", clean, tokenizer, foreign, torch.Generator())
+    with pytest.raises(ValueError, match="too few for 50 windows"):
+        damage("foreign text", clean, tokenizer, foreign[:100], torch.Generator())
+    with pytest.raises(ValueError, match="at least two windows"):
+        even_windows(torch.arange(10), 6, 5)
+    rows = even_windows(torch.arange(103), 10, 7)
+    assert len(rows) == 7 and len(rows.unique()) == 70 and rows[0, 0] == 0 and rows[-1, -1] == 102
+
+
+TEXT = "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did so.\n" * 40
+OTHER = "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high trade.\n" * 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextData]:
+    "Two saved models that nobody trained, a text, and another one."
+    folder, data = tmp_path_factory.mktemp("world"), TextData.of(TEXT)
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "other.txt").write_text(OTHER)
+    for seed, family in ((1, "gaussian"), (2, "dot")):
+        model = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16, family), seed)  # pyright: ignore[reportArgumentType]
+        stir(model, seed, 10.0)
+        save(model, folder / f"seed-{seed}", data.tokenizer)
+    return folder, data
+
+
+def test_the_study_from_the_command_line(world: tuple[Path, TextData], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data = world
+    args = ["uncertainty", f"[{folder / 'seed-1'},{folder / 'seed-2'}]", "--out", str(folder / "out"),
+            "--data", str(folder / "text.txt"), "--foreign", str(folder / "other.txt"),
+            "--windows", "10", "--draws", "10", "--device", "cpu"]  # fmt: skip
+    assert main(args) == 0, capsys.readouterr().err
+    assert "AUROC" in capsys.readouterr().out
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert {"date", "device", "versions", "seed", "summary", "ensemble"} <= results.keys() and len(results["models"]) == 2
+    for m in results["models"]:
+        assert set(m["detection"]) == set(DAMAGES) and 0 <= m["before"]["ece_equal_width"] <= 1
+        assert m["before"]["accuracy"] == m["after"]["accuracy"], "a temperature changes no answer"
+        assert sum(m["before"]["reliability"]["count"]) == m["before"]["predictions"]
+        for levels in m["detection"].values():
+            for found in levels.values():
+                gain = found["combination"]["auroc"] - found["surprisal"]["auroc"]
+                assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
+    folders = [folder / "seed-1", folder / "seed-2"]
+    again = uncertainty_study(folders, data, folder / "again", folder / "other.txt", 10, 10, device="cpu")
+    assert json.loads(json.dumps(again["models"])) == results["models"]
+
+
+def test_the_study_refuses(world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data = world
+    one = folder / "seed-1"
+    own = {"--data": str(folder / "text.txt"), "--foreign": str(folder / "other.txt"), "--windows": "10"}
+    own["--out"] = str(tmp_path / "out")
+    save(PCTransformer(ModelConfig(3, 12, 1, 2, 16)), tmp_path / "abc", CharTokenizer("abc"))
+    save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 8, 1, 2, 16)), tmp_path / "short", data.tokenizer)
+    save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
+    for models, changes, says in (
+        ("[]", {}, "no models"),
+        (f"[{folder / 'nowhere'}]", {}, "no saved model"),
+        (f"[{tmp_path / 'abc'}]", {}, "another vocabulary"),
+        (f"[{tmp_path / 'silent'}]", {}, "without a tokenizer"),
+        (f"[{one},{tmp_path / 'short'}]", {}, "context of 8"),
+        (f"[{one}]", {"--windows": "1"}, "at least two windows"),
+        (f"[{one}]", {"--foreign": str(tmp_path / "none.txt")}, "no text file"),
+        (f"[{one}]", {"--draws": "1"}, "bootstrap needs"),
+    ):
+        options = [x for pair in (own | changes).items() for x in pair]
+        assert main(["uncertainty", models, *options]) == 1, says
+        said = capsys.readouterr().err
+        assert says in said and "Traceback" not in said, said
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_foreign_text_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pc_transformer import uncertainty
+
+    tokenizer = CharTokenizer(" abc")
+    (tmp_path / "mine.txt").write_text("a b, c d\n")
+    assert tokenizer.decode(foreign_tokens(tokenizer, tmp_path / "mine.txt")) == "a b c "
+    monkeypatch.setattr(uncertainty, "cache_folders", lambda: [tmp_path])
+    with pytest.raises(FileNotFoundError, match="wikitext-2/valid.txt"):
+        foreign_tokens(tokenizer)
+    (tmp_path / "wikitext-2").mkdir()
+    (tmp_path / "wikitext-2" / "valid.txt").write_text("not it")
+    with pytest.raises(ValueError, match="not the published"):
+        foreign_tokens(tokenizer)
+
+
+def test_entropy_is_bounded() -> None:
+    x = normal(0, 50, 7).mul(5).log_softmax(-1)
+    assert (entropy(x) >= 0).all() and (entropy(x) <= math.log(7) + 1e-12).all()
