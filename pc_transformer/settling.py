@@ -281,13 +281,16 @@ def gradient_norm(
     return math.sqrt(sum(s.item() for s in squares))
 
 # %% ../nbs/20_settling.ipynb #46ff2a0c
-def check_batch(model: Chain, tokens: Tensor, targets: Tensor) -> int:
+def check_batch(
+    model: Chain, tokens: Tensor, targets: Tensor,
+    reduce: Reduce | None = None,   # sums over the processes that share the batch: one of them may predict nothing
+) -> int:
     "The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch that cannot be learned from."
     if isinstance(model, PCTransformer):
         check_tokens(tokens, model.config)
         check_targets(targets, tokens, model.config)
     count = int((targets != -100).sum())
-    if count == 0:
+    if (count if reduce is None else reduce(torch.tensor(count, device=targets.device)).item()) == 0:
         raise ValueError("every target is -100: the batch predicts nothing")
     return count
 
@@ -328,7 +331,7 @@ class ErrorSettling:
         targets: Int[Tensor, "B T"],     # clamped at the output; -100: predicts nothing
         measure_residual: bool = True,   # one more sweep down, to report equation (5)
     ) -> Settled:
-        count, noise = check_batch(model, tokens, targets), noise_seed(model)
+        count, noise = check_batch(model, tokens, targets, self.reduce), noise_seed(model)
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
             precision = relative_precisions(up.states, self.relative_precision, self.per, self.family, self.reduce)
