@@ -54,6 +54,11 @@ class Pass:
     output_energy: Tensor             # sum over predicted tokens of the cross-entropy (nats); with the graph unless lean
     noise: int | None = None          # seed of dropout: the same masks at every look
 
+    @property
+    def keeps(self) -> bool:
+        "Whether graphs are kept for a second use; those of a lean pass are made for one."
+        return self.predictions is not None
+
     def predict(self, l: int) -> Tensor:
         "`mu_l` with the graph of predictor l: the one kept, or made again."
         if self.predictions is not None:
@@ -134,6 +139,7 @@ def errors_down(
     nudge: float = 1.0,         # weight of the output energy
 ) -> list[Tensor]:              # `delta_l (B, T, D)`, the derivative of the output energy by `eps_l`
     "Messages from the output to every node, equation (2), one layer's vector-Jacobian product at a time."
+    keep_graph = keep_graph and up.keeps
     (delta,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=keep_graph)
     delta = nudge * delta if nudge != 1 else delta
     deltas = [delta]
