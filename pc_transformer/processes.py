@@ -484,7 +484,7 @@ def launch(l: int, ends: Sequence[Connection]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-c", START, str(l), *map(str, fds)]     # a session of its own: Ctrl-C goes to the parent alone
     return subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
-# %% ../nbs/28_processes.ipynb #a5c2796b
+# %% ../nbs/28_processes.ipynb #c3448fc2
 def all_sum(x: Tensor) -> Tensor:
     "The sum of a tensor over all processes of torch.distributed's default group. Raises ProcessError when there is none."
     if not (dist.is_available() and dist.is_initialized()):
@@ -493,7 +493,7 @@ def all_sum(x: Tensor) -> Tensor:
     dist.all_reduce(total)
     return total
 
-# %% ../nbs/28_processes.ipynb #1b249c8b
+# %% ../nbs/28_processes.ipynb #7cfb1282
 def sync_gradients(
     model: nn.Module,
     count: int,                  # n_p, predicted tokens of this process's rows
@@ -506,7 +506,7 @@ def sync_gradients(
     for p, g in zip(parameters, reduce(flat).split([p.numel() for p in parameters]), strict=True):
         p.grad = g.view_as(p).to(p.dtype).clone()
 
-# %% ../nbs/28_processes.ipynb #bdfd32d0
+# %% ../nbs/28_processes.ipynb #6521b7a8
 @dataclass(frozen=True)
 class DataParallel:
     "Which of the processes that share every batch this one is; the default is alone. Raises ValueError."
