@@ -126,7 +126,8 @@ class Wire:
         return value
 
     def crossings(self) -> list[Crossing]:
-        return [Crossing(self.sender, self.receiver, *key, times) for key, times in self.book.items()]
+        return [Crossing(self.sender, self.receiver, what, dtype, shape, size, times)
+                for (what, dtype, shape, size), times in self.book.items()]
 
 # %% ../nbs/28_processes.ipynb #b543371e
 @dataclass
@@ -299,7 +300,8 @@ def check_split(model: Chain, solver: ErrorSettling) -> None:
         raise ValueError("a process for each layer needs at least two predictors")
     others = [name for name in vars(PLAIN) if name not in DIALS and getattr(solver, name) != getattr(PLAIN, name)]
     if others:
-        raise ValueError(f"layers in processes follow the plain ErrorSettling: only {', '.join(DIALS)} may be set, not {others[0]}")
+        dials = ", ".join(DIALS)
+        raise ValueError(f"layers in processes follow the plain ErrorSettling: only {dials} may be set, not {others[0]}")
     drops = [m for f in model.predictors for m in f.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     if drops:
         raise ValueError("layers in processes cannot drop out: masks would be drawn apart; set dropout to 0")
@@ -327,7 +329,8 @@ class LayerProcesses:
         D = next(model.predictors[0].parameters()).shape[-1]
         output: Any = model.output
         births = [pickle.dumps((f, None if l else output, optimizer, D)) for l, f in enumerate(model.predictors)]
-        ring, control = [Pipe() for _ in range(L)], [Pipe() for _ in range(L)]
+        ring: list[tuple[Any, Any]] = [Pipe() for _ in range(L)]
+        control: list[tuple[Any, Any]] = [Pipe() for _ in range(L)]
         self.wires = [Wire(mine, "parent", f"node {l}", D) for l, (mine, _) in enumerate(control)]
         self.processes: list[subprocess.Popen[bytes]] = []
         with self.or_end():
@@ -470,7 +473,7 @@ class LayerProcesses:
             self.tell("books", 1.0)
             lines = [line for x in self.gather("log") for line in json.loads(bytes(x.tolist()))]
         L = len(self.wires)
-        where = lambda l, way: {"above": f"node {(l + 1) % L}", "below": f"node {(l - 1) % L}"}.get(way, way)
+        where = lambda l, way: str({"above": f"node {(l + 1) % L}", "below": f"node {(l - 1) % L}"}.get(way, way))
         told = [Crossing(who, where(int(who[5:]), to), *rest) for who, to, *rest in lines]
         told += [c for wire in self.wires for c in wire.crossings()]
         return [c._replace(shape=tuple(c.shape)) for c in told]

@@ -99,7 +99,8 @@ def state_gradients(
 ) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
     pulls = [stiffness(e, p, family) * e for e, p in zip(errors, precision, strict=True)]
-    from_above = [torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=up.keeps)[0] for l in range(1, len(pulls))]
+    down = lambda l: torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=up.keeps)[0]
+    from_above = [down(l) for l in range(1, len(pulls))]
     (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
     return [own - above for own, above in zip(pulls, [*from_above, -top], strict=True)]
 
@@ -381,7 +382,7 @@ def make_solver(
         return HighwaySettling(steps, relative_precision=beta, lean=c.lean)                 # likewise
     if c.solver == "state":
         if reduce is not None:
-            raise ValueError("the solver 'state' accepts steps by the energy of its own rows: it cannot share a batch with others")
+            raise ValueError("the solver 'state' accepts steps by its own rows' energy: it cannot share a batch")
         return StateSettling(steps, beta, c.step_size, curvature=curvature, family=ENERGIES[c.energy], per=c.per, lean=c.lean)
     return ErrorSettling(steps, beta, c.step_size, tolerance=c.tolerance, lean=c.lean, fused=c.fused,
                          family=ENERGIES[c.energy], per=c.per, reduce=reduce)
