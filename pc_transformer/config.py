@@ -207,12 +207,13 @@ class LearnerConfig(Config):
     incremental: bool = False  # weights move after every state step
     energy: Literal["gaussian", "student_t", "laplace", "huber", "logistic", "contaminated"] = "gaussian"  # of a node
     per: Literal["node", "coordinate", "token"] = "node"  # what has a precision of its own
+    curvature_interval: int = 1  # training steps between looks at the curvature that bounds parallel state steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _check(self.steps_end is None or self.steps_end >= 1, f"steps_end must be at least 1, got {self.steps_end}")
-        _positive(self, "relative_precision")
+        _positive(self, "relative_precision", "curvature_interval")
         if self.relative_precision_end is not None:
             _positive(self, "relative_precision_end")
         _check(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
@@ -225,8 +226,8 @@ class LearnerConfig(Config):
     def _check_solver(self) -> None:
         "Options that the solver does not have."
         has = {"error": {"tolerance", "centred", "fused", "lean", "energy", "per", "step_size", "steps", "steps_end"},
-               "state": {"energy", "per", "incremental", "step_size", "steps", "steps_end"}, "sweep": {"lean"},
-               "highway": {"steps", "steps_end"}}
+               "state": {"energy", "per", "incremental", "lean", "curvature_interval", "step_size", "steps", "steps_end"},
+               "sweep": {"lean"}, "highway": {"lean", "steps", "steps_end"}}
         own = has[self.solver] | {"algorithm", "solver", "relative_precision", "relative_precision_end"}
         for f in fields(self):
             _check(f.name in own or getattr(self, f.name) == f.default, f"the solver {self.solver!r} has no {f.name}")

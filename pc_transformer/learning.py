@@ -123,18 +123,19 @@ def learn(
     sign: float = 1.0,      # -1 for the half of a centred pair that is taken away
 ) -> None:
     "Add every local gradient, times `sign`, to `p.grad`; uses up the graphs of the last upward pass."
+    count = settled.count or 1      # a share of a batch that predicts nothing has zero gradients (chapter 28)
     if settled.taught is not None:
         for f, found in zip([*model.predictors, model.output], settled.taught, strict=True):
-            accumulate([p for p in f.parameters() if p.requires_grad], [g * (sign / settled.count) for g in found])
+            accumulate([p for p in f.parameters() if p.requires_grad], [g * (sign / count) for g in found])
         return
     for l, f in enumerate(model.predictors):
         parameters = [p for p in f.parameters() if p.requires_grad]
         if parameters:
-            message = sign * settled.message(l) / settled.count
+            message = sign * settled.message(l) / count
             accumulate(parameters, torch.autograd.grad(settled.up.predict(l), parameters, message))
     parameters = [p for p in model.output.parameters() if p.requires_grad]
     if parameters:
-        energy = settled.up.judge() * (sign * settled.nudge / settled.count)
+        energy = settled.up.judge() * (sign * settled.nudge / count)
         accumulate(parameters, torch.autograd.grad(energy, parameters))
 
 # %% ../nbs/21_learning.ipynb #84fe4ef4

@@ -54,6 +54,11 @@ class Pass:
     output_energy: Tensor             # sum over predicted tokens of the cross-entropy (nats); with the graph unless lean
     noise: int | None = None          # seed of dropout: the same masks at every look
 
+    @property
+    def keeps(self) -> bool:
+        "Whether graphs are kept for a second use; those of a lean pass are made for one."
+        return self.predictions is not None
+
     def predict(self, l: int) -> Tensor:
         "`mu_l` with the graph of predictor l: the one kept, or made again."
         if self.predictions is not None:
@@ -134,6 +139,7 @@ def errors_down(
     nudge: float = 1.0,         # weight of the output energy
 ) -> list[Tensor]:              # `delta_l (B, T, D)`, the derivative of the output energy by `eps_l`
     "Messages from the output to every node, equation (2), one layer's vector-Jacobian product at a time."
+    keep_graph = keep_graph and up.keeps
     (delta,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=keep_graph)
     delta = nudge * delta if nudge != 1 else delta
     deltas = [delta]
@@ -281,13 +287,16 @@ def gradient_norm(
     return math.sqrt(sum(s.item() for s in squares))
 
 # %% ../nbs/20_settling.ipynb #46ff2a0c
-def check_batch(model: Chain, tokens: Tensor, targets: Tensor) -> int:
+def check_batch(
+    model: Chain, tokens: Tensor, targets: Tensor,
+    reduce: Reduce | None = None,   # sums over the processes that share the batch: one of them may predict nothing
+) -> int:
     "The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch that cannot be learned from."
     if isinstance(model, PCTransformer):
         check_tokens(tokens, model.config)
         check_targets(targets, tokens, model.config)
     count = int((targets != -100).sum())
-    if count == 0:
+    if (count if reduce is None else reduce(torch.tensor(count, device=targets.device)).item()) == 0:
         raise ValueError("every target is -100: the batch predicts nothing")
     return count
 
@@ -328,7 +337,7 @@ class ErrorSettling:
         targets: Int[Tensor, "B T"],     # clamped at the output; -100: predicts nothing
         measure_residual: bool = True,   # one more sweep down, to report equation (5)
     ) -> Settled:
-        count, noise = check_batch(model, tokens, targets), noise_seed(model)
+        count, noise = check_batch(model, tokens, targets, self.reduce), noise_seed(model)
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
             precision = relative_precisions(up.states, self.relative_precision, self.per, self.family, self.reduce)

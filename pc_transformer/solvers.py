@@ -22,7 +22,7 @@ from .config import LearnerConfig
 from .learning import Backprop, Learner, PredictiveCoding, Report, Solver, learn
 from .model import PCTransformer
 from pc_transformer.settling import (
-    Chain, ErrorSettling, Pass, Per, Settled, SettlingError, check_batch, errors_down, gradient_norm, moving_energies,
+    Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, errors_down, gradient_norm, moving_energies,
     noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, step_errors, stiffness,
 )
 
@@ -76,16 +76,22 @@ def predict_all(
     targets: Int[Tensor, "B T"],
     states: Sequence[Tensor],      # `s_l (B, T, D)`, any values
     noise: int | None = None,      # seed of dropout
+    lean: bool = False,            # keep states only; predictions are made when asked for
 ) -> Pass:
     "Every prediction at once, each from the state below it as it is; the errors are `states - predictions`."
     inputs = [tokens, *(s.detach().requires_grad_() for s in states)]
-    predictions = [predict_node(model, l, inputs[l], noise) for l in range(len(states))]
-    return Pass(model, targets, inputs, predictions, list(states), output_energy(model, inputs[-1], targets), noise)
+    with torch.set_grad_enabled(not lean):
+        predictions = None if lean else [predict_node(model, l, inputs[l], noise) for l in range(len(states))]
+        energy = output_energy(model, inputs[-1], targets)
+    return Pass(model, targets, inputs, predictions, list(states), energy, noise)
 
 
 def errors_of(up: Pass) -> list[Tensor]:
     "`eps_l = s_l - mu_l` of a pass."
-    return [s - up.predict(l).detach() for l, s in enumerate(up.states)]
+    if up.predictions is not None:
+        return [s - mu.detach() for s, mu in zip(up.states, up.predictions, strict=True)]
+    with torch.no_grad():
+        return [s - predict_node(up.model, l, up.inputs[l], up.noise) for l, s in enumerate(up.states)]
 
 
 def state_gradients(
@@ -93,8 +99,9 @@ def state_gradients(
 ) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
     pulls = [stiffness(e, p, family) * e for e, p in zip(errors, precision, strict=True)]
-    from_above = [torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=True)[0] for l in range(1, len(pulls))]
-    (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=True)
+    down = lambda l: torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=up.keeps)[0]
+    from_above = [down(l) for l in range(1, len(pulls))]
+    (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
     return [own - above for own, above in zip(pulls, [*from_above, -top], strict=True)]
 
 # %% ../nbs/25_solvers.ipynb #6042317c
@@ -127,7 +134,7 @@ def curvatures(
                 return (slopes[0] - slopes[1]) / (2 * h)
             with torch.no_grad():
                 ahead, behind = (predict_node(up.model, l, m, up.noise) for m in moved)
-            return torch.autograd.grad(up.predict(l), s, (ahead - behind) / (2 * h), retain_graph=True)[0]
+            return torch.autograd.grad(up.predict(l), s, (ahead - behind) / (2 * h), retain_graph=up.keeps)[0]
 
         found.append(largest(apply, s.detach(), iterations))
     return found
@@ -157,6 +164,7 @@ class StateSettling:
     curvature: tuple[float, ...] | None = None   # what `curvatures` found; `None`: found on every batch
     family: Elliptical = Gaussian()     # density of every node
     per: Per = "node"                   # one precision for each node, coordinate or token
+    lean: bool = False                  # keep states only and make each layer's graph again
 
     def __post_init__(self):
         whole = all(isinstance(n, int) for n in (self.steps, self.max_halvings)) and self.steps >= 1 and self.max_halvings >= 0
@@ -175,7 +183,7 @@ class StateSettling:
     def tuned(self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> "StateSettling":
         "The same solver with the curvatures of this batch, to be used on others."
         with torch.enable_grad():
-            up = predict_up(model, tokens, targets)
+            up = predict_up(model, tokens, targets, lean=self.lean, noise=noise_seed(model))
         return dataclasses.replace(self, curvature=tuple(curvatures(up)))
 
 
@@ -202,7 +210,7 @@ class StateWalk:
         "At the feed-forward states, every error zero."
         count, noise = check_batch(model, tokens, targets), noise_seed(model)
         with torch.enable_grad():
-            up = predict_up(model, tokens, targets, noise=noise)
+            up = predict_up(model, tokens, targets, lean=solver.lean, noise=noise)
             precision = relative_precisions(up.states, solver.relative_precision, solver.per, solver.family)
             zero = [s.new_zeros(()).expand_as(s) for s in up.states]
             energies = moving_energies(up, zero, precision, solver.family)
@@ -220,7 +228,7 @@ class StateWalk:
     @torch.enable_grad()
     def look(self, states: Sequence[Tensor]) -> tuple[Pass, list[Tensor], Tensor]:
         "A pass at these states, its errors and its energies."
-        up = predict_all(self.model, self.tokens, self.targets, states, self.up.noise)
+        up = predict_all(self.model, self.tokens, self.targets, states, self.up.noise, self.solver.lean)
         errors = errors_of(up)
         return up, errors, moving_energies(up, errors, self.precision, self.solver.family)
 
@@ -256,8 +264,9 @@ class StateWalk:
             if energies.sum() <= allowed:
                 break
             if eta <= self.solver.step_size / 2**self.solver.max_halvings:
+                old = "measure the curvature more often, " if self.solver.curvature else ""
                 raise SettlingError(f"no step from {self.solver.step_size:g} down to {eta:.2g} lowered the energy of "
-                                    f"{before.sum().item():.4g} nats: lower step_size or allow more halvings")
+                                    f"{before.sum().item():.4g} nats: {old}lower step_size or allow more halvings")
             eta /= 2
             direction = [g / b for g, b in zip(slopes, self.bounds, strict=True)]
             self.first, self.second = [], []
@@ -310,6 +319,7 @@ class HighwaySettling:
     rounds: int = 3                     # rounds in which all layers work at once
     ordered: int = 0                    # lowest layers whose messages are then passed in order
     relative_precision: float = 1000.0  # beta; scales the errors, not what is learned
+    lean: bool = False                  # keep states only and make each layer's graph again, once a round
 
     def __post_init__(self):
         if not (self.rounds >= 0 and self.ordered >= 0 and 0 < self.relative_precision < math.inf):
@@ -320,7 +330,7 @@ class HighwaySettling:
     ) -> Settled:
         count, noise = check_batch(model, tokens, targets), noise_seed(model)
         with torch.enable_grad():
-            up = predict_up(model, tokens, targets, noise=noise)
+            up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
             precision = relative_precisions(up.states, self.relative_precision)
             zero = [s.new_zeros(()).expand_as(s) for s in up.states]
             energies = moving_energies(up, zero, precision)
@@ -338,8 +348,8 @@ class HighwaySettling:
     def messages(self, up: Pass) -> list[Tensor]:
         "`delta_l` of every node after the rounds."
         N = len(up.states) - 1
-        (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=True)
-        down = lambda l, delta: torch.autograd.grad(up.predict(l), up.inputs[l], delta, retain_graph=True)[0]
+        (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
+        down = lambda l, delta: torch.autograd.grad(up.predict(l), up.inputs[l], delta, retain_graph=up.keeps)[0]
         deltas = [top] * (N + 1)
         for _ in range(min(self.rounds, N)):
             corrections = [down(l, deltas[l]) - deltas[l] for l in range(1, N + 1)]     # each layer by itself
@@ -356,30 +366,39 @@ ENERGIES: dict[str, Elliptical] = {     # node densities by their name in a conf
 }
 
 
-def make_solver(config: LearnerConfig, progress: float = 0.0) -> Solver:
-    "The solver that a configuration names, at a point of training."
+def make_solver(
+    config: LearnerConfig,
+    progress: float = 0.0,                           # part of training that is done, 0 to 1
+    curvature: tuple[float, ...] | None = None,      # for parallel state steps, if it is known; `None`: found on every batch
+    reduce: Reduce | None = None,                    # sums over the processes that share a batch (chapter 28)
+) -> Solver:
+    "The solver that a configuration names, at a point of training. Raises ValueError for one that cannot share a batch."
     c, end = config, config.relative_precision_end or config.relative_precision
     beta = c.relative_precision * (end / c.relative_precision) ** progress
     steps = round(c.steps + progress * ((c.steps_end or c.steps) - c.steps))
     if c.solver == "sweep":
-        return SweepSettling(beta, c.lean)
+        return SweepSettling(beta, c.lean)       # what it learns is the same at any precision: nothing to share
     if c.solver == "highway":
-        return HighwaySettling(steps, relative_precision=beta)
+        return HighwaySettling(steps, relative_precision=beta, lean=c.lean)                 # likewise
     if c.solver == "state":
-        return StateSettling(steps, beta, c.step_size, family=ENERGIES[c.energy], per=c.per)
+        if reduce is not None:
+            raise ValueError("the solver 'state' accepts steps by its own rows' energy: it cannot share a batch")
+        return StateSettling(steps, beta, c.step_size, curvature=curvature, family=ENERGIES[c.energy], per=c.per, lean=c.lean)
     return ErrorSettling(steps, beta, c.step_size, tolerance=c.tolerance, lean=c.lean, fused=c.fused,
-                         family=ENERGIES[c.energy], per=c.per)
+                         family=ENERGIES[c.energy], per=c.per, reduce=reduce)
 
 
 def make_learner(
     config: LearnerConfig,
     progress: float = 0.0,                        # part of training that is done, 0 to 1
     apply: Callable[[], None] | None = None,      # what `IncrementalPC` does after a step
+    curvature: tuple[float, ...] | None = None,   # for `make_solver`
+    reduce: Reduce | None = None,                 # for `make_solver`
 ) -> Learner:
     "The learner that a configuration names. Raises ValueError when incremental learning has nothing to apply."
     if config.algorithm == "backprop":
         return Backprop()
-    solver = make_solver(config, progress)
+    solver = make_solver(config, progress, curvature, reduce)
     if config.incremental and isinstance(solver, StateSettling):
         if apply is None:
             raise ValueError("incremental learning needs `apply`, which moves the weights and clears their gradients")

@@ -39,7 +39,8 @@ from .data import Batches, CharTokenizer, split, windows
 from .generation import evaluating
 from .learning import gradient_cosine, scratch_gradients
 from .model import PCTransformer
-from .solvers import make_learner
+from .processes import DataParallel, all_sum, sync_gradients
+from .solvers import StateSettling, make_learner
 
 # %% ../nbs/31_training.ipynb #99df7346
 def evaluate(
@@ -255,11 +256,15 @@ class Trainer:
     step: int = 0                         # steps done
     losses: list[float] = field(default_factory=list)            # training loss of each step, nats per token
     record: list[dict[str, Any]] = field(default_factory=list)   # one entry per evaluation
+    team: DataParallel = DataParallel()   # the processes that share every batch (chapter 28); alone by default
+    curvature: tuple[float, ...] | None = None   # of parallel state steps, as last seen
 
     def __post_init__(self):
         c = self.config
+        if (rows := c.train.batch_size // c.train.accumulate) < self.team.size:
+            raise ValueError(f"{rows} rows cannot be shared by {self.team.size} processes: each needs one")
         self.model = PCTransformer(c.model, seed=c.train.seed).to(self.device)
-        self.learner = make_learner(c.learner, apply=self.apply)
+        self.learner = make_learner(c.learner, apply=self.apply, reduce=self.team.reduce)
         self.optimizer = make_optimizer(self.model, c.train)
         self.batches = Batches(self.train_ids, c.model.block_size, c.train.batch_size, c.train.seed)
 
@@ -274,20 +279,37 @@ class Trainer:
         short = c.train.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=short), torch.random.fork_rng(cuda, c.model.dropout > 0):
             if c.model.dropout > 0:
-                torch.manual_seed(c.train.seed * 1_000_003 + self.step)
+                torch.manual_seed(c.train.seed * 1_000_003 + self.step + self.team.rank * 2**40)
             yield
 
     def backward(self) -> float:
-        "Fill `p.grad` from this step's batch, in one or several parts; the loss in nats per token."
+        "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
         tokens, targets = self.batch(self.step)
-        parts, loss = self.config.train.accumulate, 0.0
-        for x, y in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+        parts, loss, count = self.config.train.accumulate, 0.0, 0
+        for part in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+            x, y = map(self.team.share, part)
             loss += self.learner.backward(self.model, x, y).loss / parts
+            count += y.numel()
         if parts > 1:
             for p in self.model.parameters():
                 if p.grad is not None:
                     p.grad /= parts
+        if self.team.size > 1:
+            sync_gradients(self.model, count)
+            loss = self.total(loss * count) / tokens.numel()
         return loss
+
+    def total(self, number: float) -> float:
+        "The sum of a number over the team."
+        if self.team.size == 1:
+            return number
+        return all_sum(torch.tensor(number, dtype=torch.float64, device=self.device)).item()
+
+    def look(self) -> None:
+        "Every `curvature_interval` steps: how steep are the surroundings of each node on this step's batch?"
+        c = self.config.learner
+        if c.solver == "state" and c.curvature_interval > 1 and self.step % c.curvature_interval == 0:
+            self.curvature = StateSettling(lean=c.lean).tuned(self.model, *self.batch(self.step)).curvature
 
     def apply(self) -> None:
         "Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched, when it is not finite."
@@ -302,9 +324,10 @@ class Trainer:
         c = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, c) * group["scale"]
-        self.learner = make_learner(self.config.learner, self.step / c.iters, self.apply)
         self.optimizer.zero_grad(set_to_none=True)
         with self.surroundings():
+            self.look()
+            self.learner = make_learner(self.config.learner, self.step / c.iters, self.apply, self.curvature, self.team.reduce)
             loss = self.backward()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss} at step {self.step}: lower the learning rate")
@@ -315,8 +338,9 @@ class Trainer:
 
     def measure(self) -> dict[str, Any]:
         "Evaluate on the whole validation split and note where the learner sits; appended to the record."
-        tokens, targets = self.batch(0)
-        look = make_learner(self.config.learner, min(self.step / self.config.train.iters, 1.0), self.optimizer.zero_grad)
+        tokens, targets = self.batch(0)      # all of it, in every process of a team: they agree without asking
+        progress = min(self.step / self.config.train.iters, 1.0)
+        look = make_learner(self.config.learner, progress, self.optimizer.zero_grad, self.curvature)
         with self.surroundings(), scratch_gradients(self.model):
             report = look.backward(self.model, tokens, targets, measure=True)
             cosine = gradient_cosine(look, self.model, tokens, targets)["all"]
@@ -354,6 +378,7 @@ def save_checkpoint(
         write_model(trainer.model, work, tokenizer)
         write_tensors(optimizer_tensors(trainer), work / "optimizer.safetensors")
         progress = {"step": trainer.step, "losses": trainer.losses, "record": trainer.record}
+        progress |= {"curvature": trainer.curvature}
         progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
         (work / "training.json").write_text(json.dumps(progress))
     for old in checkpoints(run)[:-1]:
@@ -380,7 +405,7 @@ def resume(trainer: Trainer, run: Path, tokenizer: CharTokenizer | None = None) 
     found = checkpoints(run)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {run} to resume from")
-    progress = read_json(found[-1] / "training.json", "step", "losses", "record", "run", "data")
+    progress = read_json(found[-1] / "training.json", "step", "losses", "record", "run", "data", "curvature")
     if tokenizer is not None and load_tokenizer(found[-1]) != tokenizer:
         raise CheckpointError(f"{found[-1]} was trained with another vocabulary: the data is not the run's")
     if progress["data"] != data_hash(trainer):
@@ -391,6 +416,7 @@ def resume(trainer: Trainer, run: Path, tokenizer: CharTokenizer | None = None) 
     restore(trainer.model, read_tensors(found[-1] / "model.safetensors"), found[-1])
     restore_optimizer(trainer, read_tensors(found[-1] / "optimizer.safetensors"))
     trainer.step, trainer.losses, trainer.record = progress["step"], progress["losses"], progress["record"]
+    trainer.curvature = progress["curvature"] and tuple(progress["curvature"])
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -443,7 +469,10 @@ def train(
     tokenizer: CharTokenizer | None = None,      # saved with them
     after_step: Callable[[Trainer], None] | None = None,   # called after each step, e.g. for a progress bar
 ) -> Trainer:
-    "Run a trainer to its last step. Raises Interrupted, after writing a checkpoint, on Ctrl-C or SIGTERM."
+    """Run a trainer to its last step. Raises Interrupted, after writing a checkpoint, on Ctrl-C or SIGTERM.
+
+    In a team all stop together when one is asked to, and number 0 writes the checkpoints.
+    """
     c = trainer.config.train
     with graceful_stop() as stopped:
         if trainer.step == 0 and not trainer.record:
@@ -455,9 +484,11 @@ def train(
                 trainer.measure()
             if after_step is not None:
                 after_step(trainer)
-            stop = stopped() and not done
+            stop = trainer.total(stopped()) > 0 and not done
             if run is not None and (done or stop or trainer.step % c.checkpoint_interval == 0):
-                save_checkpoint(trainer, run, tokenizer)
+                if trainer.team.rank == 0:
+                    save_checkpoint(trainer, run, tokenizer)
+                trainer.total(0)         # the others wait: a checkpoint that was announced is there
             if stop:
                 hint = f"the checkpoint is in {run}; `pct train {run} --resume true` goes on"
                 hint = hint if run else "no folder was given, so nothing was saved"
@@ -502,12 +533,12 @@ class TextData:
         return cls(tokenizer, train_text, valid_text, tokenizer.encode(train_text), tokenizer.encode(valid_text))
 
 
-def start(config: RunConfig, data: TextData, device: str = "auto") -> Trainer:
+def start(config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()) -> Trainer:
     "A fresh trainer; ConfigError when the configuration's vocabulary is not the corpus's."
     if config.model.vocab_size != data.tokenizer.vocab_size:
         has = f"the corpus has {data.tokenizer.vocab_size} characters"
         raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but {has}")
-    return Trainer(config, data.train_ids, data.valid_ids, pick_device(device))
+    return Trainer(config, data.train_ids, data.valid_ids, pick_device(device), team=team)
 
 
 def write_run_config(config: RunConfig, run: Path) -> None:

@@ -53,6 +53,8 @@ SOLVERS: dict[str, Solver] = {
     "states, student_t": StateSettling(steps=5, family=ENERGIES["student_t"]),
     "sweep": SweepSettling(),
     "highway": HighwaySettling(2),
+    "states, lean": StateSettling(steps=5, lean=True),
+    "highway, lean": HighwaySettling(2, lean=True),
 }
 
 
@@ -179,7 +181,12 @@ def test_tolerance_stops_early_and_keeps_the_graph() -> None:
 def test_lean_is_the_same() -> None:
     "Lean passes change memory, not numbers."
     model, (tokens, targets) = build(), batch()
-    for solver in (ErrorSettling(steps=3, relative_precision=30.0), ErrorSettling(steps=2, fused=True)):
+    for solver in (
+        ErrorSettling(steps=3, relative_precision=30.0),
+        ErrorSettling(steps=2, fused=True),
+        StateSettling(steps=4, relative_precision=30.0),
+        HighwaySettling(2, ordered=1),
+    ):
         full = gradients(PredictiveCoding(solver), model, tokens, targets)
         lean = gradients(PredictiveCoding(dataclasses.replace(solver, lean=True)), model, tokens, targets)
         for name in full:

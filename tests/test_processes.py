@@ -1,0 +1,154 @@
+"""Layers in processes of their own, and processes that share a batch: what goes wrong, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pc_transformer.config import ModelConfig
+from pc_transformer.learning import PredictiveCoding
+from pc_transformer.model import PCTransformer
+from pc_transformer.processes import LayerProcesses, ProcessError
+from pc_transformer.settling import ErrorSettling, SettlingError
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
+CONFIG = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)
+RULE = partial(torch.optim.SGD, lr=0.1)
+SOURCE = str(Path(__file__).resolve().parents[1])
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, targets = torch.randint(9, (2, 3, 8), generator=torch.Generator().manual_seed(seed))
+    targets[0, :3] = -100
+    return tokens, targets
+
+
+@pytest.fixture
+def processes() -> Iterator[LayerProcesses]:
+    with LayerProcesses(PCTransformer(CONFIG, seed=1), RULE, timeout=60.0) as made:
+        yield made
+    assert all(p.poll() is not None for p in made.processes), "left behind"
+
+
+def gone(pid: int) -> bool:
+    "Whether a process has ended (a zombie that init has not collected counts as ended)."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_deeper_rings_learn_what_one_process_learns() -> None:
+    "Two layers, five processes, float64 too: the same weights, bit for bit or nearly."
+    config = ModelConfig(vocab_size=9, block_size=8, n_layer=2, n_head=2, d_model=8)
+    start, one = (PCTransformer(config, seed=1).double() for _ in range(2))
+    solver, optimizer = ErrorSettling(steps=3, relative_precision=1.0), RULE(list(one.parameters()))
+    with LayerProcesses(start, RULE, solver) as ring:
+        for seed in range(3):
+            there = ring.step(*batch(seed))
+            optimizer.zero_grad()
+            here = PredictiveCoding(solver).backward(one, *batch(seed))
+            optimizer.step()
+            assert there.step_sizes == here.step_sizes
+            assert here.energy is not None and there.energy == pytest.approx(here.energy, rel=1e-12)
+        learned = ring.weights()
+    for name, p in one.named_parameters():
+        torch.testing.assert_close(learned[name], p.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProcesses) -> None:
+    "Tokens that the parent did not check: node 0 fails, and its own sentence arrives."
+    tokens, targets = batch()
+    processes.model = torch.nn.Module()  # pyright: ignore[reportAttributeAccessIssue] not a PCTransformer: nothing is checked
+    with pytest.raises(ProcessError, match="the process of node 0 stopped: IndexError: index out of range"):
+        processes.step(tokens + 9, targets)
+    assert all(p.poll() is not None for p in processes.processes)
+
+
+def test_a_stopped_process_is_late_and_is_ended(processes: LayerProcesses) -> None:
+    processes.timeout = 2.0
+    os.kill(processes.processes[1].pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(ProcessError, match="no answer from node"):
+        processes.step(*batch())
+    assert time.monotonic() - begun < 30 and all(p.poll() is not None for p in processes.processes)
+
+
+def test_a_settling_error_ends_all(processes: LayerProcesses) -> None:
+    processes.solver = ErrorSettling(steps=2, relative_precision=1e-9, max_halvings=0)
+    with pytest.raises(SettlingError, match="lowered the energy|overflowed"):
+        processes.step(*batch())
+    assert all(p.poll() is not None for p in processes.processes)
+    with pytest.raises(ProcessError, match="have ended: start new ones"):
+        processes.step(*batch())
+
+
+def test_a_bad_batch_is_refused_before_anything_is_sent(processes: LayerProcesses) -> None:
+    tokens, targets = batch()
+    with pytest.raises(ValueError, match="every target is -100"):
+        processes.step(tokens, torch.full_like(targets, -100))
+    assert processes.step(tokens, targets).loss > 0, "and the processes are still there"
+
+
+PARENT = """
+import sys, torch
+from functools import partial
+from pc_transformer.config import ModelConfig
+from pc_transformer.model import PCTransformer
+from pc_transformer.processes import LayerProcesses
+config = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)
+ring = LayerProcesses(PCTransformer(config), partial(torch.optim.SGD, lr=0.1))
+print(*[p.pid for p in ring.processes], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_when_the_parent_is_killed_its_children_end() -> None:
+    env = os.environ | {"PYTHONPATH": SOURCE}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=-1, stdout=-1, env=env, text=True)
+    assert parent.stdout is not None
+    children = [int(x) for x in parent.stdout.readline().split()]
+    assert len(children) == 3 and not any(map(gone, children))
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    while not all(map(gone, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(map(gone, children))
+
+
+LONELY = """
+from pc_transformer.processes import join
+with join(timeout=2.0) as team: pass
+"""
+
+
+def test_a_rank_whose_partner_never_comes_gives_up() -> None:
+    env = os.environ | {"PYTHONPATH": SOURCE, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    found = subprocess.run([sys.executable, "-c", LONELY], env=env, capture_output=True, text=True, timeout=120)
+    assert found.returncode != 0 and "DistNetworkError" in found.stderr
+
+
+HALF = """
+import os, sys, torch
+from pc_transformer.processes import all_sum, join
+with join(timeout=5.0) as team:
+    all_sum(torch.ones(2))
+    if team.rank: os._exit(0)
+    all_sum(torch.ones(2))
+"""
+
+
+def test_when_one_of_a_team_dies_the_other_fails_and_does_not_hang() -> None:
+    "torchrun starts them as a user would."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([*command, sys.executable, "-c", HALF], env=env, capture_output=True, text=True, timeout=180)
+    assert found.returncode != 0 and "ChildFailedError" in found.stderr
