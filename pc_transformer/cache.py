@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STRAIGHT', 'StoreAs', 'DTYPES', 'columns', 'cache_bytes', 'quantise', 'Reader', 'square', 'describe', 'bias_slope',
            'query_side', 'cached_scores', 'product', 'measure_near', 'read_out', 'settled', 'cacheable',
-           'weights_version', 'check_allocation', 'KVCache', 'put', 'get', 'check_extend', 'extend', 'places',
-           'advance', 'remember', 'split_plain', 'causal']
+           'weights_version', 'check_allocation', 'KVCache', 'put', 'get', 'check_extend', 'extend', 'one_more',
+           'quick_scores', 'describe_one', 'weighted_square', 'decode', 'places', 'advance', 'remember', 'split_plain',
+           'causal']
 
-# %% ../nbs/17_cache.ipynb #88183a44
+# %% ../nbs/17_cache.ipynb #7ec8a9b9
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from .kernels import NEAR, Straight, as_step, is_sharp
 from .layers import AttentionLayer, Embedding, FeedForwardLayer
 from .model import PCTransformer, check_tokens
 
-# %% ../nbs/17_cache.ipynb #ee748e50
+# %% ../nbs/17_cache.ipynb #81307179
 STRAIGHT = ("dot", "gaussian", "mixture")    # families whose link is linear in the distance
 
 
@@ -44,7 +45,7 @@ def columns(
     wanted = {"lam": own, "kappa": not straight, "bias": bias}
     return tuple(name for name, keep in wanted.items() if keep)
 
-# %% ../nbs/17_cache.ipynb #e3053fab
+# %% ../nbs/17_cache.ipynb #1060ce29
 StoreAs = Literal["float64", "float32", "bfloat16", "int8"]
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float64", "float32", "bfloat16", "float16", "int8")}
 
@@ -63,13 +64,13 @@ def cache_bytes(
     per_key += len(columns(config.attention, config.precision, config.mixing)) * M * w1
     return config.n_layer * batch * (config.n_kv_head or config.n_head) * length * per_key
 
-# %% ../nbs/17_cache.ipynb #4e289199
+# %% ../nbs/17_cache.ipynb #86f6b1c9
 def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d)`, scale `(*b, 1)`
     "Equation (4): eight bits and one scale for each vector; the error of a coordinate is at most half the scale."
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
-# %% ../nbs/17_cache.ipynb #867f6c09
+# %% ../nbs/17_cache.ipynb #02c59ab8
 @dataclass(eq=False)
 class Reader:
     "One attention layer as equation (2) sees it; made once, valid while the weights stay."
@@ -89,6 +90,17 @@ class Reader:
         self.factor = (1.0 if self.straight else -2.0) * (torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam)
         self.const = self.constant()
         self.visible = self.M > 1 or a.background is not None
+        heads = lambda x: x[:, 0, 0, 0]                           # `(Hk, 1)`, or `(Hk, d)` if diagonal
+        self.q_factor = self.factor[:, 0, 0]                      # `(Hk, 1, 1 or d)`
+        self.half = -heads(self.Lam) / 2 if self.straight else heads(self.Lam)
+        self.one = torch.ones(1, 1, dtype=dtype, device=self.Lam.device)
+        self.rho = (self.one / -2 if self.straight else self.one) if self.own else self.Lam[:, 0, 0]
+        self.log_precision = a.log_precision.detach().flatten() if self.own and a.log_precision is not None else None
+        self.scales = isinstance(self.scale, Tensor) or self.scale != 1
+        self.flat_scale = self.scale[:, 0, :, 0] if isinstance(self.scale, Tensor) else self.scale      # `(Hk, G, 1)`
+        self.flat_shape = [x[:, 0, :, 0] if x.dim() == 5 else x for x in self.shape]
+        self.sharp = is_sharp(self.link)
+        self.quick = not self.visible and a.mixing == "equal" and dtype == a.qkv.weight.dtype
 
     def family_of(self, a: PCAttention, dtype: torch.dtype) -> Elliptical:
         "The link, its tail with the axes of the scores."
@@ -111,7 +123,7 @@ class Reader:
         Z = torch.as_tensor(self.link.log_normaliser(self.d), dtype=self.dtype, device=self.Lam.device)
         return Z.expand(self.Hk, 1, self.G, 1, 1).reshape(-1, 1) if Z.dim() else Z
 
-# %% ../nbs/17_cache.ipynb #b73e62d6
+# %% ../nbs/17_cache.ipynb #0facd515
 def square(reader: Reader, k: Float[Tensor, "B Hk T d"], lam: Tensor | None) -> Float[Tensor, "B Hk M T"]:
     "kappa of equation (2): the squared length of the (shifted) keys in units of their precision."
     shifted = (k[:, :, None] if reader.shift is None else k[:, :, None] + reader.shift[:, :, :, 0]).square()
@@ -143,7 +155,7 @@ def bias_slope(reader: Reader) -> float:
     "How much of `kappa` stands in the bias: -1/2 of a linear link, +1/2 of a prior tied to the norm."
     return (reader.attention.mixing == "norm") / 2 - (reader.straight and reader.link != "dot") / 2
 
-# %% ../nbs/17_cache.ipynb #705fe8d4
+# %% ../nbs/17_cache.ipynb #ef8d189b
 def query_side(reader: Reader, q: Float[Tensor, "B H Tq d"]) -> tuple[Tensor, Tensor]:
     "Queries with the component axis `(B, Hk, M, G, Tq, d)`, for the product, and rho of equation (2), `(..., 1)`."
     q = q.to(reader.dtype).unflatten(1, (reader.Hk, reader.G))[:, :, None]
@@ -187,14 +199,14 @@ def product(a: Float[Tensor, "B Hk M G Tq d"], k: Float[Tensor, "B Hk T d"]) -> 
 
 def measure_near(reader: Reader, u: Tensor, q: Tensor, k: Tensor, column: Mapping[str, Tensor]) -> None:
     "Where the difference in (2) cancels, take the distance directly: a link with a sharp tip sees it (chapter 13)."
-    near = u < 2 * NEAR * column["kappa"][:, :, :, None, None]
-    if not bool(near.any()): return
-    b, h, m, g, t, j = near.nonzero().unbind(1)
+    rest = torch.add(u, column["kappa"][:, :, :, None, None], alpha=-2 * NEAR)
+    if not rest.numel() or float(rest.amin()) >= 0: return
+    b, h, m, g, t, j = (rest < 0).nonzero().unbind(1)
     error = q.to(u.dtype).unflatten(1, (reader.Hk, reader.G))[b, h, g, t] - k[b, h, j]
     Lam = column["lam"][b, h, m, j][:, None] if reader.own else reader.Lam[h, m, 0, 0]
     u[b, h, m, g, t, j] = (Lam * error.square()).sum(-1)
 
-# %% ../nbs/17_cache.ipynb #0224aa21
+# %% ../nbs/17_cache.ipynb #c2ed3617
 def read_out(
     reader: Reader, s: Float[Tensor, "B Hk M G Tq T"], v: Float[Tensor, "B Hk T d"], need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:                 # `(B, H, Tq, d)` and log-sum-exp `(B, H, Tq)`
@@ -220,7 +232,7 @@ def settled(
     if reader.M > 1 and not reader.own: top, mass = reader.Lam * top, reader.Lam * mass
     return (top.sum(2) / mass.sum(2)).flatten(1, 2).to(q.dtype)
 
-# %% ../nbs/17_cache.ipynb #11c0f1df
+# %% ../nbs/17_cache.ipynb #455c7d0f
 def cacheable(model: nn.Module) -> bool:
     "Whether a model is the chain of chapter 15 and nothing else: its forward pass replaced or hooked, a cache would miss it."
     if not isinstance(model, PCTransformer) or type(model).forward is not PCTransformer.forward: return False
@@ -230,7 +242,7 @@ def cacheable(model: nn.Module) -> bool:
     attentions = [f.attention for f in model.predictors if isinstance(f, AttentionLayer)]
     return plain and not hooked and all(type(a).forward is PCAttention.forward for a in attentions)
 
-# %% ../nbs/17_cache.ipynb #30675f14
+# %% ../nbs/17_cache.ipynb #7e5b55dc
 def weights_version(model: nn.Module) -> int:
     "A number that grows when a weight is changed in place."
     return sum(p._version for p in model.parameters() if not p.is_inference())
@@ -260,6 +272,11 @@ class KVCache:
     version: int                                 # of the weights
     lengths: list[int] = field(default_factory=list)
     energy: Tensor | None = None                 # `(B, T)`: attention energies of the newest tokens, if asked for
+
+    def __post_init__(self) -> None:
+        self.layers, self.weights = list(self.model.predictors), list(self.model.parameters())
+        self.quick = all(r.quick for r in self.readers) and self.k.dtype == self.readers[0].dtype
+        self.views = [(self.k[i], self.v[i], {n: c[i] for n, c in self.column.items()}) for i in range(len(self.readers))]
 
     @classmethod
     def allocate(
@@ -337,14 +354,13 @@ class KVCache:
 
     def current(self) -> bool:
         "Whether the model's weights are those that the keys were made with."
-        return self.version == weights_version(self.model)
+        return self.version == sum(p._version for p in self.weights if not p.is_inference())
 
     def restart(self) -> None:
         "Empty, and ready for the model's present weights."
         self.lengths = [0] * self.batch
         if not self.current():
-            self.readers = [Reader(r.attention) for r in self.readers]
-            self.version = weights_version(self.model)
+            self.readers, self.version = [Reader(r.attention) for r in self.readers], weights_version(self.model)
 
     def trim(self, length: int) -> None:
         "Forget the newest tokens of rows that are longer than `length`. Raises ValueError."
@@ -402,7 +418,7 @@ def get(store: Tensor, slots: slice | tuple[Tensor, Tensor]) -> Tensor:
     "Read `(B, Hk, T, ...)` back."
     return store[:, :, slots] if isinstance(slots, slice) else store[slots[0], :, slots[1]].transpose(1, 2)
 
-# %% ../nbs/17_cache.ipynb #04e85335
+# %% ../nbs/17_cache.ipynb #a6e198b5
 def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Sequence[int] | None, settle_steps: int) -> None:
     "Raise one clear sentence for tokens that this cache cannot take."
     if cache.model is not model:
@@ -441,6 +457,72 @@ def extend(
         return advance(cache, tokens, counts, settle_steps, last, energies)
 
 
+def one_more(
+    reader: Reader, x: Float[Tensor, "B 1 D"], k: Tensor, v: Tensor, column: Mapping[str, Tensor], n: int, first: int,
+) -> Float[Tensor, "B 1 D"]:
+    "One token's attention for the common case: one component, equal priors. As few operations as will do."
+    a, H, Hk, stop = reader.attention, reader.Hk * reader.G, reader.Hk, n + 1
+    q, key, value = a.qkv(x).view(len(x), H + 2 * Hk, reader.d).split([H, Hk, Hk], 1)
+    if a.qk_norm: q, key = F.rms_norm(q, (reader.d,)), F.rms_norm(key, (reader.d,))
+    k.select(2, n).copy_(key); v.select(2, n).copy_(value)
+    for name, new in describe_one(reader, x, key).items(): column[name].select(3, n).select(2, 0).copy_(new)
+    q, K, V = q.view(len(x), Hk, reader.G, reader.d), k[:, :, first:stop], v[:, :, first:stop]
+    at = {name: c[:, :, :, first:stop] for name, c in column.items()}
+    if reader.straight and not reader.own:
+        out = F.scaled_dot_product_attention(q * reader.q_factor, K, V, attn_mask=at.get("bias"), scale=1.0)
+    else:
+        out = quick_scores(reader, q, K, at).softmax(-1) @ V
+    return out.view(len(x), 1, -1)
+
+
+def quick_scores(reader: Reader, q: Float[Tensor, "B Hk G d"], K: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    "`cached_scores` of one token in place, for one component."
+    u = (q if reader.own and reader.straight else q * reader.q_factor) @ K.mT
+    u.add_(weighted_square(q, reader.rho)[..., None])
+    if reader.own: u.mul_(at["lam"])
+    if not reader.straight:
+        u.add_(at["kappa"])
+        if reader.sharp: measure_near(reader, u[:, :, None, :, None], q.flatten(1, 2)[:, :, None], K, at)
+        if reader.scales: u.mul_(reader.flat_scale)
+        u = reader.step.score(u, u, reader.flat_shape)
+    return u.add_(at["bias"]) if "bias" in at else u
+
+
+def describe_one(reader: Reader, x: Float[Tensor, "B 1 D"], key: Float[Tensor, "B Hk d"]) -> dict[str, Tensor]:
+    "`describe` of one token for equal priors: `(B, Hk)` each."
+    if not reader.columns: return {}
+    a, name = reader.attention, "bias" if reader.straight else "kappa"
+    if a.precision_map is None: return {name: weighted_square(key, reader.half)}
+    log = F.linear(x[:, 0], a.precision_map, reader.log_precision)
+    lam = log.exp()
+    kappa, prior = weighted_square(key, reader.one).mul_(lam), log.mul_(reader.d / 2)
+    if reader.straight: return {"lam": lam, "bias": prior.add_(kappa, alpha=-0.5)}
+    return {"lam": lam, "kappa": kappa, "bias": prior}
+
+
+def weighted_square(x: Float[Tensor, "*b d"], weight: Tensor) -> Float[Tensor, "*b"]:
+    "Weighted squared length; one weight for all coordinates is multiplied after the sum."
+    if weight.shape[-1] == 1: return torch.linalg.vecdot(x, x).mul_(weight[..., 0])
+    return (x.square() * weight).sum(-1)
+
+
+def decode(cache: KVCache, tokens: Int64[Tensor, "B 1"]) -> Float[Tensor, "B 1 V"]:
+    "`advance` by one token, rows of equal length, nothing special asked for."
+    n, layer, window = cache.lengths[0], 0, cache.model.config.window
+    first = 0 if window is None else max(0, n - window + 1)
+    embedding, *layers = cache.layers
+    s = F.embedding(tokens, embedding.token.weight) + embedding.position.weight[n]
+    for f in layers:
+        x = f.norm(s)
+        if isinstance(f, FeedForwardLayer):
+            s = f.down(F.gelu(f.up(x))).add_(s)
+        else:
+            s = f.attention.out(one_more(cache.readers[layer], x, *cache.views[layer], n, first)).add_(s)
+            layer += 1
+    cache.lengths = [n + 1] * len(cache.lengths)
+    return cache.model.output(s)
+
+
 def places(cache: KVCache, T: int) -> tuple[slice | tuple[Tensor, Tensor], Bool[Tensor, "b T N"] | None, int]:
     "Slots of `T` new tokens, which slots they may see (`None`: all that are read), and the first slot to read."
     n, device, window = cache.length, cache.k.device, cache.model.config.window
@@ -460,6 +542,8 @@ def advance(
 ) -> Float[Tensor, "B T V"]:
     "`extend` without its checks: the inner loop of generation."
     T, layer, total = tokens.shape[1], 0, []
+    plain = cache.quick and T == 1 and not (settle_steps or energies)
+    if plain and 0 < min(cache.lengths) == cache.length: return decode(cache, tokens)
     slots, seen, first = places(cache, T)
     embedding, *layers = cache.model.predictors
     where = slots if isinstance(slots, slice) else slots[1]

@@ -61,7 +61,7 @@ def top_p_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #9c2f64c6
+# %% ../nbs/23_generation.ipynb #a4cd6f53
 def min_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # share of the largest probability, 0 <= p <= 1
@@ -89,7 +89,7 @@ def typical_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #7854e4b1
+# %% ../nbs/23_generation.ipynb #259abefd
 def penalise(
     logits: Float[Tensor, "... V"],
     counts: Float[Tensor, "... V"],  # n, how often each token stands in the text
@@ -199,7 +199,7 @@ def check_options(
     if top_p is not None and (not is_real(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], but got {top_p!r}.")
 
-# %% ../nbs/23_generation.ipynb #aa7460f4
+# %% ../nbs/23_generation.ipynb #3fd7e0bb
 @dataclass(frozen=True)
 class SamplingConfig(Config):
     "How the next token is chosen from its logits; raises `ConfigError`, one sentence."
@@ -240,10 +240,11 @@ class SamplingConfig(Config):
         if counts is not None:
             logits = penalise(logits, counts, self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         if energy is not None:
-            logits = logits * (self.energy_slope * (energy - self.energy_mean) / self.energy_std).exp()[:, None]
+            zeta = ((energy - self.energy_mean) / self.energy_std).clamp(-5, 5)
+            logits = logits * (self.energy_slope * zeta).exp()[:, None]
         return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
 
-# %% ../nbs/23_generation.ipynb #e3f697b1
+# %% ../nbs/23_generation.ipynb #5c25d5b6
 def window_start(length: int, block_size: int, slide: int = 1) -> int:
     "w of equation (7): how many of `length` tokens have left the window."
     return slide * -(-max(0, length - block_size) // slide)
@@ -265,7 +266,7 @@ class Recompute:
         "Last row of the model's logits."
         return model(tokens)[:, -1]
 
-# %% ../nbs/23_generation.ipynb #98b7e6f6
+# %% ../nbs/23_generation.ipynb #990b412e
 @dataclass
 class Texts:
     "Rows of tokens of different length, and the part of them that the model reads."
@@ -338,7 +339,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
-# %% ../nbs/23_generation.ipynb #86c7b466
+# %% ../nbs/23_generation.ipynb #f064cf2d
 @dataclass(frozen=True)
 class Step:
     "What one step of a stream has added."
@@ -382,7 +383,7 @@ def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[
     whole[rows] = q
     return sample(whole, generators[0])[rows]
 
-# %% ../nbs/23_generation.ipynb #33ddcb24
+# %% ../nbs/23_generation.ipynb #b133b844
 def stream(
     model: nn.Module,  # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
     prompt: Tensor | Sequence[Tensor],  # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length
