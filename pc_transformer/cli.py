@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
            'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
-           'uncertainty', 'main']
+           'uncertainty', 'evidence', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -367,11 +367,37 @@ def uncertainty(
     results = page.uncertainty_study(folders, read_data(data), out, foreign, windows, draws, seed, device)
     print(f"{page.table(results)}\nresults  {out / 'results.json'}")
 
+# %% ../nbs/34_cli.ipynb #9b647104
+def evidence(
+    models: list[Path], out: Path = Path("runs/evidence"), train: TrainConfig = TrainConfig(), relative_precision: float = 10.0,
+    windows: int = 384, data: str = "tinyshakespeare", device: str = "auto",
+) -> None:
+    """Go on with trained models, plainly and with a past that settles; read validation text with both (chapter 29).
+
+    Args:
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        out: folder of results.json
+        train: how they are trained further, the same for both
+        relative_precision: stiffness of the past at the start; it is learned
+        windows: how many windows of validation text are read
+        data: the corpus they were trained on, by name, or a text file
+        device: auto, cpu, cuda, ...
+    """
+    from pc_transformer import evidence as page
+
+    folders = [model_folder(m) for m in models]
+    if not folders:
+        raise ConfigError("evidence needs at least one saved model")
+    config = RunConfig(model=load(folders[0]).config, learner=LearnerConfig(algorithm="backprop"), train=train, data=data)
+    make_folder(out)
+    page.evidence_study(config, read_data(data), out, folders, relative_precision, windows=windows, device=device)
+    print(f"results  {out / 'results.json'}")
+
 # %% ../nbs/34_cli.ipynb #76427aee
 COMMANDS: dict[str, Any] = {
     f.__name__.replace("_", "-"): f
     for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention,
-              uncertainty)}
+              uncertainty, evidence)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 
