@@ -100,6 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     flags = [f for f, on in (("slow", args.slow), ("cuda", args.cuda)) if not on]
     skip = re.compile(rf"^#\|\s*(eval:\s*false|{'|'.join(flags) or 'eval: false'})\s*$", re.M)
+    os.environ.pop("MPLBACKEND", None)  # with a backend set, no figure would be saved
     os.environ.update(ENV)
     for path in args.paths:
         if not path.is_file():
