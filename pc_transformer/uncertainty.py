@@ -281,8 +281,9 @@ def reliability(
     rank = torch.argsort(torch.argsort(c, stable=True), stable=True)
     group = rank * bins // len(c) if equal_mass else (c * bins).long().clamp(max=bins - 1)
     count = torch.bincount(group, minlength=bins)
-    sums = [torch.bincount(group, x.double(), minlength=bins)[count > 0] / count[count > 0] for x in (c, correct)]
-    return Reliability(*sums, count[count > 0])
+    some = count > 0
+    mean = lambda x: torch.bincount(group, x.double(), minlength=bins)[some] / count[some]
+    return Reliability(mean(c), mean(correct), count[some])
 
 
 def confidence_and_correct(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> tuple[Tensor, Tensor]:
