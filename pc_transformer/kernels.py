@@ -804,7 +804,8 @@ class _Chunked(torch.autograd.Function):
             part: Any = here.pull(dqn, dqa, dkn, dka, row, col, dLam is not None)
             if dLam is not None:
                 _collect(dLam, part, *at)
-                if key is not None and plan.log_det: _collect(dLam, key[..., None] * (0.5 if Lam.shape[-1] == d else d / 2) / here.Lam, *at)
+                half = 0.5 if Lam.shape[-1] == d else d / 2
+                if key is not None and plan.log_det: _collect(dLam, key[..., None] * half / here.Lam, *at)
             if dprior is not None and key is not None: _collect(dprior, key, *at)
         back = lambda g, x: g.to(x.dtype)
         return None, back(dq, q), back(dk, k), back(dv, v), dLam, None, dprior, dmask, *dshape
