@@ -188,11 +188,18 @@ def check_precision(precision: float | Tensor, family: str) -> None:
 # %% ../nbs/12_attention.ipynb #2681dd6e
 @dataclass(frozen=True)
 class Component:
-    "Keys with their precision and their prior: what is compared with the queries."
+    "Keys with their precision and their prior: what is compared with the queries. Several components have an axis M."
 
-    k: Float[Tensor, "B H Tk d"]
-    precision: Tensor                 # four axes, broadcastable to `k`
-    log_mix: Tensor | None = None     # broadcastable to `(B, H, Tk)`
+    k: Float[Tensor, "B H *M Tk d"]
+    precision: Tensor                 # as many axes as `k`, broadcastable to it
+    log_mix: Tensor | None = None     # broadcastable to `k` without `d`
+
+    def each(self) -> list["Component"]:
+        "One `Component` without the axis M for each m."
+        if self.k.dim() == 4: return [self]
+        at = lambda x, m: x[:, :, m if x.shape[2] > 1 else 0]
+        prior = lambda m: None if self.log_mix is None else at(self.log_mix, m)
+        return [Component(at(self.k, m), at(self.precision, m), prior(m)) for m in range(self.k.shape[2])]
 
 
 def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
@@ -205,9 +212,8 @@ def components(
     k: Tensor,                            # `(B, Hk, Tk, d)`, for mixtures `(B, Hk, M, Tk, d)`
     precision: float | Tensor,            # scalar, or broadcastable to k without `d`, or to k
     log_mix: float | Tensor | None,       # broadcastable to k without `d`
-    mixed: bool,
-) -> list[Component]:
-    "One `Component` for each m, heads repeated."
+) -> Component:
+    "All components in one, heads repeated."
     n, own, H = k.dim(), k.shape[1], q.shape[1]
     full = full_dtype(q)
     Lam = torch.as_tensor(precision, dtype=full, device=q.device)
@@ -215,10 +221,7 @@ def components(
     Lam = spread_heads(Lam.view(*[1] * (n - Lam.dim()), *Lam.shape), own, H)
     b = None if log_mix is None else torch.as_tensor(log_mix, dtype=full, device=q.device)
     b = None if b is None else spread_heads(b.view(*[1] * (n - 1 - b.dim()), *b.shape), own, H)
-    k = spread_heads(k, own, H)
-    if not mixed: return [Component(k, Lam, b)]
-    at = lambda x, m: x[:, :, m if x.shape[2] > 1 else 0]
-    return [Component(k[:, :, m], at(Lam, m), None if b is None else at(b, m)) for m in range(k.shape[2])]
+    return Component(spread_heads(k, own, H), Lam, b)
 
 # %% ../nbs/12_attention.ipynb #047aa61d
 Run = Callable[..., tuple[Tensor, Tensor | None]]
@@ -233,18 +236,16 @@ def backend_named(name: str) -> Run:
 
 
 def posterior_mean(
-    q: Float[Tensor, "B H Tq d"], parts: list[Component], v: Float[Tensor, "B H Tk dv"], link: Link, backend: str,
+    q: Float[Tensor, "B H Tq d"], c: Component, v: Float[Tensor, "B H Tk dv"], link: Link, backend: str,
     need_lse: bool = False, **options: Any,        # mask, is_causal, window, dropout_p
 ) -> tuple[Tensor, Tensor | None]:
-    "Read-out and log-sum-exp over all components, equation (2)."
-    found = []
-    for c in parts:
-        name = backend
-        if backend == "auto":
-            name, _ = kernels.choose(q, c.k, v, link, c.precision, c.log_mix, **options)
-        run = backend_named(name)
-        found.append(run(q, c.k, v, link, c.precision, c.log_mix, need_lse=need_lse or len(parts) > 1, **options))
-    return found[0] if len(parts) == 1 else kernels.merge([o for o, _ in found], [lse for _, lse in found])
+    "Read-out and log-sum-exp over all components, equation (2): in one pass by row chunks, merged from one call each elsewhere."
+    name = kernels.choose(q, c.k, v, link, c.precision, c.log_mix, **options)[0] if backend == "auto" else backend
+    run = lambda c, lse: backend_named(name)(q, c.k, v, link, c.precision, c.log_mix, need_lse=lse, **options)
+    parts = [c] if name == "chunked" else c.each()
+    if len(parts) == 1: return run(parts[0], need_lse)
+    found = [run(part, True) for part in parts]
+    return kernels.merge([o for o, _ in found], [lse for _, lse in found if lse is not None])
 
 # %% ../nbs/12_attention.ipynb #89d78670
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def settle_query(
     for c in parts:
         shared = isinstance(link, str) or (c.precision.shape[-2] == 1 and len(parts) == 1)
         Lam = torch.ones_like(c.k[..., :1]) if shared else c.precision.expand(*c.k.shape[:-1], -1)
-        read, lse = posterior_mean(q, [c], torch.cat([Lam * c.k, Lam], -1), weighted, backend, need_lse=True, **options)
+        read, lse = posterior_mean(q, c, torch.cat([Lam * c.k, Lam], -1), weighted, backend, need_lse=True, **options)
         tops, bottoms, lses = tops + [read[..., :d]], bottoms + [read[..., d:]], lses + [lse]
     top, lse = (tops[0], lses[0]) if len(parts) == 1 else kernels.merge(tops, lses)
     bottom = bottoms[0] if len(parts) == 1 else kernels.merge(bottoms, lses)[0]
@@ -323,18 +324,18 @@ def attend(
     if mixed and component not in FAMILIES:
         raise ValueError(f"unknown component {component!r}: choose from {', '.join(map(repr, FAMILIES))}")
     link = make_link(component, q, family_parameters)
-    parts, v = components(q, k, precision, log_mix, mixed), spread_heads(v, v.shape[1], q.shape[1])
+    keys, v = components(q, k, precision, log_mix), spread_heads(v, v.shape[1], q.shape[1])
     mask = None if attn_mask is None else attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
     options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "window": window}
     if backend == "sdpa" and (dropout_p or not isinstance(link, str | Gaussian)):
         raise ValueError("the fused kernel knows dot products and Gaussians without dropout only: use backend='chunked'")
     for _ in range(settle_steps):
-        q = settle_query(q, parts, link, backend, **options)
+        q = settle_query(q, keys.each(), link, backend, **options)
     if return_attention:
         if backend not in ("auto", "reference"):
             raise ValueError("a fused kernel never forms the attention matrix: use backend='reference' to return it")
-        return read_visibly(q, parts, v, link, return_lse, dropout_p, **options)
-    out, lse = posterior_mean(q, parts, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
+        return read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
+    out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
     return (out, lse) if return_lse and lse is not None else out
 
 

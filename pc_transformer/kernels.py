@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Link', 'NEAR', 'LONG', 'per_coordinate', 'log_key_prior', 'additive_mask', 'responsibilities', 'split_prior', 'both',
            'window_mask', 'squares', 'augment', 'dropped', 'centre', 'centred', 'hi_lo', 'carry', 'augment_short',
-           'first_order', 'flash_agrees', 'poison', 'poison_prior', 'first_row', 'blind_rows', 'needs_grad', 'check',
-           'sdpa', 'affine', 'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes', 'shape_tensors', 'with_shape', 'AnyLink',
-           'as_step', 'is_sharp', 'Near', 'Blocks', 'Plan', 'Terms', 'chunked', 'merge', 'choose']
+           'first_order', 'flash_agrees', 'poison', 'poison_prior', 'first_row', 'log_total', 'blind_rows',
+           'needs_grad', 'check', 'sdpa', 'affine', 'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes', 'shape_tensors',
+           'with_shape', 'AnyLink', 'as_step', 'is_sharp', 'Near', 'Blocks', 'Plan', 'chunked', 'merge', 'choose']
 
 # %% ../nbs/13_kernels.ipynb #0ea61fce
 import copy
@@ -248,14 +248,22 @@ def first_row(
     lse: Float[Tensor, "B H Tq"],
     q: Tensor, k: Tensor, link: Elliptical, Lam: Tensor, log_mix: Tensor | None, mask: Tensor | None,
 ) -> Float[Tensor, "B H Tq"]:
-    "Causal lse with that of query 0 computed directly: it is the score of key 0, and owes nothing to key 1."
-    first = Lam[..., :1, :]
-    u = (first * (q[..., :1, :] - k[..., :1, :]).square()).sum(-1, keepdim=True)
-    s = link.link(u, q.shape[-1]) + log_key_prior(first, None if log_mix is None else log_mix[..., :1], q.shape[-1])[..., None]
+    "Causal lse with that of query 0 computed directly: it is the score of key 0 (one a component), and owes nothing to key 1."
+    first, q = Lam[..., :1, :], q[..., :1, :] if k.dim() == 4 else q[:, :, None, :1]
+    u = (first * (q - k[..., :1, :]).square()).sum(-1, keepdim=True)
+    s = link.link(u if k.dim() == 4 else u.flatten(2)[..., None], q.shape[-1])
+    s = s.view_as(u) + log_key_prior(first, None if log_mix is None else log_mix[..., :1], q.shape[-1])[..., None]
     if mask is not None:
-        seen = mask[..., :1, :1]
+        seen = mask[..., :1, :1] if k.dim() == 4 else mask[:, :, None, :1, :1]
         s = s.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else s + seen
-    return torch.cat([s[..., 0], lse[..., 1:]], -1)
+    s = s[..., 0] if k.dim() == 4 else log_total(s[..., 0, 0])[..., None]
+    return torch.cat([s, lse[..., 1:]], -1)
+
+
+def log_total(s: Tensor) -> Tensor:
+    "`logsumexp` over the last axis; minus infinity, without a gradient, where all entries are."
+    blind = (s == -math.inf).all(-1, keepdim=True)
+    return s.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
 
 # %% ../nbs/13_kernels.ipynb #93be3cf8
 def blind_rows(mask: Float[Tensor, "b h #Tq Tk"], is_causal: bool) -> Tensor:  # bool `(b, h, Tq or 1)`
@@ -370,18 +378,19 @@ def sdpa(
 
 # %% ../nbs/13_kernels.ipynb #acd9406c
 def affine(
-    q: Float[Tensor, "B H Tq d"],
-    k: Float[Tensor, "B H Tk d"],
-    Lam: Tensor,                     # precision, four axes
+    q: Float[Tensor, "... Tq d"],
+    k: Float[Tensor, "... Tk d"],
+    Lam: Tensor,                     # precision, broadcastable to `k`
     scale: float | Tensor = 1.0,     # y is `scale * u`
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # queries, keys, rho `(B, H, Tq, 1)` or `None`, kappa `(B, H, Tk, 1)`
+    row: bool = True,                # whether rho is wanted
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # queries, keys, rho `(..., Tq, 1)` or `None`, kappa `(..., Tk, 1)`
     "Equation (6): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the precision is the keys' own."
     Lam = Lam * scale
     kappa = squares(k, Lam)
-    if Lam.shape[-2] == 1: return q, -2 * Lam * k, squares(q, Lam), kappa
+    if Lam.shape[-2] == 1: return q, k * (-2 * Lam), squares(q, Lam) if row else None, kappa
     square = q**2 if Lam.shape[-1] > 1 else (q**2).sum(-1, keepdim=True)
     lanes = Lam.expand(*k.shape[:-1], square.shape[-1])
-    return torch.cat([q, square], -1), torch.cat([-2 * Lam * k, lanes], -1), None, kappa
+    return torch.cat([q, square], -1), torch.cat([k * (-2 * Lam), lanes], -1), None, kappa
 
 # %% ../nbs/13_kernels.ipynb #ecea1843
 class Straight:
@@ -491,7 +500,7 @@ def as_step(link: Link, d: int) -> tuple[Straight, float | Tensor, list[Tensor]]
     if isinstance(link, StudentT):
         a = (link.nu + d) / 2
         return (Power(None), 1 / link.nu, [a]) if isinstance(a, Tensor) else (Power(a), 1 / link.nu, [])
-    if isinstance(link, Laplace): return Root(), 1.0, []
+    if isinstance(link, Laplace) and not isinstance(link.eps, Tensor): return Root(), 1.0, []
     if isinstance(link, Logistic): return Bell(), 1.0, []
     if isinstance(link, Contaminated) and not isinstance(link.share, Tensor) and not isinstance(link.ratio, Tensor):
         return TwoSlopes(link.share, link.ratio, d), 1.0, []
@@ -509,7 +518,7 @@ def is_sharp(link: Link) -> bool:
 
 @dataclasses.dataclass
 class Near:
-    "What it takes to compute single distances directly: flat queries, keys and precisions, `(B*H, T or 1, d or 1)`."
+    "What it takes to compute single distances directly: flat queries, keys and precisions, `(n, T or 1, d or 1)`."
 
     q: Tensor
     k: Tensor
@@ -517,78 +526,67 @@ class Near:
 
     def __post_init__(self) -> None:
         self.q2, self.most = self.q.square().sum(-1, keepdim=True), self.Lam.amax(-1)[:, None]
-        self.k2 = (self.Lam * self.k**2).sum(-1)[:, None]
+        self.k2 = squares(self.k, self.Lam).mT
 
-    def fix(self, y: Tensor, n: slice, i: slice, j: slice) -> None:
+    def fix(self, y: Tensor, i: slice, j: slice) -> None:
         "Replace the distances in `y` that are small against what they were subtracted from."
-        most, k2 = self.most[n][..., j if self.most.shape[-1] > 1 else slice(None)], self.k2[n, :, j]
-        if not bool(y.amin() < NEAR * (self.q2[n, i].amax() * most.amax() + k2.amax())): return
-        pairs = (y < NEAR * (self.q2[n, i] * most + k2)).nonzero()
-        for a, b, c in (part.unbind(1) for part in pairs.split(1 << 14)):
-            at, key = a + n.start, c + j.start
-            Lam = self.Lam[at, key if self.Lam.shape[1] > 1 else key * 0]
-            y[a, b, c] = (Lam * (self.q[at, b + i.start] - self.k[at, key]).square()).sum(-1)
+        most, k2 = self.most[..., j] if self.most.shape[-1] > 1 else self.most, self.k2[..., j]
+        if not bool(y.amin() < NEAR * (self.q2[:, i].amax() * most.amax() + k2.amax())): return
+        pairs = (y < NEAR * (self.q2[:, i] * most + k2)).nonzero()
+        for n, a, b in (part.unbind(1) for part in pairs.split(1 << 14)):
+            key = b + j.start
+            Lam = self.Lam[n * (self.Lam.shape[0] > 1), key * (self.Lam.shape[1] > 1)]
+            y[n, a, b] = (Lam * (self.q[n, a + i.start] - self.k[n, key]).square()).sum(-1)
 
 # %% ../nbs/13_kernels.ipynb #62e20610
 @dataclasses.dataclass
 class Blocks:
-    "How attention of `heads` heads is cut up; `n`, `i` and `j` are slices of batch and heads, queries and keys."
+    "How attention is cut up: slices `b`, `h` of batch and heads are a group, slices `i`, `j` of queries and keys a block."
 
-    heads: int
     is_causal: bool = False
     window: int | None = None
     blind: bool = False            # whether a row may be masked altogether
     rows: int = 64
-    elements: int = 1 << 17        # scores in a block, about
+    elements: int = 1 << 18        # scores in a block, about
 
-    def cut(self, N: int, Tq: int, Tk: int) -> Iterator[tuple[slice, slice, slice]]:
-        "The blocks, each with the keys that its rows can see."
+    def groups(self, B: int, H: int, Tq: int, Tk: int, M: int = 1) -> Iterator[tuple[slice, slice]]:
+        "Whole batches, or some heads of one, whose blocks (of M components) have about the wanted size."
         reach = Tk if self.window is None else min(Tk, 2 * self.window + self.rows)
-        heads = max(1, self.elements // (min(self.rows, Tq) * reach))
-        for n in range(0, N, heads):
-            for i in range(0, Tq, self.rows):
-                stop = min(i + self.rows, Tq)
-                first = 0 if self.window is None else max(0, i - self.window + 1)
-                last = stop if self.is_causal else Tk if self.window is None else stop + self.window - 1
-                yield slice(n, min(n + heads, N)), slice(i, stop), slice(min(first, Tk - 1), min(last, Tk))
+        heads = max(1, self.elements // (min(self.rows, Tq) * reach * M))
+        for b in range(0, B, max(1, heads // H)):
+            for h in range(0, H, min(heads, H)):
+                yield slice(b, min(b + max(1, heads // H), B)), slice(h, min(h + min(heads, H), H))
 
-    def buffer(self, like: Tensor, N: int, Tq: int, Tk: int) -> Tensor:
-        "Room for the scores of any block."
-        size = lambda block: math.prod(s.stop - s.start for s in block)
-        return like.new_empty(max(size(block) for block in self.cut(N, Tq, Tk)))
+    def cut(self, Tq: int, Tk: int) -> Iterator[tuple[slice, slice]]:
+        "The blocks of a group, each with the keys that its rows can see."
+        for i in range(0, Tq, self.rows):
+            stop = min(i + self.rows, Tq)
+            first = 0 if self.window is None else max(0, i - self.window + 1)
+            last = stop if self.is_causal else Tk if self.window is None else stop + self.window - 1
+            yield slice(i, stop), slice(min(first, Tk - 1), min(last, Tk))
 
-    def index(self, m: Tensor, n: slice, i: slice, j: slice) -> tuple:
-        "Where a mask of four broadcastable axes has the block `(heads, queries, keys)`."
-        at = torch.arange(n.start, n.stop, device=m.device)[:, None, None]
-        b = at // self.heads if m.shape[0] > 1 else at * 0
-        h = at % self.heads if m.shape[1] > 1 else at * 0
-        rows, cols = (torch.arange(s.start, s.stop, device=m.device) * (size > 1)
-                      for s, size in ((i, m.shape[2]), (j, m.shape[3])))
-        return b, h, rows[:, None], cols
+    def buffer(self, like: Tensor, Tq: int, Tk: int, M: int = 1) -> Tensor:
+        "Room for the scores of any block of the heads along the first axis of `like`."
+        return like.new_empty(like.shape[0] * M * max((i.stop - i.start) * (j.stop - j.start) for i, j in self.cut(Tq, Tk)))
 
-    def part(self, m: Tensor, n: slice, i: slice, j: slice) -> Tensor:
-        "The block of a mask."
-        if m.shape[:2] == (1, 1) and m.shape[2] > 1 and m.shape[3] > 1: return m[0, :, i, j]
-        return m[self.index(m, n, i, j)]
-
-    def forbid(self, s: Tensor, n: slice, i: slice, j: slice, mask: Tensor | None) -> Tensor:
-        "The block's scores with everything masked at minus infinity."
+    def forbid(self, s: Float[Tensor, "n I M J"], i: slice, j: slice, mask: Tensor | None) -> Tensor:
+        "The block's scores with everything masked at minus infinity; `mask` has the axes of `s`, or is `None`."
         if self.window is not None or (self.is_causal and i.stop - i.start > 1):
             first = j.start if self.window is not None else i.start
             a = torch.arange(i.start, i.stop, device=s.device)[:, None]
             b = torch.arange(first, j.stop, device=s.device)
             far = b > a if self.is_causal else torch.zeros_like(b > a)
             if self.window is not None: far |= (b <= a - self.window) | (b >= a + self.window)
-            s[..., first - j.start:].masked_fill_(far, -math.inf)
+            s[..., first - j.start:].masked_fill_(far[:, None], -math.inf)
         if mask is None: return s
-        part = self.part(mask, n, i, j)
-        return s.masked_fill_(~part, -math.inf) if mask.dtype == torch.bool else s.add_(part)
+        return s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
 
-    def posterior(self, s: Tensor) -> Tensor:
-        "Softmax in place; rows that are masked altogether are zero."
-        if not self.blind: return torch.softmax(s, -1, out=s)
-        blind = s.amax(-1, keepdim=True) == -math.inf
-        return torch.softmax(s.masked_fill_(blind, 0.0), -1, out=s).masked_fill_(blind, 0.0)
+    def posterior(self, s: Float[Tensor, "n I M J"]) -> Tensor:
+        "Softmax over keys and components, in place; rows that are masked altogether are zero."
+        flat = s.flatten(2)
+        if not self.blind: return torch.softmax(flat, -1, out=flat).view_as(s)
+        blind = flat.amax(-1, keepdim=True) == -math.inf
+        return torch.softmax(flat.masked_fill_(blind, 0.0), -1, out=flat).masked_fill_(blind, 0.0).view_as(s)
 
 # %% ../nbs/13_kernels.ipynb #73eee504
 @dataclasses.dataclass
@@ -597,7 +595,11 @@ class Plan:
 
     blocks: Blocks
     step: Straight
-    near: Near | None = None
+    scale: float | None            # y = scale * u; `None`: dot products
+    additive: bool = False         # y is the score: what belongs to a key may be added before the link
+    log_det: bool = False          # whether half the log-determinant is part of a key's score
+    eps2: float | Tensor = 0.0     # added to the distance, once per head (Laplace)
+    sharp: bool = False
     dropout_p: float = 0.0
     seed: int = 0
     need_lse: bool = True
@@ -611,47 +613,140 @@ class Plan:
         return torch.empty_like(p).bernoulli_(1 - self.dropout_p, generator=draw).div_(1 - self.dropout_p)
 
 
-def _pick(x: Tensor, n: slice, j: slice | None = None) -> Tensor:
-    "The heads `n` (and keys `j`) of a tensor whose first axis may be shared."
-    x = x if x.shape[0] == 1 else x[n]
-    return x if j is None else x[..., j]
+def _pick(x: Tensor, b: slice, h: slice) -> Tensor:
+    "The batches and heads of a group, as a view; an axis of length one is shared."
+    return x[b if x.shape[0] > 1 else slice(None), h if x.shape[1] > 1 else slice(None)]
 
 
-def _scores(plan: Plan, at: tuple[slice, slice, slice], y: Tensor, s: Tensor, tensors: Sequence[Any], shape) -> tuple:
-    "One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the buffers given."
-    (n, i, j), (qa, ka, rho, kappa, prior, _, mask) = at, tensors
-    size = (n.stop - n.start, i.stop - i.start, j.stop - j.start)
-    y, s = y[: math.prod(size)].view(size), s[: math.prod(size)].view(size)
-    if rho is not None: torch.add(rho[n, i], _pick(kappa, n, j), out=y)
-    elif kappa is not None: y.copy_(_pick(kappa, n, j).expand(size))
-    y.baddbmm_(qa[n, i], ka[n, j].mT, beta=0 if kappa is None else 1)
-    if plan.near is not None: plan.near.fix(y, n, i, j)
-    s = plan.step.score(y, s, shape)
-    if prior is not None: s.add_(_pick(prior, n, j))
-    return y, plan.blocks.forbid(s, n, i, j, mask)
+def _heads(x: Tensor | None, b: slice, h: slice, dtype: torch.dtype | None = None) -> Any:
+    "The heads of a group along one axis, or one for all of them: `(n or 1, ...)`."
+    if x is None: return None
+    x = _pick(x, b, h)
+    if x.shape[:2] != (1, 1): x = x.expand(b.stop - b.start, h.stop - h.start, *x.shape[2:])
+    return x.flatten(0, 1).to(dtype or x.dtype)
 
 
-def _collect(total: Tensor, part: Tensor, n: slice, j: slice | None = None) -> None:
-    "Add a block's part to a gradient whose first axis may be shared."
-    if total.shape[0] == 1: part = part.sum(0, keepdim=True)
-    _pick(total, n, j).add_(part)
+def _collect(total: Tensor, part: Tensor, b: slice, h: slice) -> None:
+    "Add a group's part to a gradient; sums over whatever `total` shares."
+    view = _pick(total, b, h)
+    view.add_(part.unflatten(0, (-1, h.stop - h.start)).sum_to_size(view.shape))
+
+
+class _Group:
+    "The heads `(b, h)`, ready for their blocks: equation (6) with all that belongs to a query or a key."
+
+    rho: Any
+    kappa: Any
+    prior: Any
+
+    def __init__(self, plan: Plan, at: tuple[slice, slice], tensors: Sequence[Any], shape: Sequence[Tensor]):
+        q, k, v, Lam, c, prior, self.mask = tensors
+        full = torch.promote_types(q.dtype, torch.float32)
+        self.plan, self.at, self.whole = plan, at, (slice(0, at[0].stop - at[0].start), slice(0, at[1].stop - at[1].start))
+        self.q, self.k, self.v = (_heads(x, *at, dtype=full) for x in (q, k, v))
+        self.Lam, self.shape, b = _heads(Lam, *at), [_heads(x, *at)[..., None] for x in shape], _heads(prior, *at)
+        if c is not None: self.q, self.k = self.q - (shift := _heads(c, *at, dtype=full)), self.k - shift[:, None]
+        if plan.scale is None:
+            self.qa, self.ka, self.rho = self.q * self.Lam[:, 0], self.k, None
+            self.kappa, self.prior, self.near = None if b is None else b[:, None], None, []
+            return
+        alone = plan.additive and self.Lam.shape[1:3] == (1, 1)  # then the softmax does not see the query's own term
+        qa, self.ka, rho, kappa = affine(self.q[:, None], self.k, self.Lam, plan.scale, not alone)
+        self.qa, self.rho, kappa = qa[:, 0], None if rho is None else rho.transpose(1, 2), kappa.mT.transpose(1, 2)
+        if plan.log_det: b = log_key_prior(self.Lam, b, self.q.shape[-1])
+        self.prior = None if b is None else b[:, None]
+        if plan.additive and b is not None: kappa, self.prior = kappa + self.prior, None
+        self.kappa = kappa if isinstance(plan.eps2, float) and not plan.eps2 else kappa + plan.eps2
+        one = lambda x, m: x[:, m if x.shape[1] > 1 else 0]
+        self.near = [Near(self.q, self.k[:, m], one(self.Lam, m)) for m in range(self.k.shape[1])] if plan.sharp else []
+
+    def scores(self, i: slice, j: slice, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        "One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the buffers given."
+        size = (self.q.shape[0], i.stop - i.start, self.k.shape[1], j.stop - j.start)
+        y, s = y[: math.prod(size)].view(size), s[: math.prod(size)].view(size)
+        if self.rho is not None: torch.add(self.rho[:, i], self.kappa[..., j], out=y)
+        elif self.kappa is not None: y.copy_(self.kappa[..., j])
+        for m in range(size[2]):
+            y[:, :, m].baddbmm_(self.qa[:, i], self.ka[:, m, j].mT, beta=0 if self.kappa is None else 1)
+            if self.near: self.near[m].fix(y[:, :, m], i, j)
+        s = self.plan.step.score(y, s, self.shape)
+        if self.prior is not None: s.add_(self.prior[..., j] if self.prior.shape[-1] > 1 else self.prior)
+        part = self.part(self.mask, i, j)
+        return y, self.plan.blocks.forbid(s, i, j, None if part is None else _heads(part, *self.whole)[:, :, None])
+
+    def spread_mask(self, total: Tensor, g: Tensor, i: slice, j: slice) -> None:
+        "Add a block's part to the gradient of a mask."
+        part: Any = self.part(total, i, j)
+        part.add_(g.sum(2).unflatten(0, (-1, self.whole[1].stop)).sum_to_size(part.shape))
+
+    def part(self, m: Tensor | None, i: slice, j: slice) -> Tensor | None:
+        "A block's part of a mask or its gradient, as a view; shared axes stay shared."
+        if m is None: return None
+        return _pick(m, *self.at)[:, :, i if m.shape[2] > 1 else slice(None), j if m.shape[3] > 1 else slice(None)]
+
+    def pull(
+        self, dq: Tensor, dqa: Tensor, dk: Tensor, dka: Tensor, row: Tensor | None, col: Tensor, need: bool
+    ) -> Tensor | None:
+        "Equation (7): gradients of queries and keys into `dq` and `dk`, and that of the precision, from those of equation (6)."
+        d, factor, Lam = self.q.shape[-1], self.plan.step.factor(self.shape), self.Lam
+        if self.plan.scale is None:
+            dk.copy_(dka)
+            dLam = (self.q * dqa).sum(1, keepdim=True)[:, None] if need else None
+            torch.mul(dqa, Lam[:, 0], out=dq)
+            return dLam if dLam is None or Lam.shape[-1] > 1 else dLam.sum(-1, keepdim=True)
+        scale, m, lanes = self.plan.scale * factor, dka[..., :d], dqa[..., d:]
+        x, spread = col[..., None], None if row is None else row.mT[..., None]
+        short = need and Lam.shape[1:] == (1, 1, 1)
+        dLam = self._precision(m, dka[..., d:], x, spread).mul_(scale) if need and not short else None
+        torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(self.ka[..., :d], x if _unit(factor) else x * factor, value=-1)
+        if dq is not dqa: dq.copy_(dqa[..., :d]).addcmul_(self.q, lanes, value=2)
+        if not _unit(factor): dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
+        if spread is not None: dq.addcmul_(self.q, (spread * (Lam * scale)).sum(1), value=2)
+        if not short: return dLam
+        return ((_dot(self.q, dq) + _dot(self.k, dk)).view(-1, 1, 1, 1) / (2 * Lam))  # y is a square: Euler's rule
+
+    def _precision(self, m: Tensor, s: Tensor, x: Tensor, spread: Tensor | None) -> Tensor:
+        "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
+        total = lambda t: t if self.Lam.shape[-1] > 1 else t.sum(-1, keepdim=True)
+        own = total((self.k * x).sub_(m, alpha=2).mul_(self.k))
+        if self.Lam.shape[2] > 1 or s.shape[-1]: return own.add_(s)
+        own = own.sum(2, keepdim=True)
+        return own if spread is None else own.add_((total(self.q.square())[:, None] * spread).sum(2, keepdim=True))
+
+
+def _unit(factor: float | Tensor) -> bool:
+    "Whether there is nothing to multiply."
+    return isinstance(factor, float) and factor == 1
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    "Sum of products of each head, `(n, 1, 1)`."
+    return torch.bmm(a.reshape(a.shape[0], 1, -1), b.reshape(b.shape[0], -1, 1))
 
 
 class _Chunked(torch.autograd.Function):
-    "Attention of flat heads by row chunks: output `(N, Tq, dv)` and lse `(N, Tq)`, with gradients through both."
+    "Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients through both."
 
     @staticmethod
-    def forward(ctx, plan, qa, ka, rho, kappa, prior, v, mask, *shape):  # type: ignore[override]
-        (N, Tq, _), Tk, tensors = qa.shape, ka.shape[1], (qa, ka, rho, kappa, prior, v, mask)
-        out, lse = v.new_empty(N, Tq, v.shape[-1]), v.new_empty(N, Tq) if plan.need_lse else None
-        buffer, draw = plan.blocks.buffer(qa, N, Tq, Tk), plan.draw(qa.device)
-        for n, i, j in plan.blocks.cut(N, Tq, Tk):
-            _, s = _scores(plan, (n, i, j), buffer, buffer, tensors, [_pick(x, n) for x in shape])
-            top = s.amax(-1) if plan.need_lse else None
-            p = plan.blocks.posterior(s)
-            if lse is not None and top is not None: lse[n, i] = torch.where(top == -math.inf, top, top - p.amax(-1).log_())
-            if plan.dropout_p: p.mul_(plan.keep(p, draw))
-            torch.bmm(p, v[n, j], out=out[n, i])
+    def forward(ctx, plan, q, k, v, Lam, c, prior, mask, *shape):  # type: ignore[override]
+        (B, H, Tq, _), (M, Tk) = q.shape, k.shape[2:4]
+        tensors, full = (q, k, v, Lam, c, prior, mask), torch.promote_types(q.dtype, torch.float32)
+        out = v.new_empty(B, H, Tq, v.shape[-1], dtype=full)
+        lse = out.new_empty(B, H, Tq) if plan.need_lse else None
+        buffer, draw = None, plan.draw(q.device)
+        for at in plan.blocks.groups(B, H, Tq, Tk, M):
+            here, o = _Group(plan, at, tensors, shape), _heads(out, *at)
+            buffer = plan.blocks.buffer(here.q, Tq, Tk, M) if buffer is None else buffer
+            for i, j in plan.blocks.cut(Tq, Tk):
+                _, s = here.scores(i, j, buffer, buffer)
+                top = s.flatten(2).amax(-1) if plan.need_lse else None
+                p = plan.blocks.posterior(s)
+                if lse is not None and top is not None:
+                    _heads(lse, *at)[:, i] = torch.where(top == -math.inf, top, top - p.flatten(2).amax(-1).log_())
+                if plan.dropout_p: p.mul_(plan.keep(p, draw))
+                torch.bmm(p[:, :, 0] if M == 1 else p.sum(2), here.v[:, j], out=o[:, i])
+            if M > 1 and plan.blocks.is_causal and not plan.blocks.blind and not plan.dropout_p:
+                o[:, 0] = here.v[:, 0]  # several weights that add up to one: not to owe key 1 their rounding
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, *shape)
@@ -661,91 +756,74 @@ class _Chunked(torch.autograd.Function):
     @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
         *tensors, out = ctx.saved_tensors[:8]
-        (qa, ka, rho, kappa, prior, v, mask), shape, plan = tensors, ctx.saved_tensors[8:], ctx.plan
-        (N, Tq, _), Tk = qa.shape, ka.shape[1]
+        (q, k, v, Lam, _, prior, mask), shape, plan = tensors, ctx.saved_tensors[8:], ctx.plan
+        (B, H, Tq, d), (M, Tk) = q.shape, k.shape[2:4]
         zero = lambda x, at: None if x is None or not ctx.needs_input_grad[at] else torch.zeros_like(x)
-        dqa, dka, dv = torch.empty_like(qa), torch.zeros_like(ka), torch.zeros_like(v)
-        drho, dkappa, dprior, dmask = zero(rho, 3), zero(kappa, 4), zero(prior, 5), zero(mask, 7)
-        dshape = [zero(x, 8 + m) for m, x in enumerate(shape)]
-        dout = torch.zeros_like(out) if dout is None else dout
-        delta = (dout * out).sum(-1, keepdim=True)  # equation (5)
-        if dlse is not None: delta -= dlse[..., None].nan_to_num(0.0) if plan.blocks.blind else dlse[..., None]
-        y_, s_, g_ = (plan.blocks.buffer(qa, N, Tq, Tk) for _ in range(3))
-        draw = plan.draw(qa.device)
-        for n, i, j in plan.blocks.cut(N, Tq, Tk):
-            here = [_pick(x, n) for x in shape]
-            y, s = _scores(plan, (n, i, j), y_, s_, tensors, here)
-            p = plan.blocks.posterior(s)
-            g = torch.bmm(dout[n, i], v[n, j].mT, out=g_[: p.numel()].view(p.shape))
-            if plan.dropout_p:
-                keep = plan.keep(p, draw)
-                g.mul_(keep)
-                dv[n, j].baddbmm_((p * keep).mT, dout[n, i])
-            else:
-                dv[n, j].baddbmm_(p.mT, dout[n, i])
-            g.sub_(delta[n, i]).mul_(p)
-            if dprior is not None: _collect(dprior, g.sum(-2, keepdim=True), n, j)
-            if dmask is not None: dmask.index_put_(plan.blocks.index(mask, n, i, j), g, accumulate=True)
-            if any(x is not None for x in dshape):
-                for total, part in zip(dshape, plan.step.moved(y, g, here), strict=True):
-                    if total is not None: _collect(total, part.sum((-1, -2), keepdim=True), n)
-            g = plan.step.slope(y, g, here)
-            torch.bmm(g, ka[n, j], out=dqa[n, i])
-            dka[n, j].baddbmm_(g.mT, qa[n, i])
-            if drho is not None: drho[n, i] = g.sum(-1, keepdim=True)
-            if dkappa is not None: _collect(dkappa, g.sum(-2, keepdim=True), n, j)
-        factor = plan.step.factor(shape)
-        if isinstance(factor, Tensor) or factor != 1:
-            for x in (dqa, dka, drho, dkappa):
-                if x is not None: x.mul_(factor)
-        return None, dqa, dka, drho, dkappa, dprior, dv, dmask, *dshape
+        dq, dk, dv = out.new_empty(q.shape), out.new_empty(k.shape), out.new_zeros(v.shape)
+        dLam, dprior, dmask, dshape = zero(Lam, 4), zero(prior, 6), zero(mask, 7), [zero(x, 8 + m) for m, x in enumerate(shape)]
+        outer = dprior is not None or (dLam is not None and plan.log_det)
+        buffers, draw = None, plan.draw(q.device)
+        for at in plan.blocks.groups(B, H, Tq, Tk, M):
+            here, o = _Group(plan, at, tensors, shape), _heads(out, *at)
+            do = torch.zeros_like(o) if dout is None else _heads(dout, *at, dtype=o.dtype)
+            delta = (do * o).sum(-1, keepdim=True)  # equation (5)
+            if dlse is not None:
+                rest = _heads(dlse, *at)[..., None]
+                delta -= rest.nan_to_num(0.0) if plan.blocks.blind else rest
+            buffers = buffers or [plan.blocks.buffer(o, Tq, Tk, m) for m in (M, M, 1)]
+            n, wide, dqn, dkn, dvn = len(here.q), here.qa.shape[-1], _heads(dq, *at), _heads(dk, *at), _heads(dv, *at)
+            dqa, dka = dqn if wide == d else o.new_empty(n, Tq, wide), o.new_zeros(n, M, Tk, wide)
+            row = None if here.rho is None else o.new_empty(n, Tq, M)
+            col = o.new_zeros(n, M, Tk)
+            key: Any = None if not outer else col if plan.additive or plan.scale is None else torch.zeros_like(col)
+            for i, j in plan.blocks.cut(Tq, Tk):
+                y, s = here.scores(i, j, buffers[0], buffers[1])
+                p = plan.blocks.posterior(s)
+                size = (n, i.stop - i.start, j.stop - j.start)
+                g = torch.bmm(do[:, i], here.v[:, j].mT, out=buffers[2][: math.prod(size)].view(size))
+                if plan.dropout_p:
+                    keep = plan.keep(p, draw)
+                    dvn[:, j].baddbmm_((p * keep).sum(2).mT, do[:, i])
+                    g = keep.mul_(g[:, :, None]).sub_(delta[:, i, None]).mul_(p)
+                else:
+                    dvn[:, j].baddbmm_((p[:, :, 0] if M == 1 else p.sum(2)).mT, do[:, i])
+                    g.sub_(delta[:, i])
+                    g = g[:, :, None].mul_(p) if M == 1 else p.mul_(g[:, :, None])
+                if key is not None and key is not col: key[..., j] += g.sum(1)
+                if dmask is not None: here.spread_mask(dmask, g, i, j)
+                if any(x is not None for x in dshape):
+                    for total, part in zip(dshape, plan.step.moved(y, g, here.shape), strict=True):
+                        if total is not None: _collect(total, part.sum((-1, -2, -3))[:, None, None], *at)
+                g = plan.step.slope(y, g, here.shape)
+                for m in range(M):
+                    if m: dqa[:, i].baddbmm_(g[:, :, m], here.ka[:, m, j])
+                    else: torch.bmm(g[:, :, 0], here.ka[:, 0, j], out=dqa[:, i])
+                    dka[:, m, j].baddbmm_(g[:, :, m].mT, here.qa[:, i])
+                if row is not None: row[:, i] = g.sum(-1)
+                if here.kappa is not None: col[..., j] += g.sum(1)
+            part: Any = here.pull(dqn, dqa, dkn, dka, row, col, dLam is not None)
+            if dLam is not None:
+                _collect(dLam, part, *at)
+                half = 0.5 if Lam.shape[-1] == d else d / 2
+                if key is not None and plan.log_det: _collect(dLam, key[..., None] * half / here.Lam, *at)
+            if dprior is not None and key is not None: _collect(dprior, key, *at)
+        back = lambda g, x: g.to(x.dtype)
+        return None, back(dq, q), back(dk, k), back(dv, v), dLam, None, dprior, dmask, *dshape
 
 # %% ../nbs/13_kernels.ipynb #2289b7a6
-@dataclasses.dataclass
-class Terms:
-    "A call in the form of equation (6); axes `(B or 1, H or 1, tokens, width)`."
-
-    step: Straight
-    qa: Tensor
-    ka: Tensor
-    rho: Tensor | None       # per query, inside the link
-    kappa: Tensor | None     # per key, inside the link
-    prior: Tensor | None     # per key, outside
-    const: Tensor | None     # the same for all keys: for lse alone
-    shape: list[Tensor]
-    near: tuple[Tensor, Tensor, Tensor] | None = None
-
-
-def _terms(q: Tensor, k: Tensor, link: Link, Lam: Tensor, log_mix: Tensor | None, masked: bool = False) -> Terms:
-    "Centre, affine form, prior and step of a link."
-    d, shared = q.shape[-1], Lam.shape[-2] == 1
-    step, scale, shape = as_step(link, d)
-    column = lambda x: None if x is None else x[..., None].expand(*x.shape[:-1], k.shape[-2], 1)
-    if link == "dot": return Terms(step, q * Lam, k, None, column(log_mix), None, None, shape)
-    q, k = (q, k) if masked else centred(q, k)
-    qa, ka, rho, kappa = affine(q, k, Lam, scale)
-    if isinstance(link, Laplace): kappa = kappa + link.eps**2
-    const = log_key_prior(Lam, None, d)[..., None] if shared else None
-    prior = column(log_mix if shared else log_key_prior(Lam, log_mix, d))
-    if isinstance(link, Gaussian):  # a sum of terms: one term per key, and the softmax does not see that of the query
-        kappa, prior = kappa if prior is None else kappa + prior, None
-        const, rho = rho if const is None or rho is None else const + rho, None
-    return Terms(step, qa, ka, rho, kappa, prior, const, shape, (q, k, Lam) if is_sharp(link) else None)
-
-
-def _flat(x: Tensor, B: int, H: int, whole: bool = False) -> Tensor:
-    "`(B or 1, H or 1, a, b)` as `(B*H, a, b)`, or `(1, a, b)` if it is shared and need not be whole."
-    x = x.reshape(*[1] * (4 - x.dim()), *x.shape)
-    return x[0] if x.shape[:2] == (1, 1) and not whole else x.expand(B, H, -1, -1).reshape(B * H, *x.shape[2:])
+def _row_const(q: Tensor, link: Link, Lam: Tensor) -> Tensor:  # `(B, H, Tq or 1)`
+    "What the loop leaves out of all scores of a query, when the keys (one component) share their precision."
+    const = log_key_prior(Lam, None, q.shape[-1])
+    return const - squares(q, Lam)[..., 0] / 2 if isinstance(link, Gaussian) else const
 
 
 def chunked(
     q: Float[Tensor, "B H Tq d"],
-    k: Float[Tensor, "B H Tk d"],
+    k: Float[Tensor, "B H *M Tk d"],  # `(B, H, Tk, d)`, or M components of each key, `(B, H, M, Tk, d)`
     v: Float[Tensor, "B H Tk dv"],
     link: Link,                       # "dot" or an elliptical family; its parameters: float, or four axes to `(B, H, 1, 1)`
-    precision: Tensor,                # four axes, broadcastable to `(B, H, Tk, d)`
-    log_mix: Tensor | None = None,    # broadcastable to `(B, H, Tk)`, may be `-inf`
+    precision: Tensor,                # as many axes as `k`, broadcastable to it
+    log_mix: Tensor | None = None,    # broadcastable to `k` without `d`, may be `-inf`
     mask: Tensor | None = None,       # bool or float, broadcastable to `(B, H, Tq, Tk)`
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
@@ -756,27 +834,33 @@ def chunked(
 
     Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow with `Tq x Tk`.
     """
-    check(q, k, v, link, precision, is_causal, window)
-    (B, H, Tq, _), Tk, dtype = q.shape, k.shape[-2], q.dtype
+    check(q, k if k.dim() == 4 else k[:, :, 0], v, link, precision, is_causal, window)
+    Tq, Tk, d, dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
     full = torch.promote_types(dtype, torch.float32)
-    q, k, v = q.to(full), k.to(full), v.to(full)
-    log_mix, keys = split_prior(log_mix, q)
+    Lam = precision.to(full) if precision.dim() == k.dim() else per_coordinate(precision, q.to(full))
+    if log_mix is not None: log_mix = torch.as_tensor(log_mix, dtype=full, device=q.device)
+    if log_mix is not None: log_mix = log_mix.view(*[1] * (k.dim() - 1 - log_mix.dim()), *log_mix.shape)
     if mask is not None: mask = (mask if mask.dtype == torch.bool else mask.to(full)).view(*[1] * (4 - mask.dim()), *mask.shape)
-    mask = both(mask, keys)
-    Lam = per_coordinate(precision, q)
-    t = _terms(q, k, link, Lam, log_mix, mask is not None)
-    flat = lambda x, whole=False: _flat(x, B, H, whole)
-    column = lambda x: None if x is None else flat(x).mT
-    near = None if t.near is None else Near(*(flat(x.detach(), True) for x in t.near))
-    blind = mask is not None or (window is not None and Tq != Tk)
-    seed = int(torch.randint(2**62, ())) if dropout_p else 0
-    plan = Plan(Blocks(H, is_causal, window, blind, 64 if Tk <= 2048 else 128), t.step, near, dropout_p, seed, need_lse)
-    out, lse = _Chunked.apply(plan, flat(t.qa, True), flat(t.ka, True), None if t.rho is None else flat(t.rho, True),
-                              column(t.kappa), column(t.prior), flat(v, True), mask, *(flat(x.to(full)) for x in t.shape))
-    if lse is not None:
-        lse = lse.view(B, H, Tq) if t.const is None else lse.view(B, H, Tq) + t.const[..., 0]
-        if is_causal and isinstance(link, Elliptical): lse = first_row(lse, q, k, link, Lam, log_mix, mask)
-    return out.view(B, H, Tq, -1).to(dtype), lse
+    masked = mask is not None or (log_mix is not None and bool((log_mix.detach() == -math.inf).any()))
+    step, scale, shape = as_step(link, d)
+    inside = link != "dot" and (Lam.shape[-2] > 1 or Lam.dim() == 5 and Lam.shape[2] > 1)  # keys differ in log-determinant
+    c = None if link == "dot" or masked else centre(k if k.dim() == 4 else k[:, :, 0])
+    c = c if c is not None and bool(c.any()) else None
+    five = lambda x: x if x.dim() == 5 else x[:, :, None]
+    prior = None if log_mix is None else log_mix if log_mix.dim() == 4 else log_mix[:, :, None]
+    blocks = Blocks(is_causal, window, masked or (window is not None and Tq != Tk), 64 if Tk <= 2048 else 128)
+    factor = None if link == "dot" else scale if isinstance(scale, float) else 1.0
+    plan = Plan(blocks, step, factor, isinstance(link, Gaussian), inside,
+                link.eps**2 if isinstance(step, Root) and isinstance(link, Laplace) else 0.0, is_sharp(link), dropout_p,
+                int(torch.randint(2**62, ())) if dropout_p else 0, need_lse)
+    out, lse = _Chunked.apply(plan, q, five(k), v, five(Lam) * five(scale) if isinstance(scale, Tensor) else five(Lam), c,
+                              None if prior is None else prior.expand(*prior.shape[:-1], Tk), mask, *(x.to(full) for x in shape))
+    if lse is not None and link != "dot":
+        centred_q = q.to(full) if c is None else q.to(full) - c
+        if not inside: lse = lse + _row_const(centred_q, link, Lam if Lam.dim() == 4 else Lam[:, :, 0])
+        elif isinstance(scale, Tensor): lse = lse - scale.log()[..., 0] * (d / 2)
+        if is_causal: lse = first_row(lse, q.to(full), k.to(full), link, Lam, log_mix, mask)
+    return out.to(dtype), lse
 
 # %% ../nbs/13_kernels.ipynb #e07bd752
 def merge(
@@ -816,6 +900,7 @@ def choose(
     if q.device.type == "cuda":
         found = _choose_gpu(q, link, mask, log_mix, dropout_p, window, need_lse)
         if found is not None: return found
+    if k.dim() == 5 and k.shape[2] > 1: return "chunked", "one pass over all components of a key, with one output"
     if link != "dot" and not isinstance(link, Gaussian):
         return "chunked", f"no dot product gives the scores of {type(link).__name__}: row chunks work for every link"
     if q.device.type != "cpu": return "chunked", f"row chunks are exact everywhere; nothing faster serves this on {q.device.type}"

@@ -380,6 +380,124 @@ def test_training_memory_is_linear():
         assert peak is None or 0 < peak < 0.5 * 6 * 2048**2 * 4
 
 
+def union(q, k, v, link, precision, log_mix=None, mask=None, is_causal=False, window=None):
+    "The oracle of a mixture: one long list of keys, the components one after the other, and the masks repeated."
+    B, H, M, T, _ = k.shape
+    hide = torch.ones(q.shape[-2], T, dtype=torch.bool)
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(T)
+    hide &= (j <= i) if is_causal else True
+    if window is not None:
+        hide &= (j > i - window) & (j < i + window)
+    hide = hide[None, None]
+    if mask is not None:
+        hide = mask & hide if mask.dtype == torch.bool else mask.masked_fill(~hide, -math.inf)
+    long = lambda x, *last: x.expand(*x.shape[:2], M, T, *last).flatten(2, 3)
+    prior = None if log_mix is None else long(log_mix)
+    return oracle(q, k.flatten(2, 3), torch.cat([v] * M, -2), link, long(precision, precision.shape[-1]), prior,
+                  hide.expand(*hide.shape[:2], *hide.shape[-2:]).repeat(1, 1, 1, M))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("name", ["gaussian", "student_t", "laplace", "huber"])
+def test_a_mixture_in_one_pass_is_attention_over_the_union(name, masks):
+    kw, M = dict(MASKS[masks]), 3
+    if "log_mix" in kw:
+        more = draw(2, 3, M, 75, seed=11)
+        never = (torch.arange(75) + torch.arange(M)[:, None]) % 3 == 0
+        kw["log_mix"] = more.masked_fill(never, -math.inf) if masks == "no prior" else more
+    if kw.get("mask") is not None and kw["mask"].shape[-2] == 1:
+        kw["mask"] = kw["mask"].expand(-1, -1, 75, -1)
+    inputs = [draw(2, 3, 75, 8), draw(2, 3, M, 75, 8, seed=1), draw(2, 3, 75, 5, seed=3)]
+    shapes = {"head": (1, 3, 1, 1, 1), "component": (1, 3, M, 1, 1), "key": (2, 3, M, 75, 1), "coordinate": (1, 3, M, 1, 8),
+              "diagonal": (2, 3, M, 75, 8)}
+    for kind in [sorted(shapes)[(sorted(MASKS).index(masks) + n) % len(shapes)] for n in range(2)]:
+        shape = shapes[kind]
+        compare_mixture(LINKS[name], [*inputs, draw(*shape, seed=9).abs() / 2 + 0.3], **kw)
+
+
+def compare_mixture(link, leaves, **kw):
+    "`compare`, with `union` for an oracle."
+    found = []
+    for call, kind in ((union, torch.float64), (chunked, torch.float64), (chunked, torch.float32)):
+        cast = lambda x, kind=kind: x.detach().to(kind).requires_grad_() if x.is_floating_point() else x
+        own = [cast(x) for x in leaves]
+        args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
+        out, lse = call(*own[:3], link, own[3], **args)
+        wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
+        found.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    for near, tol in ((found[1], 1e-9), (found[2], 1e-4)):
+        assert torch.equal(found[0][1].isinf(), near[1].isinf())
+        for n, (a, b) in enumerate(zip(found[0], near, strict=True)):
+            a, b = (x.masked_fill(x == -math.inf, 0.0) for x in (a, b))
+            assert b.isfinite().all() and (a - b).abs().max() < (10 if n == 5 else 1) * tol * max(a.abs().max().item(), 1), n
+
+
+def test_a_mixture_learns_its_shape_and_one_component_is_none():
+    q, k, v = draw(2, 3, 70, 4), draw(2, 3, 2, 70, 4, seed=1), draw(2, 3, 70, 4, seed=2)
+    found = []
+    for f in (union, chunked):
+        nu, lam = (torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64).requires_grad_() for _ in range(2))
+        out, lse = f(q, k, v, StudentT(nu.view(1, 3, 1, 1)), lam.view(1, 3, 1, 1, 1), is_causal=True)
+        found.append((out, lse, *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), (nu, lam))))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+    lam = torch.ones(1, 3, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(chunked(q, k[:, :, :1], v, Laplace(), lam[:, :, None]), chunked(q, k[:, :, 0], v, Laplace(), lam))
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace"])
+def test_a_mixture_keeps_what_masks_promise(name):
+    "No token reaches into the past; blind rows are zero; dropout is drawn again."
+    q, k, v = draw(1, 2, 100, 8).float() + 2, draw(1, 2, 2, 100, 8, seed=1).float() + 2, draw(1, 2, 100, 8, seed=2).float()
+    lam = draw(1, 2, 2, 1, 1, seed=3).abs().float() + 0.3
+    for t, value in itertools.product((1, 8, 70), (0.0, 3e4)):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[..., t, :] = value
+        before, after = (chunked(*x, LINKS[name], lam, is_causal=True) for x in ((q, k, v), changed))
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a[:, :, :t], b[:, :, :t]) and not torch.equal(a, b)
+    mask = torch.ones(1, 1, 100, 100, dtype=torch.bool)
+    mask[..., 5, :] = False
+    leaves = [x.requires_grad_() for x in (q, k, v, lam)]
+    out, lse = chunked(*leaves[:3], LINKS[name], lam, mask=mask)
+    assert out[:, :, 5].eq(0).all() and lse[:, :, 5].eq(-math.inf).all()
+    assert all(g.eq(0).all() for g in torch.autograd.grad(out[:, :, 5].sum(), leaves))
+    small = [x.detach().double()[..., :9, :].requires_grad_() for x in leaves[:3]]
+
+    def run(*x):
+        torch.manual_seed(5)
+        return chunked(*x, LINKS[name], lam.detach().double(), is_causal=True, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(run, small, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "student_t"])
+def test_strided_inputs_and_their_gradients(name):
+    "Heads as a layer makes them, `(B, T, H, d)` transposed; groups of some heads, of one batch and of several."
+    for B, H, T in ((3, 5, 70), (2, 3, 300), (40, 3, 20)):
+        x = [draw(B, T, H, 4, seed=n).transpose(1, 2) for n in range(3)]
+        for lam in (precision_of("shared", B, H, T, 4), precision_of("diagonal key", B, H, T, 4)):
+            compare(chunked, LINKS[name], [*x, lam], is_causal=True)
+
+
+def test_memory_of_every_family_is_a_few_inputs():
+    "At most twice PyTorch's kernel, measured in pages; a mixture and a diagonal precision included."
+    from pc_transformer.experiments.attention_speed import mixture, peak_bytes
+
+    q, k, v = (torch.randn(4, 6, 512, 64, requires_grad=True) for _ in range(3))
+    head, key = torch.full((1, 6, 1, 1), 0.1, requires_grad=True), torch.full((4, 6, 512, 64), 0.1, requires_grad=True)
+    dout = torch.randn_like(v)
+    step = lambda out, *leaves: torch.autograd.grad(out, leaves, dout)
+    base = peak_bytes(lambda: step(F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v))
+    runs = [(chunked, link, lam) for link in LINKS.values() for lam in (head, key) if not (link == "dot" and lam is key)]
+    for f, link, lam in [*runs, (mixture, Gaussian(), head), (mixture, StudentT(), head)]:
+        run = lambda f=f, g=link, p=lam: step(f(q, k, v, g, p, is_causal=True, need_lse=False)[0], q, k, v, p)
+        peak = peak_bytes(run)
+        if base is not None and peak is not None:
+            assert peak < 2 * base, (f.__name__, link, lam.shape, peak / base)
+
+
 def test_kernels_import_neither_attention_nor_triton():
     "Chapter 12 stands on chapter 13, not the other way round; and a GPU's kernels are loaded when a GPU asks for them."
     tree = ast.parse(Path(kernels.__file__).read_text())

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..attention import Component, posterior_mean
 from pc_transformer.energies import (
     Contaminated,
     Gaussian,
@@ -65,10 +66,11 @@ def _high_water() -> int:
 
 
 def _in_child(run: Callable[[], Any]) -> int:
-    "Bytes by which the peak of this process's memory rises while `run` works."
-    gc.collect()
+    "Bytes by which the peak of this process's memory rises while `run` works for the second time."
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: every tensor gets pages of its own, and returns them
+    run()  # a library's pages are loaded when they are first used: 100 MB of them
+    gc.collect()
     libc.malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as reset: reset.write("5")
     before = _high_water()
@@ -113,12 +115,10 @@ def naive(q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **_: An
     return link.link(u, q.shape[-1]).masked_fill(future, -torch.inf).softmax(-1) @ v, None
 
 
-def mixture(q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
-    "Two components per key: two calls, merged."
-    name, _ = kernels.choose(q, k, v, link, precision, **kw)
-    run = getattr(kernels, name, None) or gpu(name)
-    parts = [run(q, shifted, v, link, precision, **{**kw, "need_lse": True}) for shifted in (k, k + 0.5)]
-    return kernels.merge([o for o, _ in parts], [e for _, e in parts])
+def mixture(q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **kw: Any) -> tuple[Tensor, Tensor | None]:
+    "Two components per key, as `attend` computes them: one pass by row chunks, or two calls of a GPU's kernel merged."
+    keys = Component(torch.stack([k, k + 0.5], 2), precision[:, :, None])
+    return posterior_mean(q, keys, v, link, "auto", **kw)
 
 
 def gpu(name: str) -> Callable[..., Any]:
@@ -144,8 +144,8 @@ CASES: dict[str, tuple[str, Any, Any, str]] = {  # name: backend, function, link
     "generalized_gaussian": ("chunked", kernels.chunked, GeneralizedGaussian(), "head"),
     "logistic": ("chunked", kernels.chunked, Logistic(), "head"),
     "contaminated": ("chunked", kernels.chunked, Contaminated(), "head"),
-    "gaussian mixture of 2": ("merged", mixture, Gaussian(), "head"),
-    "student_t mixture of 2": ("merged", mixture, StudentT(), "head"),
+    "gaussian mixture of 2": ("auto", mixture, Gaussian(), "head"),
+    "student_t mixture of 2": ("auto", mixture, StudentT(), "head"),
     "student_t, naive": ("naive", naive, StudentT(), "head"),
 }
 GPU_CASES: dict[str, tuple[str, Any, Any, str]] = {
