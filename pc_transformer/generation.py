@@ -61,7 +61,7 @@ def top_p_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #a4cd6f53
+# %% ../nbs/23_generation.ipynb #da4a1d4a
 def min_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # share of the largest probability, 0 <= p <= 1
@@ -89,7 +89,7 @@ def typical_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #259abefd
+# %% ../nbs/23_generation.ipynb #20648825
 def penalise(
     logits: Float[Tensor, "... V"],
     counts: Float[Tensor, "... V"],  # n, how often each token stands in the text
@@ -199,7 +199,7 @@ def check_options(
     if top_p is not None and (not is_real(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], but got {top_p!r}.")
 
-# %% ../nbs/23_generation.ipynb #3fd7e0bb
+# %% ../nbs/23_generation.ipynb #37695242
 @dataclass(frozen=True)
 class SamplingConfig(Config):
     "How the next token is chosen from its logits; raises `ConfigError`, one sentence."
@@ -244,7 +244,7 @@ class SamplingConfig(Config):
             logits = logits * (self.energy_slope * zeta).exp()[:, None]
         return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
 
-# %% ../nbs/23_generation.ipynb #5c25d5b6
+# %% ../nbs/23_generation.ipynb #de86ae44
 def window_start(length: int, block_size: int, slide: int = 1) -> int:
     "w of equation (7): how many of `length` tokens have left the window."
     return slide * -(-max(0, length - block_size) // slide)
@@ -266,7 +266,7 @@ class Recompute:
         "Last row of the model's logits."
         return model(tokens)[:, -1]
 
-# %% ../nbs/23_generation.ipynb #990b412e
+# %% ../nbs/23_generation.ipynb #01dbfeeb
 @dataclass
 class Texts:
     "Rows of tokens of different length, and the part of them that the model reads."
@@ -339,7 +339,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
-# %% ../nbs/23_generation.ipynb #f064cf2d
+# %% ../nbs/23_generation.ipynb #6c2a45ba
 @dataclass(frozen=True)
 class Step:
     "What one step of a stream has added."
@@ -383,7 +383,7 @@ def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[
     whole[rows] = q
     return sample(whole, generators[0])[rows]
 
-# %% ../nbs/23_generation.ipynb #b133b844
+# %% ../nbs/23_generation.ipynb #55252db0
 def stream(
     model: nn.Module,  # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
     prompt: Tensor | Sequence[Tensor],  # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length
