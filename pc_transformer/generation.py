@@ -61,7 +61,7 @@ def top_p_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #da4a1d4a
+# %% ../nbs/23_generation.ipynb #fc824119
 def min_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # share of the largest probability, 0 <= p <= 1
@@ -89,7 +89,7 @@ def typical_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #20648825
+# %% ../nbs/23_generation.ipynb #82c4de3a
 def penalise(
     logits: Float[Tensor, "... V"],
     counts: Float[Tensor, "... V"],  # n, how often each token stands in the text
@@ -101,7 +101,7 @@ def penalise(
     seen = counts > 0
     if repetition != 1:
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - frequency * counts - presence * seen if frequency or presence else logits
+    return logits - frequency * counts - presence * seen.to(logits.dtype) if frequency or presence else logits
 
 # %% ../nbs/23_generation.ipynb #1b63a45b
 def check_logits(logits: Float[Tensor, "B V"]) -> None:
@@ -199,7 +199,7 @@ def check_options(
     if top_p is not None and (not is_real(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], but got {top_p!r}.")
 
-# %% ../nbs/23_generation.ipynb #37695242
+# %% ../nbs/23_generation.ipynb #6f3e23b5
 @dataclass(frozen=True)
 class SamplingConfig(Config):
     "How the next token is chosen from its logits; raises `ConfigError`, one sentence."
@@ -244,7 +244,7 @@ class SamplingConfig(Config):
             logits = logits * (self.energy_slope * zeta).exp()[:, None]
         return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
 
-# %% ../nbs/23_generation.ipynb #de86ae44
+# %% ../nbs/23_generation.ipynb #68340752
 def window_start(length: int, block_size: int, slide: int = 1) -> int:
     "w of equation (7): how many of `length` tokens have left the window."
     return slide * -(-max(0, length - block_size) // slide)
@@ -266,7 +266,7 @@ class Recompute:
         "Last row of the model's logits."
         return model(tokens)[:, -1]
 
-# %% ../nbs/23_generation.ipynb #01dbfeeb
+# %% ../nbs/23_generation.ipynb #5bad89ca
 @dataclass
 class Texts:
     "Rows of tokens of different length, and the part of them that the model reads."
@@ -339,7 +339,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
-# %% ../nbs/23_generation.ipynb #6c2a45ba
+# %% ../nbs/23_generation.ipynb #a66eea6b
 @dataclass(frozen=True)
 class Step:
     "What one step of a stream has added."
@@ -383,7 +383,7 @@ def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[
     whole[rows] = q
     return sample(whole, generators[0])[rows]
 
-# %% ../nbs/23_generation.ipynb #55252db0
+# %% ../nbs/23_generation.ipynb #1c9b126d
 def stream(
     model: nn.Module,  # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
     prompt: Tensor | Sequence[Tensor],  # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length
