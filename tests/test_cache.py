@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from pc_transformer.attention import PCAttention, attend
 from pc_transformer.cache import (
-    DTYPES, TAILS, KVCache, cache_bytes, cacheable, columns, extend, quantise,
+    DTYPES,
+    TAILS,
+    KVCache,
+    cache_bytes,
+    cacheable,
+    columns,
+    extend,
+    quantise,
 )
 from pc_transformer.config import ConfigError, ModelConfig, replace
 from pc_transformer.model import PCTransformer
@@ -31,10 +38,12 @@ def make(config: ModelConfig, dtype: torch.dtype = torch.float32, sharper: float
     model, draw = PCTransformer(config, seed=1).to(dtype).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("map"): p.normal_(0, 0.3, generator=draw)
+            if name.endswith("map"):
+                p.normal_(0, 0.3, generator=draw)
             elif name.endswith(("log_tail", "log_mix", "log_precision")):
                 p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
-            elif p.dim() > 1 and not name.endswith(("shift", "background")): p.mul_(sharper)
+            elif p.dim() > 1 and not name.endswith(("shift", "background")):
+                p.mul_(sharper)
     return model
 
 
@@ -57,8 +66,10 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
 
 
 def configs(family: str, option: str) -> ModelConfig:
-    try: return replace(SMALL, attention=family, **OPTIONS[option])
-    except ConfigError as error: pytest.skip(str(error))
+    try:
+        return replace(SMALL, attention=family, **OPTIONS[option])
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -67,8 +78,10 @@ def test_rule_5_cached_logits_equal_full_recomputation(family, option):
     config = configs(family, option)
     for dtype in (torch.float32, torch.float64):
         model, tokens = make(config, dtype), random_tokens(2, 14)
-        with torch.no_grad(): full = model(tokens)
-        for parts in ((1,) * 14, (5, 1, 1, 4, 3)): close(feed(model, tokens, parts), full)
+        with torch.no_grad():
+            full = model(tokens)
+        for parts in ((1,) * 14, (5, 1, 1, 4, 3)):
+            close(feed(model, tokens, parts), full)
         assert torch.equal(feed(model, tokens, (14,)), full)      # one prefill is the model's own pass, bit for bit
         ragged = KVCache.allocate(model, 2)
         first = extend(model, tokens[:, :7], ragged, counts=[3, 7], last=True)
@@ -84,7 +97,8 @@ def test_any_parts_and_any_lengths(data):
                      n_kv_head=data.draw(st.sampled_from([None, 1, 2])), qk_norm=data.draw(st.booleans()))
     model, tokens = make(config, torch.float64), random_tokens(3, 24, seed=data.draw(st.integers(0, 99)))
     counts = data.draw(st.lists(st.integers(1, 8), min_size=3, max_size=3))
-    with torch.no_grad(): full = model(tokens)
+    with torch.no_grad():
+        full = model(tokens)
     cache = KVCache.allocate(model, 3)
     found = extend(model, tokens[:, :8], cache, counts=counts, last=True)[:, 0]
     close(found, torch.stack([full[r, n - 1] for r, n in enumerate(counts)]))
@@ -99,8 +113,10 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
     """Equals a forward pass in which every layer's queries settle."""
     config = replace(SMALL, attention=family, n_kv_head=2)
     for changes in ({}, {"precision": "key"}, {"mixing": "key", "window": 6}):
-        try: model = make(replace(config, **changes), torch.float64, sharper=1.5)
-        except ConfigError: continue
+        try:
+            model = make(replace(config, **changes), torch.float64, sharper=1.5)
+        except ConfigError:
+            continue
         tokens = random_tokens(2, 10)
 
         def settling(self, x):
@@ -116,7 +132,8 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
             patch.setattr(PCAttention, "forward", settling)
             full = model(tokens)
         close(found, full, scale=1e4 if family in ("laplace", "generalized_gaussian") else 10)   # weights are infinite at a key
-        with torch.no_grad(): assert (model(tokens) - full).abs().max() > 1e-6                    # and settling does something
+        with torch.no_grad():
+            assert (model(tokens) - full).abs().max() > 1e-6                    # and settling does something
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,8 +163,10 @@ def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes(family, dtype):
     for changes in ({}, {"precision": "key"}, {"mixing": "norm", "n_kv_head": 2}, {"mixing": "key", "n_component": 3}):
-        try: config = replace(SMALL, attention=family, **changes)
-        except ConfigError: continue
+        try:
+            config = replace(SMALL, attention=family, **changes)
+        except ConfigError:
+            continue
         for own in (torch.float32, torch.float64):
             name = str(own).removeprefix("torch.")
             cache = KVCache.allocate(PCTransformer(config).to(own), 3, 17, dtype)
@@ -167,7 +186,8 @@ def test_eight_bits(seed, size):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_short_storage_is_near(family):
     model, tokens = make(replace(SMALL, attention=family), sharper=2.0), random_tokens(2, 20)
-    with torch.no_grad(): full = model(tokens).log_softmax(-1)
+    with torch.no_grad():
+        full = model(tokens).log_softmax(-1)
     error = {}
     for dtype in ("float32", "bfloat16", "int8"):
         cache = KVCache.allocate(model, 2, dtype=dtype)
@@ -215,7 +235,8 @@ def test_revise_is_as_if_the_keys_had_been_so(family, option):
         kappa = (lam * shifted.square().sum(-1)) if lam is not None else (reader.Lam[:, :, 0] * shifted.square()).sum(-1)
         torch.testing.assert_close(cache.column["kappa"][0][..., at], kappa)
     cache.revise(0, at, old_k)                                     # and back: columns return too
-    for n, c in cache.column.items(): torch.testing.assert_close(c, old[n], rtol=1e-10, atol=1e-10)
+    for n, c in cache.column.items():
+        torch.testing.assert_close(c, old[n], rtol=1e-10, atol=1e-10)
 
 
 def test_revised_attention_equals_attend():
@@ -253,7 +274,8 @@ def test_energies(family):
 
 
 def says(call, *args, **kwargs) -> str:
-    with pytest.raises((ValueError, TypeError, MemoryError)) as caught: call(*args, **kwargs)
+    with pytest.raises((ValueError, TypeError, MemoryError)) as caught:
+        call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -261,7 +283,8 @@ def says(call, *args, **kwargs) -> str:
 def test_errors():
     model, tokens = make(SMALL), random_tokens(2, 4)
     cache = KVCache.allocate(model, 2, 6)
-    assert "another model: it holds gaussian keys of 2 layers" in says(extend, make(replace(SMALL, attention="dot")), tokens, cache)
+    other = make(replace(SMALL, attention="dot"))
+    assert "another model: it holds gaussian keys of 2 layers" in says(extend, other, tokens, cache)
     assert "another model with the same configuration" in says(extend, make(SMALL), tokens, cache)
     assert "the cache has 2 rows, but tokens have 1" in says(extend, model, tokens[:1], cache)
     extend(model, tokens, cache)
@@ -283,7 +306,8 @@ def test_errors():
     batch = 10**12
     wanted = cache_bytes(SMALL, batch, 32)
     assert f"no memory for a cache of {wanted:,} bytes" in says(KVCache.allocate, model, batch)
-    with torch.no_grad(): next(model.parameters()).add_(1)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
     assert "weights have changed" in says(extend, model, tokens[:, :1], cache)
     dot = make(replace(SMALL, attention="dot"))
     assert "no density" in says(extend, dot, tokens, KVCache.allocate(dot, 2), energies=True)
@@ -291,7 +315,8 @@ def test_errors():
 
 def test_models_that_are_more_than_their_chain_are_not_cached():
     class Doubled(PCTransformer):
-        def forward(self, tokens): return 2 * super().forward(tokens)
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
 
     hooked = make(SMALL)
     hooked.predictors[2].register_forward_hook(lambda *_: None)
@@ -312,7 +337,8 @@ def test_a_token_costs_the_same_work_at_every_position():
         model, counts = make(replace(SMALL, attention=family)), []
         cache = KVCache.allocate(model)
         for token in random_tokens(1, 30).split(1, 1):
-            with Count() as count: extend(model, token, cache)
+            with Count() as count:
+                extend(model, token, cache)
             counts.append(count.n)
         assert len(set(counts[2:])) <= 2 and max(counts[2:]) < 1.2 * min(counts[2:]), (family, counts)
         assert math.isfinite(counts[0])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BABY', 'FAMILIES', 'NO_CACHE', 'GPT2', 'gpt2', 'contenders', 'measure', 'by_position', 'bench_generation']
 
-# %% ../../nbs/29_generation_speed.ipynb #2204f9d0
+# %% ../../nbs/29_generation_speed.ipynb #a3755929
 import json
 import os
 import statistics
@@ -22,7 +22,7 @@ from .attention_speed import about, clock, interleaved
 from ..generation import generate
 from ..model import PCTransformer
 
-# %% ../../nbs/29_generation_speed.ipynb #bd1488b3
+# %% ../../nbs/29_generation_speed.ipynb #9c04756b
 BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {}, "gaussian": {"attention": "gaussian"}, "gaussian, per key": {"attention": "gaussian", "precision": "key"},
@@ -100,7 +100,8 @@ def bench_generation(
         raise ValueError(f"bench-generation needs rounds >= 1, 1 <= new < {config.block_size} and length >= 16, "
                          f"got {rounds}, {new} and {length}")
     from importlib.metadata import version
-    results: dict[str, Any] = {"command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}", "seed": 0, "rounds": rounds, "config": to_dict(config),
+    results: dict[str, Any] = {"command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}",
+                               "seed": 0, "rounds": rounds, "config": to_dict(config),
                                **about(torch.device("cpu"), torch.float32), "threads": 1, "clock": "CPU seconds of the thread"}
     found = find_spec("transformers") is not None
     results["versions"]["transformers"] = version("transformers") if found else "not installed: GPT-2 was not measured"
