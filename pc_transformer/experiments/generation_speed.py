@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BABY', 'FAMILIES', 'NO_CACHE', 'GPT2', 'gpt2', 'contenders', 'measure', 'by_position', 'bench_generation']
 
-# %% ../../nbs/29_generation_speed.ipynb #a3755929
+# %% ../../nbs/29_generation_speed.ipynb #3c091aab
 import json
 import os
 import statistics
@@ -22,7 +22,7 @@ from .attention_speed import about, clock, interleaved
 from ..generation import generate
 from ..model import PCTransformer
 
-# %% ../../nbs/29_generation_speed.ipynb #9c04756b
+# %% ../../nbs/29_generation_speed.ipynb #70f69a44
 BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {}, "gaussian": {"attention": "gaussian"}, "gaussian, per key": {"attention": "gaussian", "precision": "key"},
@@ -35,8 +35,8 @@ def gpt2(config: ModelConfig) -> Any:
     "transformers' GPT-2 of the same shape, in eval mode; `None` if it is not installed."
     if find_spec("transformers") is None: return None
     from transformers import GPT2Config, GPT2LMHeadModel
-    shape = {"n_positions": config.block_size, "n_embd": config.d_model, "n_layer": config.n_layer, "n_head": config.n_head}
-    end = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    shape: dict[str, Any] = {"n_positions": config.block_size, "n_embd": config.d_model, "n_layer": config.n_layer, "n_head": config.n_head}
+    end: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **shape, **end)).eval()
 
 
