@@ -491,7 +491,8 @@ def test_settling_objects(model):
 
     assert all(torch.equal(a, b) for a, b in zip(generate(model, RAGGED, 12, seed=1, settle=Own()),
                                                  generate(model, RAGGED, 12, seed=1), strict=True))
-    settled, plain = (generate(model, PROMPT, 1, seed=1, settle=s, settle_steps=3, log_probs=True)[1] for s in ("attention", None))
+    options = {"seed": 1, "settle_steps": 3, "log_probs": True}
+    settled, plain = (generate(model, PROMPT, 1, settle=s, **options)[1] for s in ("attention", None))
     assert (settled - plain).abs().max() > 1e-6
 
 
