@@ -9,7 +9,7 @@ __all__ = ['STRAIGHT', 'StoreAs', 'DTYPES', 'columns', 'cache_bytes', 'quantise'
            'quick_scores', 'describe_one', 'weighted_square', 'decode', 'places', 'advance', 'remember', 'split_plain',
            'causal']
 
-# %% ../nbs/17_cache.ipynb #7ec8a9b9
+# %% ../nbs/17_cache.ipynb #ec6eef73
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from .attention import TAILS, PCAttention, attend, full_dtype
 from .config import ModelConfig
 from .energies import FAMILIES, Elliptical
-from .kernels import NEAR, Straight, as_step, is_sharp
+from .kernels import NEAR, as_step, is_sharp
 from .layers import AttentionLayer, Embedding, FeedForwardLayer
 from .model import PCTransformer, check_tokens
 
-# %% ../nbs/17_cache.ipynb #81307179
+# %% ../nbs/17_cache.ipynb #abb71b84
 STRAIGHT = ("dot", "gaussian", "mixture")    # families whose link is linear in the distance
 
 
@@ -45,7 +45,7 @@ def columns(
     wanted = {"lam": own, "kappa": not straight, "bias": bias}
     return tuple(name for name, keep in wanted.items() if keep)
 
-# %% ../nbs/17_cache.ipynb #1060ce29
+# %% ../nbs/17_cache.ipynb #aafe3045
 StoreAs = Literal["float64", "float32", "bfloat16", "int8"]
 DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float64", "float32", "bfloat16", "float16", "int8")}
 
@@ -64,13 +64,13 @@ def cache_bytes(
     per_key += len(columns(config.attention, config.precision, config.mixing)) * M * w1
     return config.n_layer * batch * (config.n_kv_head or config.n_head) * length * per_key
 
-# %% ../nbs/17_cache.ipynb #86f6b1c9
+# %% ../nbs/17_cache.ipynb #6badb5b1
 def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d)`, scale `(*b, 1)`
     "Equation (4): eight bits and one scale for each vector; the error of a coordinate is at most half the scale."
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
-# %% ../nbs/17_cache.ipynb #02c59ab8
+# %% ../nbs/17_cache.ipynb #7f8a5623
 @dataclass(eq=False)
 class Reader:
     "One attention layer as equation (2) sees it; made once, valid while the weights stay."
@@ -123,7 +123,7 @@ class Reader:
         Z = torch.as_tensor(self.link.log_normaliser(self.d), dtype=self.dtype, device=self.Lam.device)
         return Z.expand(self.Hk, 1, self.G, 1, 1).reshape(-1, 1) if Z.dim() else Z
 
-# %% ../nbs/17_cache.ipynb #0facd515
+# %% ../nbs/17_cache.ipynb #20b44251
 def square(reader: Reader, k: Float[Tensor, "B Hk T d"], lam: Tensor | None) -> Float[Tensor, "B Hk M T"]:
     "kappa of equation (2): the squared length of the (shifted) keys in units of their precision."
     shifted = (k[:, :, None] if reader.shift is None else k[:, :, None] + reader.shift[:, :, :, 0]).square()
@@ -155,7 +155,7 @@ def bias_slope(reader: Reader) -> float:
     "How much of `kappa` stands in the bias: -1/2 of a linear link, +1/2 of a prior tied to the norm."
     return (reader.attention.mixing == "norm") / 2 - (reader.straight and reader.link != "dot") / 2
 
-# %% ../nbs/17_cache.ipynb #ef8d189b
+# %% ../nbs/17_cache.ipynb #7e94655b
 def query_side(reader: Reader, q: Float[Tensor, "B H Tq d"]) -> tuple[Tensor, Tensor]:
     "Queries with the component axis `(B, Hk, M, G, Tq, d)`, for the product, and rho of equation (2), `(..., 1)`."
     q = q.to(reader.dtype).unflatten(1, (reader.Hk, reader.G))[:, :, None]
@@ -206,7 +206,7 @@ def measure_near(reader: Reader, u: Tensor, q: Tensor, k: Tensor, column: Mappin
     Lam = column["lam"][b, h, m, j][:, None] if reader.own else reader.Lam[h, m, 0, 0]
     u[b, h, m, g, t, j] = (Lam * error.square()).sum(-1)
 
-# %% ../nbs/17_cache.ipynb #c2ed3617
+# %% ../nbs/17_cache.ipynb #4885c92f
 def read_out(
     reader: Reader, s: Float[Tensor, "B Hk M G Tq T"], v: Float[Tensor, "B Hk T d"], need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:                 # `(B, H, Tq, d)` and log-sum-exp `(B, H, Tq)`
@@ -232,7 +232,7 @@ def settled(
     if reader.M > 1 and not reader.own: top, mass = reader.Lam * top, reader.Lam * mass
     return (top.sum(2) / mass.sum(2)).flatten(1, 2).to(q.dtype)
 
-# %% ../nbs/17_cache.ipynb #455c7d0f
+# %% ../nbs/17_cache.ipynb #47bbe963
 def cacheable(model: nn.Module) -> bool:
     "Whether a model is the chain of chapter 15 and nothing else: its forward pass replaced or hooked, a cache would miss it."
     if not isinstance(model, PCTransformer) or type(model).forward is not PCTransformer.forward: return False
@@ -242,21 +242,24 @@ def cacheable(model: nn.Module) -> bool:
     attentions = [f.attention for f in model.predictors if isinstance(f, AttentionLayer)]
     return plain and not hooked and all(type(a).forward is PCAttention.forward for a in attentions)
 
-# %% ../nbs/17_cache.ipynb #7e5b55dc
+# %% ../nbs/17_cache.ipynb #e9329d20
 def weights_version(model: nn.Module) -> int:
     "A number that grows when a weight is changed in place."
     return sum(p._version for p in model.parameters() if not p.is_inference())
 
 
-def check_allocation(model: nn.Module, batch: int, length: int, dtype: str) -> None:
+def check_allocation(model: nn.Module, batch: int, length: int | None, dtype: str | None) -> None:
     "Raise TypeError or ValueError, one sentence, for a cache that cannot be."
     if not cacheable(model):
-        raise TypeError(f"a cache needs a plain PCTransformer, whose forward pass it repeats, not this {type(model).__name__}")
-    if batch < 1 or length < 1: raise ValueError(f"a cache needs at least one row and one token, got {batch} and {length}")
+        raise TypeError(f"a cache needs a plain PCTransformer, whose pass it repeats, not this {type(model).__name__}")
     assert isinstance(model, PCTransformer)
-    if length > (most := model.config.block_size):
+    most = model.config.block_size
+    length = most if length is None else length
+    if batch < 1 or length < 1: raise ValueError(f"a cache needs at least one row and one token, got {batch} and {length}")
+    if length > most:
         raise ValueError(f"a cache of {length} tokens is longer than the context of {most} (block_size)")
-    if dtype not in DTYPES: raise ValueError(f"a cache cannot store {dtype!r}: choose from {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"a cache cannot store {dtype!r}: choose from {', '.join(DTYPES)}")
 
 
 @dataclass(eq=False)
@@ -286,10 +289,10 @@ class KVCache:
         dtype: str | None = None,                # of keys and values: "bfloat16", "int8", ...; `None`: the model's
     ) -> "KVCache":
         "An empty cache. Raises TypeError, ValueError, and MemoryError with the bytes that were wanted."
-        weight = model.output.weight if isinstance(model, PCTransformer) else torch.empty(0)
+        check_allocation(model, batch, length, dtype)
+        weight = model.output.weight
         own = str(weight.dtype).removeprefix("torch.")
         length, dtype = model.config.block_size if length is None else length, dtype or own
-        check_allocation(model, batch, length, dtype)
         c, full, int8 = model.config, full_dtype(weight), dtype == "int8"
         readers = [Reader(f.attention) for f in model.predictors if isinstance(f, AttentionLayer)]
         rows = (c.n_layer, batch, readers[0].Hk)
@@ -418,7 +421,7 @@ def get(store: Tensor, slots: slice | tuple[Tensor, Tensor]) -> Tensor:
     "Read `(B, Hk, T, ...)` back."
     return store[:, :, slots] if isinstance(slots, slice) else store[slots[0], :, slots[1]].transpose(1, 2)
 
-# %% ../nbs/17_cache.ipynb #a6e198b5
+# %% ../nbs/17_cache.ipynb #8cf51775
 def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Sequence[int] | None, settle_steps: int) -> None:
     "Raise one clear sentence for tokens that this cache cannot take."
     if cache.model is not model:
@@ -432,7 +435,8 @@ def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Seque
     if tokens.shape[0] != cache.batch:
         raise ValueError(f"the cache has {cache.batch} rows, but tokens have {tokens.shape[0]}")
     if cache.length + tokens.shape[1] > cache.capacity:
-        raise ValueError(f"the cache is full: it holds {cache.length} of {cache.capacity} tokens, and {tokens.shape[1]} more do not fit")
+        raise ValueError(f"the cache is full: it holds {cache.length} of {cache.capacity} tokens, "
+                         f"and {tokens.shape[1]} more do not fit")
     if counts is not None and not (len(counts) == cache.batch and all(1 <= n <= tokens.shape[1] for n in counts)):
         raise ValueError(f"counts must be {cache.batch} numbers from 1 to {tokens.shape[1]}, got {list(counts)}")
     if settle_steps < 0: raise ValueError(f"settle_steps must not be negative, got {settle_steps}")
@@ -515,7 +519,7 @@ def decode(cache: KVCache, tokens: Int64[Tensor, "B 1"]) -> Float[Tensor, "B 1 V
     for f in layers:
         x = f.norm(s)
         if isinstance(f, FeedForwardLayer):
-            s = f.down(F.gelu(f.up(x))).add_(s)
+            s = f.down(F.gelu(f.up(x), approximate=f.approximate)).add_(s)
         else:
             s = f.attention.out(one_more(cache.readers[layer], x, *cache.views[layer], n, first)).add_(s)
             layer += 1

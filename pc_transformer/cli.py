@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
            'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
-           'uncertainty', 'evidence', 'main']
+           'uncertainty', 'evidence', 'bench_generation', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -132,6 +132,9 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
 def sample(
     model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = 0.95, seed: int = 1, sliding_window: bool = False, device: str = "auto",
+    min_p: float | None = None, typical_p: float | None = None, repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0, presence_penalty: float = 0.0, stop: list[str] | None = None, cache: bool = True,
+    slide: int = 1, settle: str | None = None, settle_steps: int = 1,
 ) -> None:
     """Continue a text.
 
@@ -145,13 +148,26 @@ def sample(
         seed: the same seed gives the same text
         sliding_window: accept a prompt longer than the context and read its end
         device: auto, cpu, cuda, ...
+        min_p: draw from characters with this share of the largest probability; null: from all
+        typical_p: draw from the most typical set with this probability; null: from all
+        repetition_penalty: above 1, characters that were used already become less likely
+        frequency_penalty: nats that each earlier use of a character costs it
+        presence_penalty: nats that any earlier use of a character costs it
+        stop: a list of texts; the first of them ends the text
+        cache: keep keys and values; the text is the same, only slower without
+        slide: how many characters leave a full context at once
+        settle: attention, evidence or langevin; null: none
+        settle_steps: how many steps
     """
     from pc_transformer.generation import generate_text
     from pc_transformer.training import pick_device
 
     net = load(model_folder(model)).to(pick_device(device))
     tokenizer = load_tokenizer(model_folder(model))
-    print(generate_text(net, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window))
+    print(generate_text(net, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
+                        typical_p=typical_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
+                        presence_penalty=presence_penalty, stop=stop or (), cache=cache, slide=slide, settle=settle,
+                        settle_steps=settle_steps))
 
 
 def data(name: str) -> None:
@@ -393,11 +409,31 @@ def evidence(
     page.evidence_study(config, read_data(data), out, folders, relative_precision, windows=windows, device=device)
     print(f"results  {out / 'results.json'}")
 
+# %% ../nbs/34_cli.ipynb #1dee3f77
+def bench_generation(
+    out: Path = Path("runs/generation"), rounds: int = 3, new: int = 255, batches: list[int] | None = None, length: int = 1024,
+) -> None:
+    """Time of a generated token: every family with a cache, no cache, transformers' GPT-2 if installed, interleaved (chapter 29).
+
+    Args:
+        out: folder for results.json
+        rounds: how many times each contender takes its turn
+        new: tokens to write, below the context of 256
+        batches: rows written at once, such as "[1,16]"; null: those two
+        length: context of the measurement by position
+    """
+    from pc_transformer.experiments import generation_speed as page
+
+    make_folder(out)
+    for row in page.bench_generation(out, rounds, new, batches, length)["generate"]:
+        print(f"batch {row['batch']:3}  {row['case']:20} {row['ms_per_step']:8.2f} ms a step, {row['over_dot']:6.2f} of dot")
+    print(f"results  {out / 'results.json'}")
+
 # %% ../nbs/34_cli.ipynb #76427aee
 COMMANDS: dict[str, Any] = {
     f.__name__.replace("_", "-"): f
     for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention,
-              uncertainty, evidence)}
+              bench_generation, uncertainty, evidence)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 

@@ -61,7 +61,7 @@ def top_p_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #a4cd6f53
+# %% ../nbs/23_generation.ipynb #790c58ed
 def min_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # share of the largest probability, 0 <= p <= 1
@@ -89,7 +89,7 @@ def typical_filter(
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
-# %% ../nbs/23_generation.ipynb #259abefd
+# %% ../nbs/23_generation.ipynb #32961a1f
 def penalise(
     logits: Float[Tensor, "... V"],
     counts: Float[Tensor, "... V"],  # n, how often each token stands in the text
@@ -101,7 +101,7 @@ def penalise(
     seen = counts > 0
     if repetition != 1:
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - frequency * counts - presence * seen if frequency or presence else logits
+    return logits - frequency * counts - presence * seen.to(logits.dtype) if frequency or presence else logits
 
 # %% ../nbs/23_generation.ipynb #1b63a45b
 def check_logits(logits: Float[Tensor, "B V"]) -> None:
@@ -126,7 +126,9 @@ def distribution(
     if not math.isfinite(float(logits.sum())):
         check_logits(logits)
     z = temperature_scale(logits, temperature)
-    for value, cut in ((top_k, top_k_filter), (top_p, top_p_filter), (min_p, min_p_filter), (typical_p, typical_filter)):
+    cuts: list[tuple[Any, Callable[..., Tensor]]] = [
+        (top_k, top_k_filter), (top_p, top_p_filter), (min_p, min_p_filter), (typical_p, typical_filter)]
+    for value, cut in cuts:
         z = z if value is None else cut(z, value)
     return z.softmax(-1)
 
@@ -154,7 +156,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 # %% ../nbs/23_generation.ipynb #f728c8b3
 def check_prompt(
-    prompt: Tensor,  # what the caller gave
+    prompt: Any,  # what the caller gave
     block_size: int,  # T
     vocab_size: int,  # V
     sliding_window: bool,  # whether a longer prompt is welcome
@@ -199,7 +201,7 @@ def check_options(
     if top_p is not None and (not is_real(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], but got {top_p!r}.")
 
-# %% ../nbs/23_generation.ipynb #3fd7e0bb
+# %% ../nbs/23_generation.ipynb #f57174b4
 @dataclass(frozen=True)
 class SamplingConfig(Config):
     "How the next token is chosen from its logits; raises `ConfigError`, one sentence."
@@ -244,7 +246,7 @@ class SamplingConfig(Config):
             logits = logits * (self.energy_slope * zeta).exp()[:, None]
         return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
 
-# %% ../nbs/23_generation.ipynb #5c25d5b6
+# %% ../nbs/23_generation.ipynb #f78834c2
 def window_start(length: int, block_size: int, slide: int = 1) -> int:
     "w of equation (7): how many of `length` tokens have left the window."
     return slide * -(-max(0, length - block_size) // slide)
@@ -266,7 +268,7 @@ class Recompute:
         "Last row of the model's logits."
         return model(tokens)[:, -1]
 
-# %% ../nbs/23_generation.ipynb #990b412e
+# %% ../nbs/23_generation.ipynb #59aed8ff
 @dataclass
 class Texts:
     "Rows of tokens of different length, and the part of them that the model reads."
@@ -339,7 +341,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
-# %% ../nbs/23_generation.ipynb #f064cf2d
+# %% ../nbs/23_generation.ipynb #1e76f9c3
 @dataclass(frozen=True)
 class Step:
     "What one step of a stream has added."
@@ -364,7 +366,7 @@ def read_prompts(prompt: Any, limits: Any, sliding_window: bool) -> list[Tensor]
     return list(torch.atleast_2d(prompt))
 
 
-def make_generators(seed: int | Sequence[int] | None, batch: int) -> list[torch.Generator]:
+def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
     "One generator for the batch, or one for each row if `seed` is a sequence. Raises `ValueError`."
     one = torch.Generator()
     if seed is None: one.seed()
@@ -383,7 +385,7 @@ def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[
     whole[rows] = q
     return sample(whole, generators[0])[rows]
 
-# %% ../nbs/23_generation.ipynb #b133b844
+# %% ../nbs/23_generation.ipynb #cff79b4a
 def stream(
     model: nn.Module,  # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
     prompt: Tensor | Sequence[Tensor],  # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length

@@ -8,17 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pc_transformer.config import ModelConfig
+from pc_transformer.config import ModelConfig, from_yaml
 from pc_transformer.data import CharTokenizer
 from pc_transformer.generation import (
+    SamplingConfig,
     distribution,
     evaluating,
     generate,
     generate_text,
+    min_p_filter,
+    penalise,
     sample,
+    stream,
     temperature_scale,
     top_k_filter,
     top_p_filter,
+    typical_filter,
 )
 from pc_transformer.model import PCTransformer
 
@@ -355,3 +360,158 @@ def test_same_text_on_a_gpu():
     here = generate(model, PROMPT, 40, seed=7, top_p=0.9)
     there = generate(model.cuda(), PROMPT, 40, seed=7, top_p=0.9)
     assert there.is_cuda and torch.equal(here, there.cpu())
+
+
+# ---- more strategies
+
+
+@given(logits_1d, st.floats(0, 1))
+def test_min_p_is_the_definition_and_keeps_the_mode(z, p):
+    q, out = z.softmax(-1), min_p_filter(z, p)
+    edge = p * q.max()
+    assert out[z.argmax()] == z.max()
+    for i in range(len(z)):                        # clear cases only: rounding decides at the edge
+        if q[i] > edge * (1 + 1e-9):
+            assert out[i] == z[i]
+        if q[i] < edge * (1 - 1e-9):
+            assert out[i] == -math.inf
+
+
+@given(logits_1d, st.floats(1e-6, 1))
+def test_typical_is_the_smallest_set_nearest_to_the_entropy(z, p):
+    q = z.softmax(-1)
+    far = (-q.log() - torch.special.entr(q).sum()).abs()
+    left = typical_filter(z, p).isfinite()
+    assert left.any() and (p == 1 or q[left].sum() >= p - 1e-12)
+    assert left.all() or far[left].max() <= far[~left].min() + 1e-9
+    assert left.sum() == 1 or q[left].sum() - q[left][far[left].argmax()] < p + 1e-9
+    assert torch.equal(typical_filter(z, 1), z)
+
+
+@given(logits_1d, st.floats(0.1, 3), st.floats(-1, 1), st.floats(-1, 1))
+def test_penalties_are_the_formula(z, theta, frequency, presence):
+    n = torch.arange(len(z), dtype=torch.float64) % 3
+    out = penalise(z, n, theta, frequency, presence)
+    for i in range(len(z)):
+        x = z[i].item()
+        if n[i] > 0:
+            x = (x / theta if x > 0 else x * theta) - frequency * n[i].item() - presence
+        assert abs(out[i].item() - x) < 1e-9
+    assert torch.equal(penalise(z, n), z)
+
+
+def test_sampling_config_prints_and_reads_back():
+    how = SamplingConfig(top_k=3, typical_p=0.5, energy_slope=-0.1)
+    assert from_yaml(SamplingConfig, str(how)) == how
+
+
+# ---- cache, batches, streams
+
+
+STRATEGIES = [{}, {"temperature": 0}, {"top_k": 4, "slide": 3}, {"min_p": 0.1, "slide": 8}, {"typical_p": 0.7},
+              {"repetition_penalty": 1.3, "frequency_penalty": 0.1}, {"stop_tokens": [3, 7]}, {"settle": "attention", "slide": 4}]
+RAGGED = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.arange(8)]
+
+
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "laplace", "mixture"])
+@pytest.mark.parametrize("options", STRATEGIES)
+def test_text_with_and_without_a_cache_is_the_same(family, options):
+    model = PCTransformer(ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=family), seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(6)
+    for prompt in (PROMPT, RAGGED):
+        for seed in (5, list(range(len(prompt)))):
+            (a, x), (b, y) = (generate(model, prompt, 16, seed=seed, cache=c, log_probs=True, **options) for c in (True, False))
+            assert type(a) is type(b) and all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+            assert all(torch.allclose(s, t, atol=1e-3) for s, t in zip(x, y, strict=True))
+
+
+def test_energy_driven_temperature(model):
+    options = {"energy_slope": 0.7, "energy_mean": 20.0, "energy_std": 30.0, "seed": 2}
+    if model.config.attention == "dot":
+        with pytest.raises(ValueError, match="dot products have not"):
+            generate(model, PROMPT, 1, **options)
+        return
+    a, b = (generate(model, PROMPT, 40, cache=cache, **options) for cache in (True, False))
+    off = generate(model, PROMPT, 40, seed=2)
+    assert torch.equal(a, b) and not torch.equal(a, off)
+
+
+def test_a_row_does_not_depend_on_the_others(model):
+    together = generate(model, RAGGED, 20, seed=[7, 8, 9])
+    for prompt, seed, text in zip(RAGGED, (7, 8, 9), together, strict=True):
+        assert torch.equal(generate(model, [prompt], 20, seed=[seed])[0], text)
+        assert torch.equal(generate(model, prompt, 20, seed=seed)[0], text)
+
+
+def test_stop_tokens_end_a_row_and_nobody_else(model):
+    free, stopped = generate(model, RAGGED, 30, seed=4), generate(model, RAGGED, 30, seed=4, stop_tokens=[2])
+    for prompt, whole, text in zip(RAGGED, free, stopped, strict=True):
+        new = whole[len(prompt) :].tolist()
+        assert text[len(prompt) :].tolist() == (new[: new.index(2) + 1] if 2 in new else new)
+
+
+def test_log_probabilities_are_the_models_own(model):
+    text, logs = generate(model, PROMPT, 5, seed=1, temperature=0.5, top_k=3, log_probs=True)
+    model.eval()
+    with torch.no_grad():
+        full = model(text[:, :-1]).double().log_softmax(-1)
+    torch.testing.assert_close(logs, full[:, 2:].gather(-1, text[:, 3:, None])[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_rule_4_a_stream_that_is_left_half_way(model):
+    model.train()
+    state, rng = bits(model), torch.get_rng_state()
+    steps = stream(model, PROMPT, 20, seed=0)
+    seen = [next(steps).tokens for _ in range(3)]
+    assert model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()   # between two steps, too
+    model(PROMPT).sum().backward()                                                                # and the model is usable
+    steps.close()
+    model.zero_grad(set_to_none=True)
+    assert bits(model) == state and torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(torch.stack(seen, 1), generate(model, PROMPT, 3, seed=0)[:, 3:])
+
+
+def test_a_stream_notices_that_the_weights_have_moved(model):
+    steps = {c: stream(model, PROMPT, 6, seed=0, cache=c, log_probs=True) for c in (True, False)}
+    for turn in range(6):
+        a, b = (next(s) for s in steps.values())
+        torch.testing.assert_close(a.log_probs, b.log_probs, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            next(model.parameters()).mul_(0.9)
+        assert turn < 6
+
+
+def test_settling_objects(model):
+    class Own:
+        def logits(self, model, tokens):
+            return model(tokens)[:, -1]
+
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, RAGGED, 12, seed=1, settle=Own()),
+                                                 generate(model, RAGGED, 12, seed=1), strict=True))
+    options = {"seed": 1, "settle_steps": 3, "log_probs": True}
+    settled, plain = (generate(model, PROMPT, 1, settle=s, **options)[1] for s in ("attention", None))
+    assert (settled - plain).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("options", [
+    {"min_p": -0.1}, {"min_p": 1.1}, {"typical_p": 0.0}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}, {"slide": 0},
+    {"slide": 9}, {"stop_tokens": [11]}, {"settle": "hope"}, {"settle_steps": -1}, {"energy_std": 0.0, "energy_slope": 1.0},
+    {"seed": [1]}, {"seed": "x"}, {"sampling": SamplingConfig(), "temperature": 0.5}, {"sampling": SamplingConfig(top_k=12)},
+])
+def test_bad_options_of_the_loop(options):
+    with pytest.raises(ValueError) as caught:
+        stream(PCTransformer(CONFIG), PROMPT, 1, **options)
+    assert "\n" not in str(caught.value) and any(name in str(caught.value) for name in options)
+
+
+def test_stop_strings(model):
+    tokenizer = CharTokenizer("abcdefghijk")
+    whole = generate_text(model, tokenizer, "abc", 20, seed=1)
+    word = whole[8:10]
+    cut = whole[:3] + whole[3:][: whole[3:].index(word)]
+    assert generate_text(model, tokenizer, "abc", 20, seed=1, stop=["zz", word]) == cut
+    with pytest.raises(ValueError, match="stop must be a list"):
+        generate_text(model, tokenizer, "abc", 1, stop="a")

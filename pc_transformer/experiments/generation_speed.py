@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BABY', 'FAMILIES', 'NO_CACHE', 'GPT2', 'gpt2', 'contenders', 'measure', 'by_position', 'bench_generation']
 
-# %% ../../nbs/39_generation_speed.ipynb #2204f9d0
+# %% ../../nbs/39_generation_speed.ipynb #071c627c
 import json
 import os
 import statistics
@@ -22,7 +22,7 @@ from .attention_speed import about, clock, interleaved
 from ..generation import generate
 from ..model import PCTransformer
 
-# %% ../../nbs/39_generation_speed.ipynb #bd1488b3
+# %% ../../nbs/39_generation_speed.ipynb #fefd799a
 BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {}, "gaussian": {"attention": "gaussian"}, "gaussian, per key": {"attention": "gaussian", "precision": "key"},
@@ -35,8 +35,9 @@ def gpt2(config: ModelConfig) -> Any:
     "transformers' GPT-2 of the same shape, in eval mode; `None` if it is not installed."
     if find_spec("transformers") is None: return None
     from transformers import GPT2Config, GPT2LMHeadModel
-    shape = {"n_positions": config.block_size, "n_embd": config.d_model, "n_layer": config.n_layer, "n_head": config.n_head}
-    end = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    shape: dict[str, Any] = {"n_positions": config.block_size, "n_embd": config.d_model}
+    shape |= {"n_layer": config.n_layer, "n_head": config.n_head}
+    end: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **shape, **end)).eval()
 
 
@@ -44,13 +45,13 @@ def contenders(
     config: ModelConfig, batch: int, new: int, families: dict[str, dict[str, Any]], no_cache: bool,
 ) -> dict[str, Callable[[], Any]]:
     "What takes turns: each writes `new` tokens after one, drawn from the 40 likeliest."
-    prompt = torch.zeros(batch, 1, dtype=torch.int64)
-    run = lambda m, **kw: lambda: generate(m, prompt, new, top_k=40, seed=0, **kw)
+    prompt, few = torch.zeros(batch, 1, dtype=torch.int64), min(40, config.vocab_size)
+    run = lambda m, **kw: lambda: generate(m, prompt, new, top_k=few, seed=0, **kw)
     models = {name: PCTransformer(replace(config, **changes)).eval() for name, changes in families.items()}
     runs: dict[str, Callable[[], Any]] = {name: run(m) for name, m in models.items()}
     if no_cache: runs[NO_CACHE] = run(PCTransformer(config).eval(), cache=False)
     if (other := gpt2(config)) is not None:
-        runs[GPT2] = lambda: other.generate(prompt, max_new_tokens=new, do_sample=True, top_k=40, use_cache=True,
+        runs[GPT2] = lambda: other.generate(prompt, max_new_tokens=new, do_sample=True, top_k=few, use_cache=True,
                                             attention_mask=torch.ones_like(prompt))
     return runs
 
@@ -100,7 +101,8 @@ def bench_generation(
         raise ValueError(f"bench-generation needs rounds >= 1, 1 <= new < {config.block_size} and length >= 16, "
                          f"got {rounds}, {new} and {length}")
     from importlib.metadata import version
-    results: dict[str, Any] = {"command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}", "seed": 0, "rounds": rounds, "config": to_dict(config),
+    results: dict[str, Any] = {"command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}",
+                               "seed": 0, "rounds": rounds, "config": to_dict(config),
                                **about(torch.device("cpu"), torch.float32), "threads": 1, "clock": "CPU seconds of the thread"}
     found = find_spec("transformers") is not None
     results["versions"]["transformers"] = version("transformers") if found else "not installed: GPT-2 was not measured"

@@ -1,0 +1,344 @@
+"""The KV cache: cached logits equal full recomputation for every family and option (chapter 17; rules 2 to 5)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pc_transformer.attention import PCAttention, attend
+from pc_transformer.cache import (
+    DTYPES,
+    TAILS,
+    KVCache,
+    cache_bytes,
+    cacheable,
+    columns,
+    extend,
+    quantise,
+)
+from pc_transformer.config import ConfigError, ModelConfig, replace
+from pc_transformer.model import PCTransformer
+
+FAMILIES = ["dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]
+OPTIONS = {
+    "plain": {}, "prior by token": {"mixing": "key"}, "grouped": {"n_kv_head": 2}, "window": {"window": 5},
+    "qk_norm": {"qk_norm": True}, "background": {"background": True}, "scale": {"precision_init": 0.3},
+    "norm": {"mixing": "norm"}, "per key": {"precision": "key"}, "diagonal": {"precision": "diagonal"},
+    "per key, tied": {"precision": "key", "mixing": "norm", "n_kv_head": 2, "window": 4},
+    "diagonal, tied": {"precision": "diagonal", "mixing": "norm", "background": True, "n_kv_head": 1},
+    "everything": {"precision": "key", "mixing": "key", "background": True, "qk_norm": True},
+}
+SMALL = ModelConfig(vocab_size=11, block_size=32, n_layer=2, n_head=4, d_model=32, attention="gaussian")
+
+
+def make(config: ModelConfig, dtype: torch.dtype = torch.float32, sharper: float = 4.0) -> PCTransformer:
+    """A model whose logits are far from uniform and whose maps from tokens are not zero."""
+    model, draw = PCTransformer(config, seed=1).to(dtype).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("map"):
+                p.normal_(0, 0.3, generator=draw)
+            elif name.endswith(("log_tail", "log_mix", "log_precision")):
+                p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+            elif p.dim() > 1 and not name.endswith(("shift", "background")):
+                p.mul_(sharper)
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def feed(model: PCTransformer, tokens: torch.Tensor, parts: tuple[int, ...], **options) -> torch.Tensor:
+    """Logits of all tokens, read in parts through one cache."""
+    cache = KVCache.allocate(model, len(tokens))
+    out = torch.cat([extend(model, part, cache, **options) for part in tokens.split(parts, 1)], 1)
+    assert cache.length == tokens.shape[1] and cache.lengths == [tokens.shape[1]] * len(tokens)
+    return out
+
+
+def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
+    """Rule 5: 1e-5 in float32, 1e-10 in float64, of the largest logit."""
+    limit = (1e-5 if a.dtype == torch.float32 else 1e-10) * scale
+    assert (a - b).abs().max() <= limit * b.abs().max().clamp_min(1), (a - b).abs().max()
+
+
+def configs(family: str, option: str) -> ModelConfig:
+    try:
+        return replace(SMALL, attention=family, **OPTIONS[option])
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rule_5_cached_logits_equal_full_recomputation(family, option):
+    config = configs(family, option)
+    for dtype in (torch.float32, torch.float64):
+        model, tokens = make(config, dtype), random_tokens(2, 14)
+        with torch.no_grad():
+            full = model(tokens)
+        for parts in ((1,) * 14, (5, 1, 1, 4, 3)):
+            close(feed(model, tokens, parts), full)
+        assert torch.equal(feed(model, tokens, (14,)), full)      # one prefill is the model's own pass, bit for bit
+        ragged = KVCache.allocate(model, 2)
+        first = extend(model, tokens[:, :7], ragged, counts=[3, 7], last=True)
+        later = [extend(model, torch.stack([tokens[0, 3 + i : 4 + i], tokens[1, 7 + i : 8 + i]]), ragged) for i in range(5)]
+        close(torch.cat([first, *later], 1), torch.stack([full[0, 2:8], full[1, 6:12]]))
+        assert ragged.lengths == [8, 12] and ragged.length == 12
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_parts_and_any_lengths(data):
+    config = replace(SMALL, attention=data.draw(st.sampled_from(FAMILIES)), window=data.draw(st.sampled_from([None, 1, 3, 9])),
+                     n_kv_head=data.draw(st.sampled_from([None, 1, 2])), qk_norm=data.draw(st.booleans()))
+    model, tokens = make(config, torch.float64), random_tokens(3, 24, seed=data.draw(st.integers(0, 99)))
+    counts = data.draw(st.lists(st.integers(1, 8), min_size=3, max_size=3))
+    with torch.no_grad():
+        full = model(tokens)
+    cache = KVCache.allocate(model, 3)
+    found = extend(model, tokens[:, :8], cache, counts=counts, last=True)[:, 0]
+    close(found, torch.stack([full[r, n - 1] for r, n in enumerate(counts)]))
+    for T in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)):
+        new = torch.stack([tokens[r, n : n + T] for r, n in enumerate(cache.lengths)])
+        before = list(cache.lengths)
+        close(extend(model, new, cache), torch.stack([full[r, n : n + T] for r, n in enumerate(before)]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settling_queries_over_a_cache(family, monkeypatch):
+    """Equals a forward pass in which every layer's queries settle."""
+    config = replace(SMALL, attention=family, n_kv_head=2)
+    for changes in ({}, {"precision": "key"}, {"mixing": "key", "window": 6}):
+        try:
+            model = make(replace(config, **changes), torch.float64, sharper=1.5)
+        except ConfigError:
+            continue
+        tokens = random_tokens(2, 10)
+
+        def settling(self, x):
+            q, k, v = self.split(x)
+            tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
+            Lam = self.precision_of(x)
+            out = attend(q, k, v, self.family, Lam, self.mixing_of(x, k, Lam), is_causal=True, window=self.window,
+                         settle_steps=2, **tail)
+            return self.out(out.transpose(1, 2).flatten(2))
+
+        found = feed(model, tokens, (3, *(1,) * 7), settle_steps=2)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(PCAttention, "forward", settling)
+            full = model(tokens)
+        close(found, full, scale=1e4 if family in ("laplace", "generalized_gaussian") else 10)   # weights are infinite at a key
+        with torch.no_grad():
+            assert (model(tokens) - full).abs().max() > 1e-6                    # and settling does something
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rule_3_causality_is_bit_equal(family):
+    model, tokens = make(replace(SMALL, attention=family)), random_tokens(1, 12)
+    other = tokens.clone()
+    other[0, 8] = (other[0, 8] + 1) % 11
+    for parts in ((1,) * 12, (6, 1, 1, 1, 1, 1, 1)):
+        a, b = feed(model, tokens, parts), feed(model, other, parts)
+        assert torch.equal(a[:, :8], b[:, :8]) and not torch.equal(a[:, 8:], b[:, 8:])
+
+
+def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
+    model, tokens = make(replace(SMALL, attention="student_t", dropout=0.5)), random_tokens(2, 9)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    quiet = feed(model, tokens, (4, 1, 1, 3))
+    assert torch.equal(feed(model.train(), tokens, (4, 1, 1, 3)), quiet) and model.training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes(family, dtype):
+    for changes in ({}, {"precision": "key"}, {"mixing": "norm", "n_kv_head": 2}, {"mixing": "key", "n_component": 3}):
+        try:
+            config = replace(SMALL, attention=family, **changes)
+        except ConfigError:
+            continue
+        for own in (torch.float32, torch.float64):
+            name = str(own).removeprefix("torch.")
+            cache = KVCache.allocate(PCTransformer(config).to(own), 3, 17, dtype)
+            assert cache.nbytes == cache_bytes(config, 3, 17, dtype or name, name)
+            assert tuple(cache.column) == columns(family, config.precision, config.mixing)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1e-6, 1.0, 1e6]))
+@settings(deadline=None)
+def test_eight_bits(seed, size):
+    x = size * torch.randn(5, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    code, scale = quantise(x)
+    assert code.dtype == torch.int8 and ((code * scale - x).abs() <= scale / 2 * (1 + 1e-9)).all()
+    assert torch.equal(quantise(-x)[0], -code)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_storage_is_near(family):
+    model, tokens = make(replace(SMALL, attention=family), sharper=2.0), random_tokens(2, 20)
+    with torch.no_grad():
+        full = model(tokens).log_softmax(-1)
+    error = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        cache = KVCache.allocate(model, 2, dtype=dtype)
+        found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1).log_softmax(-1)
+        error[dtype] = (found - full).abs().max().item()
+        assert cache.k.dtype == DTYPES[dtype]
+    assert error["float32"] < 1e-4 and error["bfloat16"] < 0.2 and error["int8"] < 0.4
+    assert error["float32"] < error["bfloat16"] and error["float32"] < error["int8"]
+
+
+# ---- handling
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_trim_select_expand(dtype):
+    model, tokens = make(replace(SMALL, attention="mixture", precision="key")), random_tokens(3, 12)
+    cache = KVCache.allocate(model, 3, dtype=dtype)
+    extend(model, tokens[:, :8], cache)
+    expected = extend(model, tokens[:, 8:9], cache)
+    cache.trim(8)
+    assert cache.lengths == [8, 8, 8]
+    picked, wide = cache.select([2, 0]), cache.expand(2)
+    assert picked.batch == 2 and wide.batch == 6 and wide.nbytes == 2 * cache.nbytes
+    close(extend(model, tokens[[2, 0], 8:9], picked), expected[[2, 0]])
+    close(extend(model, tokens[:, 8:9].repeat_interleave(2, 0), wide), expected.repeat_interleave(2, 0))
+    close(extend(model, tokens[:, 8:9], cache), expected)          # copies share nothing with the original
+
+
+@pytest.mark.parametrize("option", ["plain", "norm", "per key", "diagonal", "prior by token", "everything"])
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
+def test_revise_is_as_if_the_keys_had_been_so(family, option):
+    config = configs(family, option)
+    model, tokens = make(config, torch.float64), random_tokens(1, 9)
+    cache = KVCache.allocate(model)
+    extend(model, tokens, cache)
+    at, draw = torch.tensor([1, 4, 5]), torch.Generator().manual_seed(2)
+    k, v = (torch.randn(1, 4, 3, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    old_k, old = cache.keys(0, 9)[:, :, at].clone(), {n: c.clone() for n, c in cache.column.items()}
+    cache.revise(0, at, k, v)
+    assert torch.equal(cache.keys(0, 9)[:, :, at], k) and torch.equal(cache.values(0, 9)[:, :, at], v)
+    if "kappa" in cache.column:
+        reader = cache.readers[0]
+        lam = cache.column["lam"][0][..., at] if reader.own else None
+        shifted = k[:, :, None]
+        kappa = (lam * shifted.square().sum(-1)) if lam is not None else (reader.Lam[:, :, 0] * shifted.square()).sum(-1)
+        torch.testing.assert_close(cache.column["kappa"][0][..., at], kappa)
+    cache.revise(0, at, old_k)                                     # and back: columns return too
+    for n, c in cache.column.items():
+        torch.testing.assert_close(c, old[n], rtol=1e-10, atol=1e-10)
+
+
+def test_revised_attention_equals_attend():
+    model, tokens = make(replace(SMALL, attention="student_t"), torch.float64), random_tokens(1, 6)
+    cache, a = KVCache.allocate(model), model.predictors[1].attention
+    extend(model, tokens, cache)
+    cache.revise(0, torch.arange(6), torch.randn(1, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    from pc_transformer.cache import cached_scores, read_out
+    q = torch.randn(1, 4, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    s, _ = cached_scores(cache.readers[0], q, cache.keys(0, 6), {n: c[0, ..., :6] for n, c in cache.column.items()})
+    expected = attend(q, cache.keys(0, 6), cache.values(0, 6), "student_t", a.precision, nu=a.log_tail.exp())
+    torch.testing.assert_close(read_out(cache.readers[0], s, cache.values(0, 6))[0], expected)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "dot"])
+def test_energies(family):
+    """What `energies` leaves behind is the attention energy of chapter 12, the same with and without a cache."""
+    from pc_transformer.attention import attention_energy
+    model, tokens = make(replace(SMALL, attention=family, n_layer=1), torch.float64), random_tokens(2, 7)
+    one, many = KVCache.allocate(model, 2), KVCache.allocate(model, 2)
+    extend(model, tokens, one, energies=True)
+    extend(model, tokens[:, :6], many, energies=True)
+    extend(model, tokens[:, 6:], many, energies=True)
+    a, x = model.predictors[1].attention, model.predictors[1].norm(model.predictors[0](tokens))
+    with torch.no_grad():
+        q, k, _ = a.split(x)
+        tail = {} if a.log_tail is None else {TAILS[family][0]: a.log_tail.exp()}
+        expected = attention_energy(q, k, family, precision=a.precision, log_mix=a.mixing_of(x, k, a.precision),
+                                    is_causal=True, **tail).mean(1)
+    torch.testing.assert_close(one.energy, expected)
+    torch.testing.assert_close(many.energy, expected[:, 6:])
+
+
+# ---- bad input, one sentence each
+
+
+def says(call, *args, **kwargs) -> str:
+    with pytest.raises((ValueError, TypeError, MemoryError)) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_errors():
+    model, tokens = make(SMALL), random_tokens(2, 4)
+    cache = KVCache.allocate(model, 2, 6)
+    other = make(replace(SMALL, attention="dot"))
+    assert "another model: it holds gaussian keys of 2 layers" in says(extend, other, tokens, cache)
+    assert "another model with the same configuration" in says(extend, make(SMALL), tokens, cache)
+    assert "the cache has 2 rows, but tokens have 1" in says(extend, model, tokens[:1], cache)
+    extend(model, tokens, cache)
+    assert "the cache is full: it holds 4 of 6 tokens, and 4 more do not fit" in says(extend, model, tokens, cache)
+    assert "none of them zero" in says(extend, model, tokens[:, :0], cache)
+    assert "range over 11..11" in says(extend, model, torch.full((2, 1), 11), cache)
+    assert "counts must be 2 numbers from 1 to 1, got [1, 2]" in says(extend, model, tokens[:, :1], cache, counts=[1, 2])
+    assert "settle_steps" in says(extend, model, tokens[:, :1], cache, settle_steps=-1)
+    assert cache.lengths == [4, 4]
+    assert "cannot trim a cache of 4 tokens to 5" in says(cache.trim, 5)
+    assert "rows must lie in 0..1" in says(cache.select, [2]) and "at least once" in says(cache.expand, 0)
+    assert "positions to revise must lie in 0..3" in says(cache.revise, 0, torch.tensor([4]))
+    assert "revise needs shape" in says(cache.revise, 0, torch.tensor([1]), torch.zeros(1, 4, 1, 8))
+    assert "at least one row and one token, got 0 and 6" in says(KVCache.allocate, model, 0, 6)
+    assert "at least one row and one token, got 1 and 0" in says(KVCache.allocate, model, 1, 0)
+    assert "longer than the context of 32" in says(KVCache.allocate, model, 1, 33)
+    assert "cannot store 'int3'" in says(KVCache.allocate, model, 1, 8, "int3")
+    assert "plain PCTransformer" in says(KVCache.allocate, torch.nn.Linear(2, 2))
+    batch = 10**12
+    wanted = cache_bytes(SMALL, batch, 32)
+    assert f"no memory for a cache of {wanted:,} bytes" in says(KVCache.allocate, model, batch)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert "weights have changed" in says(extend, model, tokens[:, :1], cache)
+    dot = make(replace(SMALL, attention="dot"))
+    assert "no density" in says(extend, dot, tokens, KVCache.allocate(dot, 2), energies=True)
+
+
+def test_models_that_are_more_than_their_chain_are_not_cached():
+    class Doubled(PCTransformer):
+        def forward(self, tokens):
+            return 2 * super().forward(tokens)
+
+    hooked = make(SMALL)
+    hooked.predictors[2].register_forward_hook(lambda *_: None)
+    assert cacheable(make(SMALL)) and not cacheable(Doubled(SMALL)) and not cacheable(hooked)
+
+
+def test_a_token_costs_the_same_work_at_every_position():
+    """Counted, not timed: the number of operations of a step does not depend on the position."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+
+    for family in FAMILIES:
+        model, counts = make(replace(SMALL, attention=family)), []
+        cache = KVCache.allocate(model)
+        for token in random_tokens(1, 30).split(1, 1):
+            with Count() as count:
+                extend(model, token, cache)
+            counts.append(count.n)
+        assert len(set(counts[2:])) <= 2 and max(counts[2:]) < 1.2 * min(counts[2:]), (family, counts)
+        assert math.isfinite(counts[0])
