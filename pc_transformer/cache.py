@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from .attention import TAILS, PCAttention, attend, full_dtype
+from .attention import TAILS, Link, PCAttention, attend, full_dtype
 from .config import ModelConfig
 from .energies import FAMILIES, Elliptical
 from .kernels import NEAR, as_step, is_sharp
@@ -85,7 +85,7 @@ class Reader:
         Lam = torch.full((self.Hk, 1), a.d**-0.5, dtype=dtype, device=a.qkv.weight.device) if a.precision is None else a.precision
         self.Lam = Lam.detach().to(dtype).reshape(self.Hk, self.M, 1, 1, -1)
         self.shift = None if a.shift is None else a.shift.detach().to(dtype)[:, :, :, None]        # `(Hk, M, 1, 1, d)`
-        self.link = "dot" if a.family == "dot" else self.family_of(a, dtype)
+        self.link: Link = "dot" if a.family == "dot" else self.family_of(a, dtype)
         self.step, self.scale, self.shape = as_step(self.link, a.d)
         self.factor = (1.0 if self.straight else -2.0) * (torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam)
         self.const = self.constant()
@@ -277,7 +277,8 @@ class KVCache:
     energy: Tensor | None = None                 # `(B, T)`: attention energies of the newest tokens, if asked for
 
     def __post_init__(self) -> None:
-        self.layers, self.weights = list(self.model.predictors), list(self.model.parameters())
+        self.layers: list[Any] = list(self.model.predictors)
+        self.weights = list(self.model.parameters())
         self.quick = all(r.quick for r in self.readers) and self.k.dtype == self.readers[0].dtype
         self.views = [(self.k[i], self.v[i], {n: c[i] for n, c in self.column.items()}) for i in range(len(self.readers))]
 
@@ -549,7 +550,7 @@ def advance(
     plain = cache.quick and T == 1 and not (settle_steps or energies)
     if plain and 0 < min(cache.lengths) == cache.length: return decode(cache, tokens)
     slots, seen, first = places(cache, T)
-    embedding, *layers = cache.model.predictors
+    embedding, *layers = cache.layers
     where = slots if isinstance(slots, slice) else slots[1]
     s = embedding.token(tokens) + embedding.position.weight[where]
     for f in layers:

@@ -28,6 +28,7 @@ OPTIONS = {
     "norm": {"mixing": "norm"}, "per key": {"precision": "key"}, "diagonal": {"precision": "diagonal"},
     "per key, tied": {"precision": "key", "mixing": "norm", "n_kv_head": 2, "window": 4},
     "diagonal, tied": {"precision": "diagonal", "mixing": "norm", "background": True, "n_kv_head": 1},
+    "GPT-2": {"bias": True, "gelu": "tanh"},
     "everything": {"precision": "key", "mixing": "key", "background": True, "qk_norm": True},
 }
 SMALL = ModelConfig(vocab_size=11, block_size=32, n_layer=2, n_head=4, d_model=32, attention="gaussian")
@@ -39,6 +40,8 @@ def make(config: ModelConfig, dtype: torch.dtype = torch.float32, sharper: float
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("map"):
+                p.normal_(0, 0.3, generator=draw)
+            elif name.endswith("bias"):
                 p.normal_(0, 0.3, generator=draw)
             elif name.endswith(("log_tail", "log_mix", "log_precision")):
                 p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
