@@ -135,7 +135,7 @@ def key_scores(
     tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
     mixed, Lam = a.family == "mixture", a.precision_of(x)
     link = make_link("gaussian" if mixed else a.family, q, tail)
-    parts = components(q, k, a.d**-0.5 if Lam is None else Lam, a.mixing_of(x, k, Lam), mixed)
+    parts = components(q, k, a.d**-0.5 if Lam is None else Lam, a.mixing_of(x, k, Lam)).each()
     found = [masked_scores(q, c.k, link, c.precision, c.log_mix, is_causal=True, window=a.window) for c in parts]
     s, v = log_sum_exp(torch.stack(found), 0), spread_heads(v, a.n_kv_head, a.n_head)
     if a.background is not None:
