@@ -496,7 +496,7 @@ def evidence_study(
             tests = {"trained": found}
             if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():
-                few = steps if name in ("trained", f"beta {UNTRAINED[0]:g}") else steps[:1]
+                few = steps if beta else steps[:1]
                 run = {"seed": seed, "training": how, "settling": name, **about}
                 run["clean"] = gains(each, x.to(where), y.to(where), few)
                 run["10 % replaced"] = gains(each, hurt.to(where), y.to(where), few)
