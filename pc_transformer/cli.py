@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from . import data as corpora
 from .config import ConfigError, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace, to_dict
+from .processes import join
 from .settling import SettlingError
 from pc_transformer.training import (
     CheckpointError, Interrupted, TextData, checkpoints, flat, load, load_tokenizer, progress_bar, read_run_config,
@@ -56,7 +57,7 @@ def train(
     train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto", resume: bool = False,
     progress: bool = True,
 ) -> None:
-    """Train a model; checkpoints go to a folder.
+    """Train a model; checkpoints go to a folder. Started by `torchrun`, several processes share every batch.
 
     Args:
         out: folder of the run; gets config.yaml and the newest checkpoint
@@ -74,17 +75,21 @@ def train(
         raise CheckpointError(f"{held}: resume it with --resume true or choose another folder")
     config = stored_config(out, given) if resume else given
     text = read_data(config.data)
-    trainer = start(fit_vocabulary(config, text), text, device)
-    make_folder(out)
-    if resume:
-        resume_run(trainer, out, text.tokenizer)
-        say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
-    else:
-        write_run_config(trainer.config, out)
-    train_run(trainer, out, text.tokenizer, progress_bar(config.learner.algorithm, trainer) if progress else None)
-    last = trainer.record[-1]
-    say(f"validation loss {last['valid_loss']:.4f} nats per character, gradient cosine to backprop {last['cosine']:.5f}")
-    say(f"checkpoint: {checkpoints(out)[-1]}")
+    with join() as team:
+        trainer, first = start(fit_vocabulary(config, text), text, device, team), team.rank == 0
+        make_folder(out)
+        if resume:
+            resume_run(trainer, out, text.tokenizer)
+        elif first:
+            write_run_config(trainer.config, out)
+        if resume and first:
+            say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
+        bar = progress_bar(config.learner.algorithm, trainer) if progress and first else None
+        train_run(trainer, out, text.tokenizer, bar)
+    if first:
+        last = trainer.record[-1]
+        say(f"validation loss {last['valid_loss']:.4f} nats per character, gradient cosine to backprop {last['cosine']:.5f}")
+        say(f"checkpoint: {checkpoints(out)[-1]}")
 
 
 def stored_config(out: Path, given: RunConfig) -> RunConfig:

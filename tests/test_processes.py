@@ -1,5 +1,6 @@
 """Layers in processes of their own, and processes that share a batch: what goes wrong, and nobody left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -152,3 +153,21 @@ def test_when_one_of_a_team_dies_the_other_fails_and_does_not_hang() -> None:
     env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([*command, sys.executable, "-c", HALF], env=env, capture_output=True, text=True, timeout=180)
     assert found.returncode != 0 and "ChildFailedError" in found.stderr
+
+
+def test_pct_train_shares_batches_under_torchrun(tmp_path: Path) -> None:
+    "Two processes of torchrun and one alone: the same losses, one run folder each."
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question: " * 60)
+    small = ["--model.n_layer", "1", "--model.n_head", "2", "--model.d_model", "16", "--model.block_size", "8",
+             "--train.iters", "6",
+             "--train.batch_size", "4", "--train.eval_interval", "6", "--data", str(tmp_path / "text.txt"), "--progress", "false"]
+    env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
+    start = [sys.executable, "-c", "import sys; from pc_transformer.cli import main; sys.exit(main())", "train"]
+    team = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", *start]
+    losses = {}
+    for name, command in (("one", start), ("two", team)):
+        found = subprocess.run([*command, str(tmp_path / name), *small], env=env, capture_output=True, text=True, timeout=240)
+        assert found.returncode == 0, found.stderr
+        losses[name] = json.loads(next((tmp_path / name).glob("step-*/training.json")).read_text())["losses"]
+    assert found.stderr.count("validation loss") == 1
+    assert len(losses["one"]) == 6 and losses["two"] == pytest.approx(losses["one"], abs=1e-6)
