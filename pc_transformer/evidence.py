@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .attention import TAILS, PCAttention, attend
+from .cache import weights_version
 from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
@@ -209,8 +210,6 @@ class EvidenceTransformer(nn.Module):
         if not (whole and 0 < relative_precision < math.inf and 0 < step_size <= 1):
             raise ValueError("evidence needs whole steps and rounds >= 0, finite relative_precision > 0 and step_size in (0, 1], "
                              f"got {steps}, {rounds}, {relative_precision} and {step_size}")
-        if model.config.dropout:
-            raise ValueError("settling on evidence needs a model without dropout: the past would change at every look")
         self.model, self.config, self.steps, self.rounds, self.step_size = model, model.config, steps, rounds, step_size
         self.log_beta = nn.Parameter(torch.full((len(model.predictors),), math.log(relative_precision)))
 
@@ -222,6 +221,9 @@ class EvidenceTransformer(nn.Module):
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None,
     ) -> tuple[list[Float[Tensor, "B T D"]] | None, list[Tensor]]:
         "Errors of every column (no graph; the last column has none), and its energies in the last round. Raises SettlingError."
+        if self.training and self.config.dropout:
+            raise ValueError("settling on evidence cannot drop out in training, the past would change at every look: set dropout "
+                             "to 0")
         evidence = F.pad(tokens[:, 1:], (0, 1), value=-100)
         errors, trace = None, []
         for _ in range(self.rounds if rounds is None else rounds):
@@ -334,7 +336,10 @@ def sample_columns(
 # %% ../nbs/29_evidence.ipynb #aa161192
 @dataclass
 class EvidenceSettler:
-    "Next-token logits over a past that settles on evidence; with a temperature, over several sampled pasts."
+    """Next-token logits over a past that settles on evidence; with a temperature, over several sampled pasts.
+
+    Noise is drawn for the whole batch: with a temperature, a row's samples depend on which rows it is read with.
+    """
 
     steps: int = 1                              # K, of every column
     relative_precision: float = 100.0           # beta, for a plain model; an `EvidenceTransformer` brings its own
@@ -343,11 +348,13 @@ class EvidenceSettler:
     samples: int = 1                            # S, pasts
     seed: int = 0                               # of the samples
     past: Past | None = field(default=None, repr=False)
-    model: nn.Module | None = field(default=None, repr=False)
+    key: tuple[Any, ...] = field(default=(), repr=False)     # what the past was read with
     generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
 
     def __post_init__(self) -> None:
         good = isinstance(self.samples, int) and self.samples >= 1 and 0 <= self.temperature < math.inf
+        if not (isinstance(self.steps, int) and self.steps >= 0 and (self.step_size is None or 0 < self.step_size <= 1)):
+            raise ValueError(f"a settler needs whole steps >= 0 and step_size in (0, 1], got {self.steps} and {self.step_size}")
         if not good or (self.samples > 1 and not self.temperature):
             raise ValueError("a settler needs samples >= 1 and temperature >= 0, and several samples need a temperature above 0, "
                              f"got {self.samples} and {self.temperature}")
@@ -358,7 +365,7 @@ class EvidenceSettler:
         plain = model.model if own else model
         if not isinstance(plain, PCTransformer):
             raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
-        size = self.step_size or (0.1 if self.temperature else 1.0)
+        size = (0.1 if self.temperature else 1.0) if self.step_size is None else self.step_size
         found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size).to(plain.output.weight)
         if own: found.log_beta = model.log_beta
         return found
@@ -376,9 +383,10 @@ class EvidenceSettler:
         window = tokens[:, -evidence.config.block_size :]
         check_tokens(window, evidence.config)
         rows = window.repeat(self.samples, 1)
-        done = 0 if self.past is None or self.model is not model else self.past.tokens.shape[1]
+        key = (id(model), weights_version(evidence), evidence.log_beta.tolist(), self.steps, evidence.step_size, self.temperature)
+        done = 0 if self.past is None or self.key != key else self.past.tokens.shape[1]
         if done == 0 or done >= rows.shape[1] or not torch.equal(self.past.tokens, rows[:, :done]):       # pyright: ignore
-            self.past, self.model, done = None, model, 0
+            self.past, self.key, done = None, key, 0
             self.generator.manual_seed(self.seed)
         logits = torch.empty(0)
         with evaluating(evidence):

@@ -317,6 +317,7 @@ class Trainer:
         if not nn.utils.clip_grad_norm_(self.model.parameters(), clip).isfinite():
             raise FloatingPointError(f"a gradient is not finite at step {self.step}; the weights were not touched")
         self.optimizer.step()
+        torch.autograd.graph.increment_version(tuple(self.model.parameters()))   # fused steps do not say that weights moved
         self.optimizer.zero_grad(set_to_none=True)
 
     def advance(self) -> float:

@@ -85,7 +85,7 @@ def noisy_log_probs(
             s: Tensor = tokens
             for f in model.predictors:
                 mu = f(s)
-                s = mu + noise * mu.square().mean().sqrt() * torch.randn(mu.shape, generator=draw).to(mu)
+                s = mu + noise * mu.square().mean(-1, keepdim=True).sqrt() * torch.randn(mu.shape, generator=draw).to(mu)
             out.append(model.output(s).log_softmax(-1))
     return torch.stack(out)
 
