@@ -345,3 +345,18 @@ def test_a_token_costs_the_same_work_at_every_position():
             counts.append(count.n)
         assert len(set(counts[2:])) <= 2 and max(counts[2:]) < 1.2 * min(counts[2:]), (family, counts)
         assert math.isfinite(counts[0])
+
+
+def test_a_training_step_makes_a_cache_stale() -> None:
+    "The trainer's fused optimiser does not count versions by itself."
+    from pc_transformer.config import RunConfig
+    from pc_transformer.training import Trainer
+
+    ids = random_tokens(400)
+    changes = {"model.vocab_size": 11, "model.block_size": 16, "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16}
+    trainer = Trainer(replace(RunConfig(), **changes), ids[:300], ids[300:], torch.device("cpu"))
+    cache = KVCache.allocate(trainer.model, 1)
+    extend(trainer.model, random_tokens(1, 4), cache)
+    trainer.advance()
+    with pytest.raises(ValueError, match="weights have changed"):
+        extend(trainer.model, random_tokens(1, 1), cache)
