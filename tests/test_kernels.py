@@ -4,6 +4,9 @@ import ast
 import dataclasses
 import itertools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -482,7 +485,12 @@ def test_strided_inputs_and_their_gradients(name):
 
 
 def test_memory_of_every_family_is_a_few_inputs():
-    "A few times PyTorch's kernel, in pages (1 to 2.7 were seen): no score of every pair is kept."
+    "At most twice PyTorch's kernel, in pages; measured in a fresh process, whose allocator holds nothing yet."
+    if "FRESH_PROCESS" not in os.environ:
+        command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_memory_of_every_family_is_a_few_inputs"]
+        found = subprocess.run(command, env=os.environ | {"FRESH_PROCESS": "1"}, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0 and "1 passed" in found.stdout, found.stdout
+        return
     from pc_transformer.experiments.attention_speed import mixture, peak_bytes
 
     q, k, v = (torch.randn(4, 6, 512, 64, requires_grad=True) for _ in range(3))
@@ -495,7 +503,7 @@ def test_memory_of_every_family_is_a_few_inputs():
         run = lambda f=f, g=link, p=lam: step(f(q, k, v, g, p, is_causal=True, need_lse=False)[0], q, k, v, p)
         peak = peak_bytes(run)
         if base is not None and peak is not None:
-            assert peak < 3.5 * base, (f.__name__, link, lam.shape, peak / base)
+            assert peak < 2 * base, (f.__name__, link, lam.shape, peak / base)
 
 
 def test_kernels_import_neither_attention_nor_triton():
