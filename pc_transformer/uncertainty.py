@@ -29,6 +29,7 @@ from .attention import TAILS, PCAttention, attention_energy, spread_heads
 from .config import to_dict
 from .data import CharTokenizer, Corpus, cache_folders, read_text, verify
 from .energies import Gaussian
+from .experiments.components import damage as replace_some
 from .generation import evaluating
 from .layers import AttentionLayer
 from .model import PCTransformer, convert
@@ -209,9 +210,8 @@ def replace_characters(
     tokens: Int[Tensor, "N T"], vocab_size: int, share: float, generator: torch.Generator
 ) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:        # damaged tokens, and where they differ
     "Each token, with this probability, becomes another one, all others equally likely."
-    hit = torch.rand(tokens.shape, generator=generator) < share
-    step = torch.randint(1, vocab_size, tokens.shape, generator=generator)
-    return torch.where(hit, (tokens + step) % vocab_size, tokens), hit
+    new = replace_some(tokens, vocab_size, share, generator)
+    return new, new != tokens
 
 
 def shuffle_words(text: str, generator: torch.Generator) -> str:
@@ -514,7 +514,7 @@ def uncertainty_study(
         "seed": seed, "windows": windows, "bootstrap_draws": draws, "foreign": str(foreign or WIKITEXT.file), "models": []}
     for folder, net in zip(models, nets, strict=True):
         found = study_one(net.to(on), data, text, windows, draws, seed)
-        results["models"].append({"folder": Path(folder).name, "config": to_dict(net.config), **found})
+        results["models"].append({"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), **found})
     results["summary"] = summary(results["models"])
     if len(nets) > 1: results["ensemble"] = study_ensemble(nets, data, text, windows, draws, seed)
     write_text(Path(out) / "results.json", json.dumps(results, indent=1))

@@ -7,7 +7,6 @@ __all__ = ['BABY', 'FAMILIES', 'NO_CACHE', 'GPT2', 'gpt2', 'contenders', 'measur
 
 # %% ../../nbs/39_generation_speed.ipynb #071c627c
 import json
-import os
 import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from ..config import ModelConfig, replace, to_dict
 from .attention_speed import about, clock, interleaved
 from ..generation import generate
 from ..model import PCTransformer
+from ..training import write_text
 
 # %% ../../nbs/39_generation_speed.ipynb #fefd799a
 BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
@@ -108,8 +108,5 @@ def bench_generation(
     results["versions"]["transformers"] = version("transformers") if found else "not installed: GPT-2 was not measured"
     results["generate"] = [row for b in batches or [1, 16] for row in measure(config, b, new, rounds, no_cache=b == 1)]
     results["by_position"] = by_position(config, length, rounds)
-    beside = Path(out_dir) / ".results.json.part"
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, Path(out_dir) / "results.json")
+    write_text(Path(out_dir) / "results.json", json.dumps(results, indent=1) + "\n")
     return results
