@@ -175,3 +175,13 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
     assert found and found[1].startswith("done"), done.stderr[-2000:]
     assert json.loads(found[1].removeprefix("done ")) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
+    "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        draws = cell["cell_type"] == "code" and ("plt.subplots(" in source or "plt.show()" in source)
+        if draws and not source.startswith(("#| export", "#| slow", "#| eval")):
+            assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"{path.name}: {cell['id']} has no figure"
