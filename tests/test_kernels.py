@@ -58,18 +58,20 @@ def precision_of(kind, B, H, T, d):
     return draw(*shape, seed=9).abs() / 2 + 0.3
 
 
+def everything(call, link, leaves, dtype, kw):
+    "Output, lse and the gradients of all that has one, computed in `dtype`."
+    cast = lambda x: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
+    own = [cast(x) for x in leaves]
+    args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
+    out, lse = call(*own[:3], link, own[3], **args)
+    wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
+    return [out, lse, *torch.autograd.grad(loss, wanted)]
+
+
 def compare(f, link, leaves, tol_out=5e-5, tol_grad=2e-5, dtype=torch.float32, **kw):
     "Output, lse and all gradients of `f` in `dtype` against the oracle in float64."
-    found = []
-    for call, kind in ((oracle, torch.float64), (f, dtype)):
-        cast = lambda x, kind=kind: x.detach().to(kind).requires_grad_() if x.is_floating_point() else x
-        own = [cast(x) for x in leaves]
-        args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
-        out, lse = call(*own[:3], link, own[3], **args)
-        wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
-        found.append([out, lse, *torch.autograd.grad(loss, wanted)])
-    exact, near = found
+    exact, near = everything(oracle, link, leaves, torch.float64, kw), everything(f, link, leaves, dtype, kw)
     assert torch.equal(exact[1].isinf(), near[1].isinf())
     assert (exact[0] - near[0]).abs().max() < tol_out
     finite = exact[1].isfinite()
@@ -420,15 +422,8 @@ def test_a_mixture_in_one_pass_is_attention_over_the_union(name, masks):
 
 def compare_mixture(link, leaves, **kw):
     "`compare`, with `union` for an oracle."
-    found = []
-    for call, kind in ((union, torch.float64), (chunked, torch.float64), (chunked, torch.float32)):
-        cast = lambda x, kind=kind: x.detach().to(kind).requires_grad_() if x.is_floating_point() else x
-        own = [cast(x) for x in leaves]
-        args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
-        out, lse = call(*own[:3], link, own[3], **args)
-        wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
-        found.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    runs = ((union, torch.float64), (chunked, torch.float64), (chunked, torch.float32))
+    found = [everything(call, link, leaves, dtype, kw) for call, dtype in runs]
     for near, tol in ((found[1], 1e-9), (found[2], 1e-4)):
         assert torch.equal(found[0][1].isinf(), near[1].isinf())
         for n, (a, b) in enumerate(zip(found[0], near, strict=True)):
