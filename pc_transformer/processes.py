@@ -553,5 +553,6 @@ def join(
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     try:
         yield DataParallel.here()
+        dist.barrier()      # nobody leaves while another still works: a process that ends early can take the rest along
     finally:
         dist.destroy_process_group()
