@@ -334,18 +334,22 @@ def sdpa(
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
     need_lse: bool = True,
+    query_precision: Tensor | None = None,  # see `chunked`
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention by PyTorch's fused kernel on augmented queries and keys, equation (3); lse by equation (5).
 
-    What the kernel cannot do exactly (other links, dropout on a CPU, the gradient of a mask, lse where the private operators
-    are not verified) goes to `chunked`. A mask with a row per query, or a window, is written out as `Tq x Tk` numbers.
+    What the kernel cannot do exactly (other links, a Gaussian with a precision per query, dropout on a CPU, the gradient of a
+    mask, lse where the private operators are not verified) goes to `chunked`. A mask with a row per query, or a window, is
+    written out as `Tq x Tk` numbers.
     """
-    given = (q, k, v, link, precision, log_mix, mask, is_causal, window, dropout_p, need_lse)
+    given = (q, k, v, link, precision, log_mix, mask, is_causal, window, dropout_p, need_lse, query_precision)
     check(q, k, v, link, precision, is_causal, window)
     fits = link == "dot" or isinstance(link, Gaussian)
     on_cpu = q.device.type == "cpu"
     verified = not dropout_p and flash_agrees() if on_cpu else not need_lse
+    fits = fits and (link == "dot" or query_precision is None)
     if not fits or needs_grad(mask) or not verified: return chunked(*given)
+    if query_precision is not None: q = (q * query_precision).to(q.dtype)
     dtype, nan, Tq, Tk = q.dtype, poison(q, k), q.shape[-2], k.shape[-2]
     full = torch.promote_types(dtype, torch.float32)
     diagonal = precision.shape[-2] > 1 and precision.shape[-1] > 1
@@ -523,6 +527,7 @@ class Near:
     q: Tensor
     k: Tensor
     Lam: Tensor
+    lam: Tensor | None = None      # precision of the queries, `(n or 1, Tq, 1)`
 
     def __post_init__(self) -> None:
         self.q2, self.most = self.q.square().sum(-1, keepdim=True), self.Lam.amax(-1)[:, None]
@@ -531,12 +536,15 @@ class Near:
     def fix(self, y: Tensor, i: slice, j: slice) -> None:
         "Replace the distances in `y` that are small against what they were subtracted from."
         most, k2 = self.most[..., j] if self.most.shape[-1] > 1 else self.most, self.k2[..., j]
-        if not bool(y.amin() < NEAR * (self.q2[:, i].amax() * most.amax() + k2.amax())): return
-        pairs = (y < NEAR * (self.q2[:, i] * most + k2)).nonzero()
+        lam = None if self.lam is None else self.lam[:, i]
+        least = NEAR if lam is None else NEAR * lam.amax()
+        if not bool(y.amin() < least * (self.q2[:, i].amax() * most.amax() + k2.amax())): return
+        pairs = (y < (NEAR if lam is None else NEAR * lam) * (self.q2[:, i] * most + k2)).nonzero()
         for n, a, b in (part.unbind(1) for part in pairs.split(1 << 14)):
             key = b + j.start
             Lam = self.Lam[n * (self.Lam.shape[0] > 1), key * (self.Lam.shape[1] > 1)]
-            y[n, a, b] = (Lam * (self.q[n, a + i.start] - self.k[n, key]).square()).sum(-1)
+            u = (Lam * (self.q[n, a + i.start] - self.k[n, key]).square()).sum(-1)
+            y[n, a, b] = u if lam is None else u * lam[n * (lam.shape[0] > 1), a, 0]
 
 # %% ../nbs/13_kernels.ipynb #62e20610
 @dataclasses.dataclass
@@ -640,11 +648,12 @@ class _Group:
     prior: Any
 
     def __init__(self, plan: Plan, at: tuple[slice, slice], tensors: Sequence[Any], shape: Sequence[Tensor]):
-        q, k, v, Lam, c, prior, self.mask = tensors
+        q, k, v, Lam, c, prior, self.mask, lam = tensors
         full = torch.promote_types(q.dtype, torch.float32)
         self.plan, self.at, self.whole = plan, at, (slice(0, at[0].stop - at[0].start), slice(0, at[1].stop - at[1].start))
         self.q, self.k, self.v = (_heads(x, *at, dtype=full) for x in (q, k, v))
         self.Lam, self.shape, b = _heads(Lam, *at), [_heads(x, *at)[..., None] for x in shape], _heads(prior, *at)
+        self.lam = _heads(lam, *at)
         if c is not None: self.q, self.k = self.q - (shift := _heads(c, *at, dtype=full)), self.k - shift[:, None]
         if plan.scale is None:
             self.qa, self.ka, self.rho = self.q * self.Lam[:, 0], self.k, None
@@ -652,13 +661,30 @@ class _Group:
             return
         alone = plan.additive and self.Lam.shape[1:3] == (1, 1)  # then the softmax does not see the query's own term
         qa, self.ka, rho, kappa = affine(self.q[:, None], self.k, self.Lam, plan.scale, not alone)
-        self.qa, self.rho, kappa = qa[:, 0], None if rho is None else rho.transpose(1, 2), kappa.mT.transpose(1, 2)
+        self.qa, self.rho = qa[:, 0], None if rho is None else rho.transpose(1, 2)
+        kappa = (kappa if self.lam is None else self.weigh(kappa)).mT.transpose(1, 2)
         if plan.log_det: b = log_key_prior(self.Lam, b, self.q.shape[-1])
         self.prior = None if b is None else b[:, None]
         if plan.additive and b is not None: kappa, self.prior = kappa + self.prior, None
         self.kappa = kappa if isinstance(plan.eps2, float) and not plan.eps2 else kappa + plan.eps2
         one = lambda x, m: x[:, m if x.shape[1] > 1 else 0]
-        self.near = [Near(self.q, self.k[:, m], one(self.Lam, m)) for m in range(self.k.shape[1])] if plan.sharp else []
+        self.near = [Near(self.q, self.k[:, m], one(self.Lam, m), self.lam) for m in range(self.k.shape[1])] if plan.sharp else []
+
+    def weigh(self, kappa: Tensor) -> Tensor:
+        "Equation (8): the query's precision scales its side, the key's term becomes a lane; what is left of kappa is zero."
+        lam: Any = self.lam
+        self.qa = torch.cat([self.qa * lam, lam.expand(*self.qa.shape[:-1], 1)], -1)
+        self.ka = torch.cat([self.ka, kappa.expand(*self.ka.shape[:-1], 1)], -1)
+        if self.rho is not None: self.rho = self.rho * lam[..., None]
+        return kappa.new_zeros(1, *self.ka.shape[1:3], 1)
+
+    def unweigh(self, dqa: Tensor, dka: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        "The gradient of the query's precision, and from those of equation (8) those of (6)."
+        lam, factor = self.lam, self.plan.step.factor(self.shape)
+        dlam = (dqa * self.qa).sum(-1, keepdim=True)
+        if row is not None: dlam += (row * self.rho[..., 0]).sum(-1, keepdim=True)
+        dlam = dlam / lam * (factor[..., 0] if isinstance(factor, Tensor) else factor)
+        return dlam, dqa[..., :-1] * lam, dka[..., :-1], dka[..., -1], None if row is None else row * lam
 
     def scores(self, i: slice, j: slice, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         "One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the buffers given."
@@ -699,7 +725,8 @@ class _Group:
         short = need and Lam.shape[1:] == (1, 1, 1)
         dLam = self._precision(m, dka[..., d:], x, spread).mul_(scale) if need and not short else None
         torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(self.ka[..., :d], x if _unit(factor) else x * factor, value=-1)
-        if dq is not dqa: dq.copy_(dqa[..., :d]).addcmul_(self.q, lanes, value=2)
+        if dq is not dqa: dq.copy_(dqa[..., :d])
+        if lanes.shape[-1]: dq.addcmul_(self.q, lanes, value=2)
         if not _unit(factor): dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
         if spread is not None: dq.addcmul_(self.q, (spread * (Lam * scale)).sum(1), value=2)
         if not short: return dLam
@@ -728,9 +755,9 @@ class _Chunked(torch.autograd.Function):
     "Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients through both."
 
     @staticmethod
-    def forward(ctx, plan, q, k, v, Lam, c, prior, mask, *shape):  # type: ignore[override]
+    def forward(ctx, plan, q, k, v, Lam, c, prior, mask, lam, *shape):  # type: ignore[override]
         (B, H, Tq, _), (M, Tk) = q.shape, k.shape[2:4]
-        tensors, full = (q, k, v, Lam, c, prior, mask), torch.promote_types(q.dtype, torch.float32)
+        tensors, full = (q, k, v, Lam, c, prior, mask, lam), torch.promote_types(q.dtype, torch.float32)
         out = v.new_empty(B, H, Tq, v.shape[-1], dtype=full)
         lse = out.new_empty(B, H, Tq) if plan.need_lse else None
         buffer, draw = None, plan.draw(q.device)
@@ -755,12 +782,13 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        *tensors, out = ctx.saved_tensors[:8]
-        (q, k, v, Lam, _, prior, mask), shape, plan = tensors, ctx.saved_tensors[8:], ctx.plan
+        *tensors, out = ctx.saved_tensors[:9]
+        (q, k, v, Lam, _, prior, mask, lam), shape, plan = tensors, ctx.saved_tensors[9:], ctx.plan
         (B, H, Tq, d), (M, Tk) = q.shape, k.shape[2:4]
         zero = lambda x, at: None if x is None or not ctx.needs_input_grad[at] else torch.zeros_like(x)
         dq, dk, dv = out.new_empty(q.shape), out.new_empty(k.shape), out.new_zeros(v.shape)
-        dLam, dprior, dmask, dshape = zero(Lam, 4), zero(prior, 6), zero(mask, 7), [zero(x, 8 + m) for m, x in enumerate(shape)]
+        dLam, dprior, dmask, dlam = zero(Lam, 4), zero(prior, 6), zero(mask, 7), zero(lam, 8)
+        dshape = [zero(x, 9 + m) for m, x in enumerate(shape)]
         outer = dprior is not None or (dLam is not None and plan.log_det)
         buffers, draw = None, plan.draw(q.device)
         for at in plan.blocks.groups(B, H, Tq, Tk, M):
@@ -775,7 +803,8 @@ class _Chunked(torch.autograd.Function):
             dqa, dka = dqn if wide == d else o.new_empty(n, Tq, wide), o.new_zeros(n, M, Tk, wide)
             row = None if here.rho is None else o.new_empty(n, Tq, M)
             col = o.new_zeros(n, M, Tk)
-            key: Any = None if not outer else col if plan.additive or plan.scale is None else torch.zeros_like(col)
+            same = plan.scale is None or (plan.additive and lam is None)
+            key: Any = None if not outer else col if same else torch.zeros_like(col)
             for i, j in plan.blocks.cut(Tq, Tk):
                 y, s = here.scores(i, j, buffers[0], buffers[1])
                 p = plan.blocks.posterior(s)
@@ -800,7 +829,10 @@ class _Chunked(torch.autograd.Function):
                     else: torch.bmm(g[:, :, 0], here.ka[:, 0, j], out=dqa[:, i])
                     dka[:, m, j].baddbmm_(g[:, :, m].mT, here.qa[:, i])
                 if row is not None: row[:, i] = g.sum(-1)
-                if here.kappa is not None: col[..., j] += g.sum(1)
+                if here.kappa is not None and lam is None: col[..., j] += g.sum(1)
+            if lam is not None:
+                own, dqa, dka, col, row = here.unweigh(dqa, dka, row)
+                if dlam is not None: _collect(dlam, own, *at)
             part: Any = here.pull(dqn, dqa, dkn, dka, row, col, dLam is not None)
             if dLam is not None:
                 _collect(dLam, part, *at)
@@ -808,7 +840,7 @@ class _Chunked(torch.autograd.Function):
                 if key is not None and plan.log_det: _collect(dLam, key[..., None] * half / here.Lam, *at)
             if dprior is not None and key is not None: _collect(dprior, key, *at)
         back = lambda g, x: g.to(x.dtype)
-        return None, back(dq, q), back(dk, k), back(dv, v), dLam, None, dprior, dmask, *dshape
+        return None, back(dq, q), back(dk, k), back(dv, v), dLam, None, dprior, dmask, dlam, *dshape
 
 # %% ../nbs/13_kernels.ipynb #2289b7a6
 def _row_const(q: Tensor, link: Link, Lam: Tensor) -> Tensor:  # `(B, H, Tq or 1)`
@@ -829,8 +861,9 @@ def chunked(
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
     need_lse: bool = True,
+    query_precision: Tensor | None = None,  # four axes, broadcastable to `(B, H, Tq, 1)`: multiplies the query's distances
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
-    """Attention with any link, a few rows of scores at a time; equations (1), (6) and (7).
+    """Attention with any link, a few rows of scores at a time; equations (1), (6), (7) and (8).
 
     Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow with `Tq x Tk`.
     """
@@ -838,6 +871,9 @@ def chunked(
     Tq, Tk, d, dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
     full = torch.promote_types(dtype, torch.float32)
     Lam = precision.to(full) if precision.dim() == k.dim() else per_coordinate(precision, q.to(full))
+    lam = None if query_precision is None else query_precision.to(full)
+    if link == "dot" and lam is not None: q, lam = (q.to(full) * lam), None
+    if lam is not None: lam = lam.expand(*lam.shape[:2], Tq, 1)
     if log_mix is not None: log_mix = torch.as_tensor(log_mix, dtype=full, device=q.device)
     if log_mix is not None: log_mix = log_mix.view(*[1] * (k.dim() - 1 - log_mix.dim()), *log_mix.shape)
     if mask is not None: mask = (mask if mask.dtype == torch.bool else mask.to(full)).view(*[1] * (4 - mask.dim()), *mask.shape)
@@ -853,13 +889,17 @@ def chunked(
     plan = Plan(blocks, step, factor, isinstance(link, Gaussian), inside,
                 link.eps**2 if isinstance(step, Root) and isinstance(link, Laplace) else 0.0, is_sharp(link), dropout_p,
                 int(torch.randint(2**62, ())) if dropout_p else 0, need_lse)
+    prior = None if prior is None else prior.expand(*prior.shape[:-1], Tk)
     out, lse = _Chunked.apply(plan, q, five(k), v, five(Lam) * five(scale) if isinstance(scale, Tensor) else five(Lam), c,
-                              None if prior is None else prior.expand(*prior.shape[:-1], Tk), mask, *(x.to(full) for x in shape))
+                              prior, mask, lam, *(x.to(full) for x in shape))
     if lse is not None and link != "dot":
         centred_q = q.to(full) if c is None else q.to(full) - c
-        if not inside: lse = lse + _row_const(centred_q, link, Lam if Lam.dim() == 4 else Lam[:, :, 0])
+        both_sides = lambda x, m: x if m is None else x * m
+        if not inside: lse = lse + _row_const(centred_q, link, both_sides(Lam if Lam.dim() == 4 else Lam[:, :, 0], lam))
         elif isinstance(scale, Tensor): lse = lse - scale.log()[..., 0] * (d / 2)
-        if is_causal: lse = first_row(lse, q.to(full), k.to(full), link, Lam, log_mix, mask)
+        if inside and lam is not None: lse = lse + lam.log()[..., 0] * (d / 2)
+        own = None if lam is None else lam[..., :1, :] if k.dim() == 4 else lam[:, :, None, :1]
+        if is_causal: lse = first_row(lse, q.to(full), k.to(full), link, both_sides(Lam[..., :1, :], own), log_mix, mask)
     return out.to(dtype), lse
 
 # %% ../nbs/13_kernels.ipynb #e07bd752
@@ -867,7 +907,7 @@ def merge(
     outs: Sequence[Float[Tensor, "B H Tq dv"]],  # the read-outs of disjoint sets of keys
     lses: Sequence[Float[Tensor, "B H Tq"]],     # their log-sum-exps
 ) -> tuple[Tensor, Tensor]:                      # read-out and lse of the union
-    "Equation (8): attention over the union of sets of keys from attention over each; zero and `-inf` where all are blind."
+    "Equation (9): attention over the union of sets of keys from attention over each; zero and `-inf` where all are blind."
     if len(outs) != len(lses) or not outs: raise ValueError(f"merge needs one lse per output, got {len(outs)} and {len(lses)}")
     parts = torch.stack(tuple(lses))
     top = parts.detach().amax(0).nan_to_num(math.nan, neginf=0.0)
@@ -895,8 +935,11 @@ def choose(
     dropout_p: float = 0.0,
     need_lse: bool = True,
     grads: bool | None = None,   # whether gradients are needed; `None`: look at the tensors
+    query_precision: Tensor | None = None,
 ) -> tuple[str, str]:            # name of a backend, and why
     "The backend for these arguments, and the reason in a sentence."
+    if query_precision is not None and link != "dot":
+        return "chunked", "a precision per query multiplies whole distances: row chunks do that for every link"
     if q.device.type == "cuda":
         found = _choose_gpu(q, link, mask, log_mix, dropout_p, window, need_lse)
         if found is not None: return found

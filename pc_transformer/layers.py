@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .attention import Family, PCAttention
+from .attention import PCAttention
+from .config import Attention
 
 # %% ../nbs/14_layers.ipynb #787187cb
 class LayerNorm(nn.Module):
@@ -45,7 +46,7 @@ class AttentionLayer(nn.Module):
     "Predicts the next node by looking at earlier tokens: `mu = s + Attention(LN(s))`."
 
     def __init__(
-        self, d_model: int, n_head: int, family: Family = "gaussian", precision_init: float | None = None,
+        self, d_model: int, n_head: int, family: Attention = "gaussian", precision_init: float | None = None,
         dropout: float = 0.0,         # of attention weights and of the whole branch, in training
         bias: bool = False,           # in the norm and in both linear maps
         **options: Any,               # of `PCAttention`

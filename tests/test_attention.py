@@ -117,6 +117,59 @@ def test_half_precision(case: str, dtype: torch.dtype) -> None:
     assert got.dtype == dtype and (got - want).abs().max() < 2 * usual + torch.finfo(dtype).eps
 
 
+QUERY_CASES: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True}, "prior": {"is_causal": True, "log_mix": draw(9, 2, 2, 19)},
+    "mask": {"attn_mask": draw(8, 2, 2, 19, 19) < 0.3}, "bias with a gradient": {"attn_mask": draw(7, 19, 19).requires_grad_()},
+    "window": {"is_causal": True, "window": 5}, "dropout of nothing": {"dropout_p": 0.0}}  # fmt: skip
+
+
+@every_case
+@pytest.mark.parametrize("mask", QUERY_CASES)
+@pytest.mark.parametrize("kind", ["head", "key", "diagonal"])
+def test_precision_per_query(case: str, mask: str, kind: str) -> None:
+    "What `auto` picks in float32 for a precision per query equals the reference in float64: outputs, lse, every gradient."
+    if case == "dot" and kind != "head":
+        pytest.skip("a dot product has one scale per head")
+    x = [draw(i, 2, 2, 19, 8) for i in range(3)]
+    Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}[kind].exp()
+    x += [Lam, draw(4, 2, 2, 19).exp()]
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
+        leaves = [y.detach().to(dtype).requires_grad_() for y in x]
+        more = {n: y.to(dtype) if isinstance(y, Tensor) and y.is_floating_point() else y for n, y in QUERY_CASES[mask].items()}
+        q, k, v, Lam, lam = leaves
+        out, lse = attend(
+            q, k, v, family_of(case), Lam, query_precision=lam, backend=backend, return_lse=True, **more, **CASES[case])
+        seen = lse.isfinite()
+        total = out.sin().sum() + (lse[seen] / 10).cos().sum()
+        found.append([out, lse[seen], *torch.autograd.grad(total, leaves)])
+    for want, got in zip(*found, strict=True):
+        assert got.isfinite().all() and (got - want).abs().max() < 1e-4 * (1 + want.abs().max())
+
+
+@pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
+def test_precision_per_query_of_mixtures_and_of_pairs_that_coincide(family: Any) -> None:
+    "Components share the query's precision; queries that equal their key lose no digits; other queries do not matter."
+    q, v, lam = draw(0, 1, 2, 70, 8), draw(1, 1, 2, 70, 8), draw(2, 1, 2, 70).exp()
+    k = torch.stack([q, q + 1], 2)
+    options: dict[str, Any] = {"component": family, "precision": 4.0, "is_causal": True, "return_lse": True}
+    want = attend(q, k, v, "mixture", query_precision=lam, backend="reference", **options)
+    got = attend(q.float(), k.float(), v.float(), "mixture", query_precision=lam.float(), **options)
+    close(got[0].double(), want[0], rtol=1e-4, atol=1e-4)
+    close(got[1].double(), want[1], rtol=1e-4, atol=1e-4)
+    changed = lam.clone()
+    changed[..., 40:] = 7.0
+    again = attend(q.float(), k.float(), v.float(), "mixture", query_precision=changed.float(), **options)
+    assert torch.equal(again[0][:, :, :40], got[0][:, :, :40]) and not torch.equal(again[0][:, :, 40:], got[0][:, :, 40:])
+
+
+@pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
+def test_settling_with_a_precision_per_query_never_raises_the_energy(family: Any) -> None:
+    q, k, v, lam = draw(0, 1, 2, 30, 4), draw(1, 1, 2, 20, 4), draw(2, 1, 2, 20, 4), draw(3, 1, 2, 30).exp()
+    E = [-attend(q, k, v, family, 1.0, query_precision=lam, settle_steps=n, return_lse=True)[1] for n in range(5)]
+    assert all((b - a).max() < 1e-10 for a, b in zip(E, E[1:], strict=False)) and (E[0] - E[4]).max() > 0.1
+
+
 @every_density
 def test_translation(family: str) -> None:
     "A likelihood of the difference does not see where the origin is."
@@ -350,6 +403,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "attention of a kernel": ({"return_attention": True, "backend": "sdpa"}, "never forms the attention matrix"),
     "laplace on sdpa": ({"family": "laplace", "backend": "sdpa"}, "chunked"),
     "dropout on sdpa": ({"backend": "sdpa", "dropout_p": 0.5}, "chunked"),
+    "negative precision of a query": ({"query_precision": -1.0}, "query_precision"),
+    "precision of other queries": ({"query_precision": torch.ones(3)}, "query_precision of shape (3,)"),
+    "precision per query on sdpa": ({"query_precision": torch.ones(4), "backend": "sdpa"}, "chunked"),
+    "independent coordinates on a kernel": ({"family": "independent_laplace", "backend": "chunked"}, "reference"),
+    "independent coordinates settle": ({"family": "independent_laplace", "settle_steps": 1}, "does not settle"),
+    "independent coordinates with a tail": ({"family": "independent_laplace", "nu": 1.0}, "no parameter 'nu'"),
     "gpu kernel here": ({"backend": "triton"}, ""),
 }  # fmt: skip
 
