@@ -195,7 +195,7 @@ class LearnerConfig(Config):
 
     algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
     steps: int = 1  # K, settling steps before the weights move; rounds of the highway
-    relative_precision: float = 1000.0  # beta of equation (2), stiffness of the latents
+    relative_precision: float = 10000.0  # beta of equation (2), stiffness of the latents
     step_size: float = 1.0  # part of a full settling step, in (0, 1]
     solver: Literal["error", "sweep", "state", "highway"] = "error"  # chapters 20 and 25
     relative_precision_end: float | None = None  # beta at the last iteration, reached geometrically; none: constant

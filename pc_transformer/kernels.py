@@ -214,7 +214,7 @@ class _Flash(torch.autograd.Function):
 @functools.cache
 def flash_agrees() -> bool:
     "Whether this PyTorch's private CPU operators do what `_Flash` expects of them, shown on a small example."
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         draw = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, 2, 5, 4, generator=draw).requires_grad_() for _ in range(2))
         v = torch.randn(1, 2, 5, 3, generator=draw).requires_grad_()

@@ -141,7 +141,7 @@ class Node:
     above: Wire                               # to node l+1
     parent: Wire
     count: float = 1.0                        # n, predicted tokens in the batch
-    beta: float = 1000.0                      # relative precision
+    beta: float = 1e4                         # relative precision
     mu: Tensor = field(init=False)            # `mu_l (B, T, D)`, with the graph of this layer
     read: Tensor = field(init=False)          # what it was predicted from
     error: Tensor = field(init=False)         # `eps_l` of the last accepted step

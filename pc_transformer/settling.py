@@ -6,7 +6,7 @@
 __all__ = ['Per', 'Reduce', 'Chain', 'SettlingError', 'noise_seed', 'Pass', 'predict_node', 'output_energy', 'predict_up',
            'Pathway', 'errors_down', 'relative_precisions', 'shared_mean', 'weight_at_zero', 'quadratics',
            'moving_energies', 'normalisers', 'stiffness', 'step_errors', 'Settled', 'gradient_norm', 'check_batch',
-           'ErrorSettling']
+           'rounding', 'ErrorSettling']
 
 # %% ../nbs/20_settling.ipynb #4aaa67a7
 import math
@@ -300,6 +300,18 @@ def check_batch(
         raise ValueError("every target is -100: the batch predicts nothing")
     return count
 
+# %% ../nbs/20_settling.ipynb #6628147a
+def rounding(
+    energies: Float[Tensor, " nodes"],    # of the nodes and the output, in nats
+    count: float,                         # predicted tokens that they are sums over
+    dtype: torch.dtype,                   # of the states
+) -> Tensor:
+    "How far the whole energy may seem to rise by rounding alone, mixed precision included."
+    share, device = 8 * torch.finfo(dtype).eps, energies.device.type
+    if torch.is_autocast_enabled(device):
+        share += torch.finfo(torch.get_autocast_dtype(device)).eps / math.sqrt(max(count, 1))
+    return share * energies.abs().sum()
+
 # %% ../nbs/20_settling.ipynb #fbc5f824
 @dataclass(frozen=True)
 class ErrorSettling:
@@ -310,7 +322,7 @@ class ErrorSettling:
     """
 
     steps: int = 1                      # K, number of sweeps
-    relative_precision: float = 1000.0  # beta in equation (3)
+    relative_precision: float = 1e4     # beta in equation (3)
     step_size: float = 1.0              # eta in equation (4), in (0, 1]
     max_halvings: int = 8               # how often a rejected step is halved before giving up
     tolerance: float = 0.0              # stop when the residual (5) is this small; 0: after K steps
@@ -362,7 +374,8 @@ class ErrorSettling:
                     sizes.append(self.step_size)
                 else:
                     del up      # its tensors are not needed while the next pass is built
-                    errors, up, energies, eta = self.descend(model, tokens, targets, errors, heard, precision, trace[-1], noise)
+                    errors, up, energies, eta = self.descend(
+                        model, tokens, targets, errors, heard, precision, trace[-1], noise, whole)
                     trace.append(energies)
                     sizes.append(eta)
             if measure_residual and len(norms) == len(sizes) and not self.fused and self.pathway.up:
@@ -385,10 +398,10 @@ class ErrorSettling:
 
     def descend(
         self, model: Chain, tokens: Tensor, targets: Tensor, errors: list[Tensor], deltas: list[Tensor],
-        precision: list[Tensor], before: Tensor, noise: int | None,
+        precision: list[Tensor], before: Tensor, noise: int | None, count: float,
     ) -> tuple[list[Tensor], Pass, Tensor, float]:
         "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
-        allowed = before.sum() + 8 * torch.finfo(errors[0].dtype).eps * before.abs().sum()
+        allowed = before.sum() + rounding(before, count, errors[0].dtype)
         eta = self.step_size
         while True:
             trial = step_errors(errors, deltas, precision, eta, self.family)

@@ -24,7 +24,7 @@ from .learning import Backprop, Learner, PredictiveCoding, Report, Solver, learn
 from .model import PCTransformer
 from pc_transformer.settling import (
     Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, errors_down, gradient_norm, moving_energies,
-    noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, step_errors, stiffness,
+    noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, rounding, step_errors, stiffness,
 )
 
 # %% ../nbs/25_solvers.ipynb #bfa77d1b
@@ -46,7 +46,7 @@ def at_rest(
 class SweepSettling:
     "One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020)."
 
-    relative_precision: float = 1000.0  # beta; scales the errors, not what is learned
+    relative_precision: float = 1e4     # beta; scales the errors, not what is learned
     lean: bool = False                  # keep states only and make each layer's graph again
 
     def __post_init__(self):
@@ -267,7 +267,8 @@ class StateWalk:
             errors = errors_of(self.up)
             slopes = state_gradients(self.up, errors, self.precision, self.solver.family)
         direction, before, eta = self.direction(slopes), self.trace[-1], self.solver.step_size
-        allowed = before.sum() + 8 * torch.finfo(errors[0].dtype).eps * before.abs().sum()
+        count = int((self.targets != -100).sum())
+        allowed = before.sum() + rounding(before, count, errors[0].dtype)
         while True:
             up, _, energies = self.look([s - eta * d for s, d in zip(self.up.states, direction, strict=True)])
             if energies.sum() <= allowed:
@@ -327,7 +328,7 @@ class HighwaySettling:
 
     rounds: int = 3                     # rounds in which all layers work at once
     ordered: int = 0                    # lowest layers whose messages are then passed in order
-    relative_precision: float = 1000.0  # beta; scales the errors, not what is learned
+    relative_precision: float = 1e4     # beta; scales the errors, not what is learned
     lean: bool = False                  # keep states only and make each layer's graph again, once a round
 
     def __post_init__(self):

@@ -310,6 +310,23 @@ def test_mixed_precision_stays_close() -> None:
         torch.testing.assert_close(torch.tensor(short.losses), torch.tensor(full.losses), rtol=0.01, atol=0)
 
 
+def test_mixed_precision_takes_full_steps() -> None:
+    "A stiff step gains less than bfloat16's rounding of the energy: it is taken whole, and teaches what backprop does."
+    t = trainer(LearnerConfig(algorithm="backprop"))
+    for iters in (0, 30):
+        while t.step < iters:
+            t.advance()
+        for step in range(3):
+            tokens, targets = t.batch(step)
+            with torch.autocast("cpu", torch.bfloat16):
+                for beta in (1e3, 1e4, 1e5):
+                    solver = ErrorSettling(relative_precision=beta)
+                    assert solver(t.model, tokens, targets).step_sizes == [1.0]
+                    assert gradient_cosine(PredictiveCoding(solver), t.model, tokens, targets)["all"] > 0.999
+                soft = ErrorSettling(steps=8, relative_precision=0.3)(t.model, tokens, targets)
+            assert soft.energy[-1] < soft.energy[0]
+
+
 def test_make_learner_knows_every_solver() -> None:
     for name in ("error", "sweep", "state", "highway"):
         made = make_learner(LearnerConfig(solver=name))

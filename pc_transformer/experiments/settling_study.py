@@ -198,8 +198,8 @@ def stress(n: int, out: Path, first_seed: int = 0) -> dict[str, Any]:
 # %% ../../nbs/27_settling_study.ipynb #3d4da315
 def select(runs: Iterable[Mapping[str, Any]], iters: int = 2000, **settings: Any) -> dict[int, Mapping[str, Any]]:
     "Runs of one kind by seed; settings by the last part of their name, all others as usual."
+    usual = {k.split(".")[-1]: v for k, v in flat(to_dict(RunConfig())).items()}
     def kind(r: Mapping[str, Any]) -> dict[str, Any]:
-        short = {k.split(".")[-1]: v for k, v in r["changes"].items() if k not in ("train.seed", "train.eval_interval")}
-        return {"iters": 2000, "algorithm": "predictive_coding", **short}
-    wanted = {"iters": iters, "algorithm": "predictive_coding", **settings}
+        return usual | {k.split(".")[-1]: v for k, v in r["changes"].items() if k not in ("train.seed", "train.eval_interval")}
+    wanted = {**usual, "iters": iters, **settings}
     return {r["changes"]["train.seed"]: r for r in sorted(runs, key=lambda r: r["changes"]["train.seed"]) if kind(r) == wanted}
