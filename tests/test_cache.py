@@ -15,6 +15,7 @@ from pc_transformer.cache import (
     cache_bytes,
     cacheable,
     columns,
+    copied,
     extend,
     quantise,
 )
@@ -360,3 +361,45 @@ def test_a_training_step_makes_a_cache_stale() -> None:
     trainer.advance()
     with pytest.raises(ValueError, match="weights have changed"):
         extend(trainer.model, random_tokens(1, 1), cache)
+
+
+# ---- weights in another order
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("option", ["plain", "GPT-2", "grouped", "everything"])
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "laplace", "mixture"])
+def test_rule_5_with_copies_of_the_weights(family, option, rows, monkeypatch):
+    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    model, tokens = make(configs(family, option)), random_tokens(rows, 14)
+    cache = KVCache.allocate(model, rows)
+    cache.copy_weights()
+    with torch.no_grad():
+        full, prompt = model(tokens), model(tokens[:, :6])
+    assert cache.copies and torch.equal(extend(model, tokens[:, :6], cache), prompt)       # a prompt is the model's own pass
+    close(torch.cat([extend(model, t, cache) for t in tokens[:, 6:].split(1, 1)], 1), full[:, 6:])
+
+
+def test_copies_follow_the_weights_and_the_rows(monkeypatch):
+    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    model, tokens = make(SMALL), random_tokens(4, 6)
+    cache = KVCache.allocate(model, 4)
+    cache.copy_weights()
+    for parameter in (None, *model.parameters()):
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.mul_(1.3).add_(0.01)
+            with pytest.raises(ValueError, match="weights have changed"):
+                extend(model, tokens[:, :1], cache)
+        cache.restart()
+        found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1)
+        with torch.no_grad():
+            full = model(tokens)
+        close(found, full)
+    assert cache.select([2, 0]).copies is cache.copies
+
+
+def test_what_is_not_copied():
+    double, odd = torch.nn.Linear(512, 512).double(), torch.nn.Linear(600, 400)
+    assert copied(double, 1) is copied(double, 8) is copied(odd, 1) is copied(torch.nn.Linear(8, 64), 1) is None
+    assert copied(torch.nn.Linear(400, 600), 1) is not None

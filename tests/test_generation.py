@@ -484,6 +484,32 @@ def test_a_stream_notices_that_the_weights_have_moved(model):
         assert turn < 6
 
 
+@pytest.mark.parametrize("options", STRATEGIES)
+def test_text_with_and_without_copies_of_the_weights_is_the_same(model, options, monkeypatch):
+    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
+        a, b = (generate(model, prompt, 16, seed=5, copy_weights=c, **options) for c in (True, False))
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_copies_never_outlive_a_change_of_the_weights(model, rows, monkeypatch):
+    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    prompt, texts = torch.ones(rows, 1, dtype=torch.int64), []
+    for change in (lambda p: None, lambda p: p.neg_(), lambda p: p.data.copy_(p.data.flip(0))):    # the last counts no version
+        with torch.no_grad():
+            change(model.output.weight)
+        texts.append(generate(model, prompt, 7, temperature=0, copy_weights=True))
+        assert torch.equal(texts[-1], generate(model, prompt, 7, temperature=0, cache=False))
+    assert not torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])
+    steps = {c: stream(model, prompt, 6, seed=0, copy_weights=c, log_probs=True) for c in (True, False)}
+    for _ in range(6):
+        a, b = (next(s) for s in steps.values())
+        torch.testing.assert_close(a.log_probs, b.log_probs, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            model.output.weight.mul_(0.9)
+
+
 def test_settling_objects(model):
     class Own:
         def logits(self, model, tokens):
