@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'FRACTIONS', 'DRIVERS', 'SLOPES', 'AFTER', 'Settled', 'settled_losses', 'query_looks', 'Reading', 'read_text',
            'log_choices', 'tune', 'best_of', 'paired_difference', 'judge_rule', 'temperature_study', 'curve_losses',
-           'settled_study', 'table']
+           'settled_study', 'study_one', 'table']
 
 # %% ../../nbs/38_settled_reading.ipynb #7903ace4
 import json
@@ -29,8 +29,8 @@ from ..layers import AttentionLayer
 from ..model import PCTransformer, convert
 from ..training import TextData, pick_device, write_text
 from pc_transformer.uncertainty import (
-    attention_call, bootstrap_interval, calibration, check_models, entropy, even_windows, fit_temperature, head_energies, node_states,
-    scaled_nll,
+    attention_call, bootstrap_interval, calibration, check_models, entropy, even_windows, fit_temperature, head_energies,
+    node_states, scaled_nll,
 )
 
 # %% ../../nbs/38_settled_reading.ipynb #85b99533
@@ -42,7 +42,7 @@ class Settled(nn.Module):
         self.model, self.steps = model, steps
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        cache = KVCache.allocate(self.model, *tokens.shape)
+        cache = KVCache.allocate(self.model, len(tokens), tokens.shape[1])
         return extend(self.model, tokens, cache, settle_steps=self.steps)
 
 # %% ../../nbs/38_settled_reading.ipynb #54595422
@@ -94,7 +94,7 @@ def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Ten
     parts, layers = [], [f for f in model.predictors if isinstance(f, AttentionLayer)]
     with evaluating(model):
         for x in tokens.split(64):
-            cache = KVCache.allocate(model, *x.shape)
+            cache = KVCache.allocate(model, len(x), x.shape[1])
             z = extend(model, x, cache, energies=True).double()
             assert cache.energy is not None
             heads = [head_energies(f.attention, f.norm(s)).mean(1) for f, s in zip(layers, node_states(model, x)[::2])]
@@ -104,7 +104,7 @@ def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Ten
     return Reading(z, targets.cpu(), dict(zip(DRIVERS, drivers, strict=True)))
 
 # %% ../../nbs/38_settled_reading.ipynb #563a96fd
-SLOPES = (-0.4, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.4)
+SLOPES = (-0.4, -0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2, 0.4)
 
 
 def log_choices(how: SamplingConfig, logits: Float[Tensor, "n V"], driver: Float[Tensor, " n"]) -> Float[Tensor, "n V"]:
@@ -130,7 +130,9 @@ def best_of(rules: dict[float, tuple[SamplingConfig, float]]) -> SamplingConfig:
     return rules[min(rules, key=lambda a: (rules[a][1], abs(a)))][0]
 
 # %% ../../nbs/38_settled_reading.ipynb #3d6a9a02
-def paired_difference(a: Float[Tensor, "n V"], b: Float[Tensor, "n V"], targets: Int[Tensor, "N T"], draws: int, seed: int) -> dict[str, Any]:
+def paired_difference(
+    a: Float[Tensor, "n V"], b: Float[Tensor, "n V"], targets: Int[Tensor, "N T"], draws: int, seed: int,
+) -> dict[str, Any]:
     "Loss by log-probabilities `a` minus loss by `b`, nats per token, with an interval over windows; negative: `a` is better."
     at = targets.flatten()[:, None]
     by_window = (b.gather(-1, at) - a.gather(-1, at)).view(targets.shape).mean(1)
@@ -142,7 +144,8 @@ def judge_rule(
     how: SamplingConfig, fixed: SamplingConfig, tests: dict[str, Reading], driver: str, draws: int, seed: int,
 ) -> dict[str, Any]:
     "A chosen rule on other text: calibration, and its loss against one temperature for all."
-    out: dict[str, Any] = {"slope": how.energy_slope, "temperature": how.temperature, "mean": how.energy_mean, "sd": how.energy_std}
+    out: dict[str, Any] = {"slope": how.energy_slope, "temperature": how.temperature}
+    out |= {"mean": how.energy_mean, "sd": how.energy_std}
     for name, test in tests.items():
         z, y, e = test.flat(driver)
         log_p, plain = log_choices(how, z, e), log_choices(fixed, z, e)
@@ -202,16 +205,21 @@ def settled_study(
     results |= {"seed": seed, "windows": windows, "bootstrap_draws": draws, "models": [],
                 "baselines": baselines(data.train_text, data.valid_text)}
     for folder, net in zip(models, nets, strict=True):
-        own = (convert(net, "gaussian") if net.config.attention == "dot" else net).to(on)      # the same predictions, and a density
-        run: dict[str, Any] = {"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), "parameters": net.n_parameters}
-        def measure() -> None:
-            run["temperature"] = temperature_study(own, data.valid_ids, windows, draws, seed)
-            run["queries"] = query_looks(own, even_windows(data.valid_ids, own.config.block_size, 64).to(on))
-            run["loss"] = settled_losses(own, data.valid_ids, seed)
-        run["seconds"] = seconds(measure, on)
-        results["models"].append(run)
+        about = {"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), "parameters": net.n_parameters}
+        results["models"].append(about | study_one(net.to(on), data.valid_ids, windows, draws, seed))
         write_text(Path(out) / "results.json", json.dumps(results, indent=1))
     return results
+
+
+def study_one(net: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int) -> dict[str, Any]:
+    "Everything that is measured of one model, and the seconds it took; `dot` is read as the Gaussian that it equals."
+    own, device = convert(net, "gaussian") if net.config.attention == "dot" else net, net.output.weight.device
+    out: dict[str, Any] = {}
+    def measure() -> None:
+        out["temperature"] = temperature_study(own, ids, windows, draws, seed)
+        out["queries"] = query_looks(own, even_windows(ids, own.config.block_size, 64).to(device))
+        out["loss"] = settled_losses(own, ids, seed)
+    return {"seconds": seconds(measure, device), **out}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -219,6 +227,8 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for m in results["models"]:
         lines.append(f"{m['folder']}: loss by settling steps " + ", ".join(f"{n}: {x:.4f}" for n, x in m["loss"]["0.0"].items()))
-        lines += [f"  {name:28} slope {r['slope']:+.2f}, temperature {r['temperature']:.3f}, loss {r['clean']['nll']:.4f} "
-                  f"({r['clean']['against one temperature']['difference']:+.4f})" for name, r in m["temperature"]["rules"].items()]
+        for name, r in m["temperature"]["rules"].items():
+            moved = r["clean"]["against one temperature"]["difference"]
+            lines.append(f"  {name:29} slope {r['slope']:+.3f}, temperature {r['temperature']:.3f}, "
+                         f"loss {r['clean']['nll']:.4f} ({moved:+.4f})")
     return "\n".join(lines)
