@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_data', 'fit_vocabulary', 'say', 'make_folder', 'train', 'stored_config', 'model_folder',
            'evaluate', 'sample', 'data', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
-           'uncertainty', 'evidence', 'bench_generation', 'main']
+           'uncertainty', 'evidence', 'settled_reading', 'bench_generation', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import math
@@ -414,6 +414,28 @@ def evidence(
     page.evidence_study(config, read_data(data), out, folders, relative_precision, windows=windows, device=device)
     print(f"results  {out / 'results.json'}")
 
+# %% ../nbs/34_cli.ipynb #26c0be1d
+def settled_reading(
+    models: list[Path], out: Path = Path("runs/settled_reading"), data: str = "tinyshakespeare", windows: int = 400,
+    draws: int = 200, seed: int = 0, device: str = "auto",
+) -> None:
+    """Loss of saved models read with settled queries; a temperature driven by the attention energy (chapter 38).
+
+    Args:
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        out: folder of results.json
+        data: the corpus they were trained on, by name, or a text file
+        windows: how many windows of each half of the validation text temperatures are chosen and judged on
+        draws: of the bootstrap, for intervals
+        seed: of damage and bootstrap
+        device: auto, cpu, cuda, ...
+    """
+    from pc_transformer.experiments import settled_reading as page
+
+    folders, text = [model_folder(m) for m in models], read_data(data)
+    results = page.settled_study(folders, text, out, windows, draws, seed, device)
+    print(f"{page.table(results)}\nresults  {out / 'results.json'}")
+
 # %% ../nbs/34_cli.ipynb #1dee3f77
 def bench_generation(
     out: Path = Path("runs/generation"), rounds: int = 3, new: int = 255, batches: list[int] | None = None, length: int = 1024,
@@ -438,7 +460,7 @@ def bench_generation(
 COMMANDS: dict[str, Any] = {
     f.__name__.replace("_", "-"): f
     for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention,
-              bench_generation, uncertainty, evidence)}
+              bench_generation, uncertainty, evidence, settled_reading)}
 MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
 
 

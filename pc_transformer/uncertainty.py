@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'BETAS', 'WIKITEXT', 'DAMAGES', 'LEVELS', 'entropy', 'Decomposition', 'decompose', 'ensemble_log_probs',
-           'noisy_log_probs', 'prior_mass', 'head_energies', 'node_states', 'StateGaussians', 'token_scores',
-           'midranks', 'auroc', 'bootstrap_interval', 'auroc_pair', 'replace_characters', 'shuffle_words', 'Logistic',
-           'fit_logistic', 'Reliability', 'reliability', 'confidence_and_correct', 'brier', 'plot_reliability',
-           'scaled_nll', 'fit_temperature', 'risk_coverage', 'aurc', 'foreign_tokens', 'even_windows', 'damage',
-           'at_level', 'judge', 'flat_predictions', 'calibration', 'study_one', 'study_ensemble', 'uncertainty_study',
-           'check_models', 'summary', 'table']
+           'noisy_log_probs', 'prior_mass', 'attention_call', 'head_energies', 'node_states', 'StateGaussians',
+           'token_scores', 'midranks', 'auroc', 'bootstrap_interval', 'auroc_pair', 'replace_characters',
+           'shuffle_words', 'Logistic', 'fit_logistic', 'Reliability', 'reliability', 'confidence_and_correct', 'brier',
+           'plot_reliability', 'scaled_nll', 'fit_temperature', 'risk_coverage', 'aurc', 'foreign_tokens',
+           'even_windows', 'damage', 'at_level', 'judge', 'flat_predictions', 'calibration', 'study_one',
+           'study_ensemble', 'uncertainty_study', 'check_models', 'summary', 'table']
 
 # %% ../nbs/24_uncertainty.ipynb #bd2708e0
 import json
@@ -101,14 +101,19 @@ def prior_mass(a: PCAttention, k: Tensor, log_mix: Tensor | None) -> Float[Tenso
     return spread_heads(b[:, :, None].masked_fill(hidden, -math.inf).logsumexp(-1), a.n_kv_head, a.n_head)
 
 
-def head_energies(a: PCAttention, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T"]:
-    "Equation (3) for every head of one layer, in nats. Raises ValueError for dot products, which are no densities."
-    q, k, _ = a.split(x)
+def attention_call(a: PCAttention, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    "Queries, keys and values of one layer, and the options of `attend` with which it reads."
+    q, k, v = a.split(x)
     precision = a.precision_of(x)
-    log_mix = a.mixing_of(x, k, precision)
     tail = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
-    options: dict[str, Any] = {"precision": precision, "log_mix": log_mix, "is_causal": True, "window": a.window, **tail}
-    return attention_energy(q, k, a.family, **options) + prior_mass(a, k, log_mix)
+    own = {"precision": precision, "log_mix": a.mixing_of(x, k, precision), "is_causal": True, "window": a.window}
+    return q, k, v, own | tail
+
+
+def head_energies(a: PCAttention, x: Float[Tensor, "B T D"], settle_steps: int = 0) -> Float[Tensor, "B H T"]:
+    "Equation (3) for every head of one layer, of queries that settle first, in nats. Raises ValueError for dot products."
+    q, k, _, options = attention_call(a, x)
+    return attention_energy(q, k, a.family, settle_steps=settle_steps, **options) + prior_mass(a, k, options["log_mix"])
 
 # %% ../nbs/24_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:

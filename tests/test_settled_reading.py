@@ -1,0 +1,102 @@
+"""Settled reading: honesty for every attention family, the temperature rule, the study from its command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import stir
+
+from pc_transformer import ModelConfig, PCTransformer, save
+from pc_transformer.cli import main
+from pc_transformer.experiments.settled_reading import (
+    DRIVERS,
+    STEPS,
+    Settled,
+    best_of,
+    log_choices,
+    query_looks,
+    read_text,
+    tune,
+)
+from pc_transformer.generation import SamplingConfig
+from pc_transformer.training import TextData
+
+SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
+TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gaussian": {"attention": "gaussian"},
+    "norm": {"attention": "gaussian", "mixing": "norm"},
+    "student_t": {"attention": "student_t", "window": 3},
+    "mixture": {"attention": "mixture", "n_kv_head": 1},
+    "by token": {"attention": "gaussian", "precision": "key", "mixing": "key", "bias": True},
+    "diagonal": {"attention": "laplace", "precision": "diagonal", "background": True},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PCTransformer:
+    net = PCTransformer(ModelConfig(**SIZES, **FAMILIES[request.param]), seed=0).eval().requires_grad_(False)
+    stir(net, seed=0, scale=8.0)
+    return net
+
+
+def test_no_step_is_the_model_and_no_step_looks_ahead(model: PCTransformer) -> None:
+    with torch.no_grad():
+        assert torch.equal(Settled(model, 0)(TOKENS), model(TOKENS))
+    later = TOKENS.clone()
+    later[:, 6:] = (later[:, 6:] + 1) % 13
+    before = [p.clone() for p in model.parameters()]
+    for n in STEPS:
+        z = Settled(model, n)(TOKENS)
+        assert z.isfinite().all() and torch.equal(Settled(model, n)(later)[:, :6], z[:, :6])
+        assert n == 0 or not torch.equal(z, Settled(model, 0)(TOKENS))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_the_energy_never_rises(model: PCTransformer) -> None:
+    looks = query_looks(model, TOKENS)
+    energy = torch.tensor([looks[str(n)]["energy"] for n in STEPS])
+    assert (energy.diff(dim=0) < 1e-4).all() and (energy[0] > energy[-1]).all()
+
+
+def test_drivers_know_the_past_only(model: PCTransformer) -> None:
+    later = TOKENS.clone()
+    later[:, 6:] = (later[:, 6:] + 1) % 13
+    a, b = (read_text(model, x, TOKENS) for x in (TOKENS, later))
+    assert set(a.drivers) == set(DRIVERS)
+    assert all(torch.equal(a.drivers[n][:, :6], b.drivers[n][:, :6]) and a.drivers[n].isfinite().all() for n in DRIVERS)
+
+
+def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTransformer) -> None:
+    z, y, e = read_text(model, TOKENS, TOKENS.flip(0)).flat("energy")
+    rules = tune(z, y, e)
+    best = best_of(rules)
+    assert all(rules[best.energy_slope][1] <= loss for _, loss in rules.values())
+    fixed = rules[0.0][0]
+    assert torch.equal(log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the quick brown fox jumps over the lazy dog, and back again.\n" * 60
+    (tmp_path / "text.txt").write_text(text)
+    data = TextData.of(text)
+    for seed in (1, 2):
+        net = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16), seed=seed)
+        save(net, tmp_path / f"seed-{seed}", data.tokenizer)
+    options = ["--data", tmp_path / "text.txt", "--windows", 8, "--draws", 10, "--out", tmp_path / "out", "--device", "cpu"]
+    args = ["settled-reading", f"[{tmp_path / 'seed-1'},{tmp_path / 'seed-2'}]", *map(str, options)]
+    assert main(args) == 0, capsys.readouterr().err
+    assert "after entropy" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"date", "device", "versions", "seed", "windows", "baselines"} <= results.keys() and len(results["models"]) == 2
+    for m in results["models"]:
+        assert set(m["loss"]) == {"0.0", "0.1"} and set(m["loss"]["0.0"]) == {str(n) for n in STEPS}
+        fixed = m["temperature"]["rules"]["one temperature"]
+        assert fixed["clean"]["against one temperature"]["difference"] == 0
+        for rule in m["temperature"]["rules"].values():
+            assert rule["clean"]["nll"] > 0 and 0 <= rule["10 % replaced"]["ece_equal_width"] <= 1
+    assert main(["settled-reading", "[]", *map(str, options)]) == 1
+    said = capsys.readouterr().err
+    assert "no models" in said and "Traceback" not in said
