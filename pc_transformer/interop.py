@@ -322,6 +322,24 @@ class BPETokenizer:
             raise ValueError(f"tokens must lie in [0, {self.vocab_size}), but got {bad[0]}.")
         return self.bpe.decode(ids.tolist(), skip_special_tokens=False)
 
+    def to_dict(self) -> dict[str, str]:
+        "A form that JSON can hold; for GPT-2's it is two megabytes."
+        return {"type": "bpe", "json": self.bpe.to_str()}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, str]) -> "BPETokenizer":
+        "The tokenizer that `to_dict` described. Raises ValueError for anything else."
+        from tokenizers import Tokenizer
+
+        if set(saved) != {"type", "json"} or saved["type"] != "bpe":
+            raise ValueError(f"not a saved byte-level BPE: its keys are {', '.join(map(repr, saved))}")
+        try: return cls(Tokenizer.from_str(saved["json"]))
+        except Exception as error:    # the library raises Exception itself
+            raise ValueError(f"not a saved byte-level BPE ({error})") from None
+
+    def __eq__(self, other: object) -> bool: return isinstance(other, BPETokenizer) and self.bpe.to_str() == other.bpe.to_str()
+    def __hash__(self) -> int: return hash(self.bpe.to_str())
+
 # %% ../nbs/32_interop.ipynb #964023f2
 @lru_cache(maxsize=1)
 def transformers_classes() -> tuple[Any, Any]:

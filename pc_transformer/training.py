@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'MOMENTS', 'evaluate', 'exchange', 'current_umask', 'whole_folder', 'write_text', 'CheckpointError',
-           'read_json', 'write_tensors', 'read_tensors', 'restore', 'tensors_of', 'write_model', 'save', 'load',
-           'load_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors',
-           'save_checkpoint', 'data_hash', 'checkpoints', 'resume', 'flat', 'restore_optimizer', 'Interrupted',
-           'graceful_stop', 'train', 'progress_bar', 'TextData', 'start', 'write_run_config', 'read_run_config']
+           'read_json', 'write_tensors', 'read_tensors', 'restore', 'tensors_of', 'SavedTokenizer', 'write_model',
+           'save', 'load', 'load_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer',
+           'optimizer_tensors', 'save_checkpoint', 'data_hash', 'checkpoints', 'resume', 'flat', 'restore_optimizer',
+           'Interrupted', 'graceful_stop', 'train', 'progress_bar', 'TextData', 'start', 'write_run_config',
+           'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
-from .generation import evaluating
+from .generation import Tokenizer, evaluating
 from .learning import gradient_cosine, scratch_gradients
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
@@ -157,7 +158,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
-def write_model(model: PCTransformer, folder: Path, tokenizer: CharTokenizer | None) -> None:
+class SavedTokenizer(Tokenizer, Protocol):
+    "A tokenizer that JSON can hold: `CharTokenizer` (chapter 30) or `BPETokenizer` (chapter 32)."
+
+    def to_dict(self) -> dict[str, str]: ...
+
+
+def write_model(model: PCTransformer, folder: Path, tokenizer: SavedTokenizer | None) -> None:
     "The two files of a saved model, into a folder that exists."
     write_tensors(tensors_of(model), folder / "model.safetensors")
     about = {"config": to_dict(model.config), "tokenizer": tokenizer.to_dict() if tokenizer else None}
@@ -167,7 +174,7 @@ def write_model(model: PCTransformer, folder: Path, tokenizer: CharTokenizer | N
 def save(
     model: PCTransformer,
     folder: str | Path,
-    tokenizer: CharTokenizer | None = None,   # saved along, so that text can be generated
+    tokenizer: SavedTokenizer | None = None,  # saved along, so that text can be generated
 ) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, whole or not at all."
     with whole_folder(Path(folder)) as work:
@@ -201,12 +208,17 @@ def load(
     return model
 
 
-def load_tokenizer(folder: str | Path) -> CharTokenizer:
-    "The tokenizer saved with a model. Raises CheckpointError when there is none."
+def load_tokenizer(folder: str | Path) -> SavedTokenizer:
+    "The tokenizer saved with a model. Raises CheckpointError when there is none or it is damaged."
     saved = read_json(Path(folder) / "config.json", "tokenizer")["tokenizer"]
     if saved is None:
         raise CheckpointError(f"{folder} was saved without a tokenizer")
-    return CharTokenizer.from_dict(saved)
+    try:
+        if saved["type"] != "bpe": return CharTokenizer.from_dict(saved)
+        from pc_transformer.interop import BPETokenizer
+        return BPETokenizer.from_dict(saved)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds a damaged tokenizer: {str(error)[:100]}") from None
 
 # %% ../nbs/31_training.ipynb #0f2b43bc
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -369,7 +381,7 @@ def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def save_checkpoint(
     trainer: Trainer,
     run: Path,                                # folder of the run
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: SavedTokenizer | None = None,
 ) -> Path:                                    # the checkpoint's folder
     "Write `run/step-NNNNNN`, whole or not at all, then remove older ones and what a killed run left half-written."
     for half in run.glob(".step-*"):
@@ -398,7 +410,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def resume(trainer: Trainer, run: Path, tokenizer: CharTokenizer | None = None) -> None:
+def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must be the saved one.
 
     Raises CheckpointError when there is no checkpoint or when configuration, data, tokenizer or tensors do not fit.
@@ -467,7 +479,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
 def train(
     trainer: Trainer,
     run: Path | None = None,                     # where checkpoints go; `None`: none are written
-    tokenizer: CharTokenizer | None = None,      # saved with them
+    tokenizer: SavedTokenizer | None = None,     # saved with them
     after_step: Callable[[Trainer], None] | None = None,   # called after each step, e.g. for a progress bar
 ) -> Trainer:
     """Run a trainer to its last step. Raises Interrupted, after writing a checkpoint, on Ctrl-C or SIGTERM.

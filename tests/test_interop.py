@@ -34,7 +34,7 @@ from pc_transformer.interop import (
 )  # fmt: skip
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
 from pc_transformer.settling import ErrorSettling
-from pc_transformer.training import CheckpointError
+from pc_transformer.training import CheckpointError, load_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": 31, "block_size": 12, "n_layer": 2, "n_head": 2, "d_model": 16}
 SMALL = ModelConfig(**SIZES, attention="dot", bias=True, gelu="tanh")
@@ -501,6 +501,20 @@ def test_tokens_are_those_of_transformers(text: str, bpe: BPETokenizer, theirs_b
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_there_and_back(text: str, bpe: BPETokenizer, theirs_bpe: Any) -> None:
     check_same(text, bpe, theirs_bpe)
+
+
+def test_a_saved_model_brings_its_bpe(bpe: BPETokenizer, tmp_path: Path) -> None:
+    "Saved and loaded like the tokenizer of characters; a damaged one is one sentence."
+    model = PCTransformer(ModelConfig(vocab_size=bpe.vocab_size, block_size=8, n_layer=1, n_head=1, d_model=4))
+    save(model, tmp_path / "model", bpe)
+    again = load_tokenizer(tmp_path / "model")
+    assert again == bpe and hash(again) == hash(bpe) and again.encode("one two").tolist() == bpe.encode("one two").tolist()
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    for damage in ({"type": "bpe", "json": "{"}, {"type": "bpe"}, {"type": "other"}, {}, [], "char"):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"tokenizer": damage}))
+        with pytest.raises(CheckpointError) as error:
+            load_tokenizer(tmp_path / "model")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_tokenizer_facts_and_errors(bpe: BPETokenizer, theirs_bpe: Any, tmp_path: Path) -> None:
