@@ -12,7 +12,7 @@ __all__ = ['Family', 'Backend', 'Link', 'AnyLink', 'Run', 'INIT_STD', 'SHARPNESS
 # %% ../nbs/12_attention.ipynb #67b9b418
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -255,8 +255,13 @@ def posterior_mean(
     need_lse: bool = False, **options: Any,        # mask, is_causal, window, dropout_p, query_precision
 ) -> tuple[Tensor, Tensor | None]:
     "Read-out and log-sum-exp over all components, equation (2): in one pass by row chunks, merged from one call each elsewhere."
+    if link == "dot" and "query_precision" in options:  # a scale of the query, in full precision, for every backend
+        full, lam = full_dtype(q), options.pop("query_precision")
+        out, lse = posterior_mean(q.to(full) * lam, replace(c, k=c.k.to(full)), v.to(full), link, backend, need_lse, **options)
+        return out.to(q.dtype), lse
     if isinstance(link, IndependentLaplace): name = "reference"        # a sum of absolute values is no function of a product
-    else: name = kernels.choose(q, c.k, v, link, c.precision, c.log_mix, **options)[0] if backend == "auto" else backend
+    elif backend != "auto": name = backend
+    else: name = kernels.choose(q, c.k, v, link, c.precision, c.log_mix, need_lse=need_lse or c.k.dim() == 5, **options)[0]
     run = lambda c, lse: backend_named(name)(q, c.k, v, link, c.precision, c.log_mix, need_lse=lse, **options)
     parts = [c] if name == "chunked" else c.each()
     if len(parts) == 1: return run(parts[0], need_lse)
@@ -318,8 +323,6 @@ def check_backend(backend: str, link: AnyLink, dropout: bool, weighed: bool) -> 
         raise ValueError("a precision per query multiplies whole distances: use backend='chunked'")
     if backend == "sdpa" and (dropout or not isinstance(link, str | Gaussian)):
         raise ValueError("the fused kernel knows dot products and Gaussians without dropout only: use backend='chunked'")
-    if weighed and link == "dot" and backend in ("flex", "triton"):
-        raise ValueError(f"{backend} takes no precision per query: multiply the queries by it")
 
 # %% ../nbs/12_attention.ipynb #4b31ac23
 def attend(

@@ -192,6 +192,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, nan, is_causal):  # type: ignore[override]
         wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
+        q, k, wide = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, wide))  # the kernel does not look at that stride
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, wide, 0.0, is_causal, attn_mask=mask, scale=1.0)
         ctx.save_for_backward(q, k, wide, mask, out, lse)
         ctx.dv, ctx.is_causal = v.shape[-1], is_causal
@@ -349,9 +350,10 @@ def sdpa(
     verified = not dropout_p and flash_agrees() if on_cpu else not need_lse
     fits = fits and (link == "dot" or query_precision is None)
     if not fits or needs_grad(mask) or not verified: return chunked(*given)
-    if query_precision is not None: q = (q * query_precision).to(q.dtype)
-    dtype, nan, Tq, Tk = q.dtype, poison(q, k), q.shape[-2], k.shape[-2]
+    dtype, Tq, Tk = q.dtype, q.shape[-2], k.shape[-2]
     full = torch.promote_types(dtype, torch.float32)
+    if query_precision is not None: q = q.to(full) * query_precision
+    nan = poison(q, k)
     diagonal = precision.shape[-2] > 1 and precision.shape[-1] > 1
     short = torch.bfloat16 if dtype == torch.bfloat16 and link != "dot" and not diagonal else None
     q, k, Lam = q.to(full), k.to(full), per_coordinate(precision, q.to(full))
@@ -515,7 +517,8 @@ NEAR = 1e-3
 
 
 def is_sharp(link: Link) -> bool:
-    "Whether the link's slope at zero is infinite."
+    "Whether the link's slope at zero is infinite; a link made of another (chapter 12's `Reweighted`) is as sharp as that."
+    if isinstance(inner := getattr(link, "family", None), Elliptical): return is_sharp(inner)
     if isinstance(link, Laplace): return not isinstance(link.eps, Tensor) and link.eps == 0
     return isinstance(link, GeneralizedGaussian) and (isinstance(link.p, Tensor) or link.p < 2)
 
@@ -538,7 +541,7 @@ class Near:
         most, k2 = self.most[..., j] if self.most.shape[-1] > 1 else self.most, self.k2[..., j]
         lam = None if self.lam is None else self.lam[:, i]
         least = NEAR if lam is None else NEAR * lam.amax()
-        if not bool(y.amin() < least * (self.q2[:, i].amax() * most.amax() + k2.amax())): return
+        if bool(y.amin() >= least * (self.q2[:, i].amax() * most.amax() + k2.amax())): return  # not so if there is a NaN
         pairs = (y < (NEAR if lam is None else NEAR * lam) * (self.q2[:, i] * most + k2)).nonzero()
         for n, a, b in (part.unbind(1) for part in pairs.split(1 << 14)):
             key = b + j.start

@@ -386,6 +386,55 @@ def test_a_mask_that_hides_the_first_keys_hides_their_contents() -> None:
         close(after, before, rtol=1e-5, atol=1e-5)
 
 
+@every_case
+@pytest.mark.parametrize("grads", [False, True])
+def test_inputs_may_lie_in_memory_in_any_order(case: str, grads: bool) -> None:
+    "Channels first, expanded along the last axis, every second entry: the numbers count, not where they are."
+    x = [y.unflatten(1, (2, 8)).mT for y in draw(0, 1, 48, 19, dtype=torch.float32).chunk(3, 1)]
+    wide = draw(1, 1, 2, 19, 16, dtype=torch.float32)[..., ::2]
+    flat = draw(2, 1, 2, 19, 1, dtype=torch.float32).expand(1, 2, 19, 8)
+    for inputs in (x, [wide, *x[1:]], [x[0], wide, flat], [x[0], x[1], flat]):
+        dense = [y.clone(memory_format=torch.contiguous_format) for y in inputs]
+        found = []
+        for leaves in (inputs, dense):
+            leaves = [y.detach().requires_grad_(grads) for y in leaves]
+            out = attend(*leaves, family_of(case), is_causal=True, **CASES[case])
+            found.append([out, *(torch.autograd.grad(out.sin().sum(), leaves) if grads else ())])
+        close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dot_product_with_a_precision_per_query_keeps_its_digits_in_short_dtypes(dtype: torch.dtype) -> None:
+    "The query times its precision is not rounded to the short dtype, and does not overflow."
+    x, lam = [draw(i, 1, 2, 9, 32).to(dtype) for i in range(3)], torch.full((9,), 10.0) + torch.arange(9) / 7
+    want = attend(*(y.double() for y in x), "dot", query_precision=lam.double(), backend="reference", return_lse=True)
+    got = attend(*x, "dot", query_precision=lam, return_lse=True)
+    assert got[0].dtype == dtype and (got[0] - want[0]).abs().max() < 0.02 and (got[1] - want[1]).abs().max() < 1e-3
+    ones = torch.ones(1, 1, 4, 8, dtype=dtype)
+    assert attend(ones, ones, ones, "dot", 1e-3, query_precision=1e5).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), [("laplace", {}), ("generalized_gaussian", {"p": 1.5}), ("generalized_gaussian", {"p": 1.0})])
+def test_settling_keeps_the_digits_of_sharp_families(family: Any, shape: dict[str, float]) -> None:
+    "Queries that lie on keys settle in float32 as in float64 (for two steps: where w is infinite, later ones amplify rounding)."
+    k, v = (draw(i, 2, 2, 64, 8).float().double() for i in range(2))
+    want = attend(k, k, v, family, 2.0, settle_steps=2, backend="reference", **shape)
+    got = attend(k.float(), k.float(), v.float(), family, 2.0, settle_steps=2, **shape)
+    assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["laplace", "generalized_gaussian", "student_t"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_later_query_that_is_no_number_changes_no_earlier_row(family: Any, bad: float) -> None:
+    k, v = (draw(i, 1, 2, 40, 8, dtype=torch.float32) for i in range(2))
+    lam, q = torch.ones(40), k.clone()
+    want = attend(q, k, v, family, is_causal=True, query_precision=lam)
+    lam[30], q[:, :, 35] = bad, bad
+    got = attend(q, k, v, family, is_causal=True, query_precision=lam)
+    assert torch.equal(got[:, :, :30], want[:, :, :30])
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mask too large": ({"family": "student_t", "attn_mask": torch.ones(9, 9).bool()}, "attn_mask of shape (9, 9)"),
     "precision per head without a key axis": ({"precision": torch.ones(3)}, "one value a head has shape (H, 1)"),
