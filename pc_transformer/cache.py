@@ -319,10 +319,10 @@ def probe(p: Tensor) -> Tensor:
 
 
 class Snapshot:
-    """The weights of a model as they were: which objects, where they lie, how often they were changed, and a few numbers of each.
+    """The weights of a model as they were: which objects, where they lie, how often they changed, and a few numbers of each.
 
-    A change in place that PyTorch does not count (`.data`, `inference_mode`, fused optimisers) is seen if it moves one of the numbers,
-    which are read on a CPU only.
+    A change in place that PyTorch does not count (`.data`, `inference_mode`, fused optimisers) is seen if it moves one of
+    the numbers, which are read on a CPU only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -338,8 +338,9 @@ class Snapshot:
         return chain(chain.from_iterable(map(dict.values, self.dicts)), (Snapshot,))
 
     def holds(self, parts: bool = True) -> bool:
-        "Whether the weights are those still, as far as one can see without reading them all; `parts`: look for replaced ones, too."
-        same = self.version == sum(map(VERSION, self.counted)) and (not parts or all(map(operator.is_, self.parts, self.present())))
+        "Whether the weights are those still, as far as a few numbers of each show; `parts`: look for replaced ones, too."
+        same = not parts or all(map(operator.is_, self.parts, self.present()))
+        same = same and self.version == sum(map(VERSION, self.counted))
         same = same and self.places == list(map(Tensor.data_ptr, self.weights))
         return same and (self.numbers is None or torch.equal(torch.cat(self.probes), self.numbers))
 
@@ -464,7 +465,7 @@ class KVCache:
         self.lengths = [0] * self.batch
 
     def restart(self) -> None:
-        "Empty, and ready for the model's present weights: readers and copies are always made anew, so no change before is missed."
+        "Empty, and ready for the model's present weights: readers and copies are made anew, so no change before is missed."
         self.clear()
         self.readers = [Reader(f.attention) for f in self.model.predictors if isinstance(f, AttentionLayer)]
         self.snapshot = Snapshot(self.model)
@@ -472,11 +473,11 @@ class KVCache:
         if self.copies: self.copy_weights()
 
     def copy_weights(self) -> None:
-        """Let steps of one token read copies of the weights, up to their bytes again, in the fastest order. `restart` renews them.
+        """Let steps of one token read copies of the weights, up to their bytes again; `restart` renews them.
 
-        `extend` refuses to go on when `current` sees a change: versions, objects, addresses, and `PROBES` numbers of each parameter
-        on a CPU. Not seen is a change that PyTorch does not count (in `.data` or `inference_mode`, or by a fused optimiser) and that
-        leaves those numbers as they were: until the next `restart` steps then read the old copies, and the old keys.
+        `extend` refuses to go on when `current` sees a change: of versions, objects, addresses, or of `PROBES` numbers of each
+        parameter. Not seen is a change that PyTorch does not count (in `.data` or `inference_mode`, or by a fused optimiser)
+        and that leaves those numbers as they were: steps then read the old copies, and the old keys, until `restart`.
         """
         maps = [m for m in self.model.modules() if isinstance(m, nn.Linear | Output) and type(m) in (nn.Linear, Output)]
         self.copies = {m: quick for m in maps if (quick := copied(m, self.batch)) is not None}
@@ -487,7 +488,8 @@ class KVCache:
 
     def __getstate__(self) -> dict[str, Any]:
         "What a pickle keeps: the model and what is stored, nothing derived. Raises ValueError for keys of other weights."
-        if not self.current(): raise ValueError("the model's weights have changed since the cache was made: restart it before you save it")
+        if not self.current():
+            raise ValueError("the model's weights have changed since the cache was made: restart it before you save it")
         kept = {name: getattr(self, name) for name in ("model", "k", "v", "scales", "column", "lengths", "energy")}
         return kept | {"copied": bool(self.copies)}
 
