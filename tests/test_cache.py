@@ -1,11 +1,14 @@
 """The KV cache: cached logits equal full recomputation for every family and option (chapter 17; rules 2 to 5)."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 
 from pc_transformer.attention import PCAttention, attend
 from pc_transformer.cache import (
@@ -17,6 +20,8 @@ from pc_transformer.cache import (
     columns,
     copied,
     extend,
+    has_blocks,
+    probe,
     quantise,
 )
 from pc_transformer.config import ConfigError, ModelConfig, replace
@@ -403,3 +408,168 @@ def test_what_is_not_copied():
     double, odd = torch.nn.Linear(512, 512).double(), torch.nn.Linear(600, 400)
     assert copied(double, 1) is copied(double, 8) is copied(odd, 1) is copied(torch.nn.Linear(8, 64), 1) is None
     assert copied(torch.nn.Linear(400, 600), 1) is not None
+
+
+def wide(**changes) -> PCTransformer:
+    """A model some of whose weights are copied."""
+    return PCTransformer(replace(SMALL, n_layer=1, n_head=6, d_model=384, attention="dot", **changes), seed=1).eval()
+
+
+def fused_step(model: PCTransformer) -> None:
+    model(random_tokens(1, 5)).square().sum().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step()
+    model.zero_grad(set_to_none=True)
+
+
+def replaced(model: PCTransformer) -> None:
+    model.output.weight = torch.nn.Parameter(2 * model.output.weight.detach())
+    model.predictors[2].up = torch.nn.Linear(384, 1536, bias=False)
+
+
+def in_inference_mode(model: PCTransformer) -> None:
+    with torch.inference_mode():
+        model.predictors[2].up.weight.mul_(-3)
+
+
+def from_a_vector(model: PCTransformer) -> None:
+    vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(-vector, model.parameters())
+
+
+CHANGES = {"fused": fused_step, "data": lambda m: m.predictors[2].up.weight.data.mul_(-3), "replaced": replaced,
+           "inference": in_inference_mode, "vector": from_a_vector}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_that_count_no_version(change, rows):
+    model, tokens = wide(), random_tokens(rows, 6)
+    caches = [KVCache.allocate(model, rows) for _ in range(2)]
+    caches[0].copy_weights()
+    for cache in caches:
+        extend(model, tokens[:, :4], cache)
+    CHANGES[change](model)
+    for cache in caches:
+        with pytest.raises(ValueError, match="weights have changed"):
+            extend(model, tokens[:, :1], cache)
+        cache.restart()
+        found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1)
+        with torch.no_grad():
+            close(found, model(tokens))
+
+
+def test_restart_renews_what_no_look_can_see():
+    model, tokens = wide(), random_tokens(1, 4)
+    cache = KVCache.allocate(model)
+    cache.copy_weights()
+    model.predictors[2].up.weight.data[0] *= 1e4              # a row that holds none of the numbers looked at
+    assert cache.current()
+    cache.restart()
+    found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1)
+    with torch.no_grad():
+        close(found, model(tokens))
+
+
+def test_numbers_of_every_kind_of_parameter():
+    for p in (torch.randn(()), torch.randn(3), torch.randn(40, 50), torch.randn(40, 50).T, torch.randn(6, 2, 1, 8),
+              torch.randn(4, 5, dtype=torch.bfloat16), torch.randn(4, 5, dtype=torch.float64), torch.zeros(0, 3)):
+        looked = probe(p)
+        before = looked.clone()
+        p.sub_(1)
+        assert looked.numel() == 0 if p.numel() == 0 else 1 <= looked.numel() <= 8 and not torch.equal(looked, before)
+    nan = torch.full((9,), math.nan)
+    assert torch.equal(probe(nan), probe(nan.clone()))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_copies_are_not_read_under_autocast(rows):
+    model, tokens = wide(), random_tokens(rows, 8)
+    plain, quick = (KVCache.allocate(model, rows) for _ in range(2))
+    quick.copy_weights()
+    for inside in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            a, b = (torch.cat([extend(model, t, cache) for t in tokens[:, :2].split(1, 1)], 1) for cache in (plain, quick))
+        assert torch.equal(a, b) if inside else torch.allclose(a, b, atol=1e-4)
+
+
+def test_copies_do_not_pass_by_hooks_and_pruning():
+    def hooked(map):
+        map.register_forward_hook(lambda _, x, y: 2 * y)
+
+    def shifted(map):
+        map.register_forward_pre_hook(lambda _, x: (x[0] + 1,))
+
+    def pruned(map):
+        prune.l1_unstructured(map, "weight", 0.5)
+
+    def parametrised(map):
+        torch.nn.utils.parametrizations.weight_norm(map)
+
+    for change in (hooked, shifted, pruned, parametrised):
+        for rows in (1, 4):
+            map, x = torch.nn.Linear(384, 512), torch.randn(rows, 1, 384)
+            quick = copied(map, rows)
+            change(map)
+            with torch.no_grad():
+                map.weight.mul_(0.5)
+                assert torch.equal(quick(x), map(x)), change
+    model, tokens = wide(), random_tokens(1, 3)
+    caches = [KVCache.allocate(model) for _ in range(2)]
+    caches[0].copy_weights()
+    model.predictors[2].up.register_forward_hook(lambda _, x, y: 2 * y)
+    with torch.no_grad():
+        a, b = (torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1) for cache in caches)
+        close(a, b)
+        close(a, model(tokens))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_copies_of_a_model_that_becomes_double(rows):
+    map, x = torch.nn.Linear(384, 512), torch.randn(rows, 1, 384)
+    quick = copied(map, rows)
+    map.double()
+    assert torch.equal(quick(x.double()), map(x.double()))
+    model, tokens = wide(), random_tokens(rows, 4)
+    cache = KVCache.allocate(model, rows, dtype="float64")
+    cache.copy_weights()
+    model.double()
+    with pytest.raises(ValueError, match="weights have changed"):
+        extend(model, tokens, cache)
+    cache.restart()
+    with torch.no_grad():
+        close(torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1), model(tokens))
+    assert not cache.copies
+
+
+def test_blocks_need_both_operations(monkeypatch):
+    class Half:
+        _linear_pointwise = None
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Half())
+    assert not has_blocks() and copied(torch.nn.Linear(384, 1536), 4) is not None
+
+
+def test_bytes_of_copies():
+    model = wide()
+    cache = KVCache.allocate(model, 4)
+    before = cache.nbytes
+    cache.copy_weights()
+    assert cache.nbytes == before + sum(m.weight.nbytes for m in cache.copies) > before
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_pickled_cache_goes_on(copies, dtype):
+    model, tokens = wide(precision="head", mixing="key"), random_tokens(4, 8)
+    cache = KVCache.allocate(model, 4, dtype=dtype)
+    if copies:
+        cache.copy_weights()
+    extend(model, tokens[:, :5], cache)
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert bool(other.copies) == copies and other.lengths == cache.lengths and other.nbytes == cache.nbytes
+        twin = cache.select(range(4))
+        for t in tokens[:, 5:].split(1, 1):
+            close(extend(other.model, t, other), extend(model, t, twin))
+    model.output.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="restart it before you save it"):
+        pickle.dumps(cache)

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from pc_transformer.config import ModelConfig, from_yaml
 from pc_transformer.data import CharTokenizer
 from pc_transformer.generation import (
+    EVERY,
+    Memory,
+    Recompute,
     SamplingConfig,
+    Texts,
     distribution,
     evaluating,
     generate,
     generate_text,
     min_p_filter,
     penalise,
+    recompute,
     sample,
     stream,
     temperature_scale,
@@ -545,3 +550,45 @@ def test_stop_strings(model):
     assert generate_text(model, tokenizer, "abc", 20, seed=1, stop=["zz", word]) == cut
     with pytest.raises(ValueError, match="stop must be a list"):
         generate_text(model, tokenizer, "abc", 1, stop="a")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_copies_under_autocast(rows):
+    model = PCTransformer(ModelConfig(vocab_size=65, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
+    prompt = torch.ones(rows, 4, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = (generate(model, prompt, 40, temperature=0, copy_weights=c) for c in (None, False))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("change", ["data", "inference", "replaced"])
+def test_an_open_stream_notices_changes_that_count_no_version(rows, change):
+    model = PCTransformer(ModelConfig(vocab_size=11, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
+    texts = Texts(torch.randint(11, (rows, 50), generator=torch.Generator().manual_seed(0)), [2] * rows, 64, 1, list(range(rows)))
+    memory, late = Memory(model, rows, 64, copy_weights=True), change == "replaced"
+    for turn in range(8 + EVERY):
+        found, expected = memory(texts)[0], recompute(Recompute(), model, texts)
+        if not late or turn <= 5 or turn > 5 + EVERY:
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        texts.lengths = [n + 1 for n in texts.lengths]
+        if turn != 5:
+            continue
+        up = model.predictors[2].up
+        if change == "data":
+            up.weight.data.mul_(-3)
+        elif change == "inference":
+            with torch.inference_mode():
+                up.weight.mul_(-3)
+        else:
+            up.weight = nn.Parameter(-3 * up.weight.detach())
+
+
+def test_a_window_that_slides_makes_no_new_copies(monkeypatch):
+    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    memory = Memory(PCTransformer(CONFIG), 1, 8, copy_weights=True)
+    copies, texts = memory.cache.copies, Texts(torch.ones(1, 30, dtype=torch.int64), [2], 8, 1, [0])
+    for _ in range(20):
+        memory(texts)
+        texts.lengths = [n + 1 for n in texts.lengths]
+    assert memory.cache.copies is copies
