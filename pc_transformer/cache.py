@@ -321,8 +321,8 @@ def probe(p: Tensor) -> Tensor:
 class Snapshot:
     """The weights of a model as they were: which objects, where they lie, how often they changed, and a few numbers of each.
 
-    A change in place that PyTorch does not count (`.data`, `inference_mode`, fused optimisers) is seen if it moves one of
-    the numbers, which are read on a CPU only.
+    A change in place that PyTorch does not count (`.data`, fused optimisers, tensors made in `inference_mode`) is seen
+    if it moves one of the numbers, which are read on a CPU only.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -476,8 +476,8 @@ class KVCache:
         """Let steps of one token read copies of the weights, up to their bytes again; `restart` renews them.
 
         `extend` refuses to go on when `current` sees a change: of versions, objects, addresses, or of `PROBES` numbers of each
-        parameter. Not seen is a change that PyTorch does not count (in `.data` or `inference_mode`, or by a fused optimiser)
-        and that leaves those numbers as they were: steps then read the old copies, and the old keys, until `restart`.
+        parameter. Not seen is a change that PyTorch does not count (in `.data`, by a fused optimiser, or of a tensor made in
+        `inference_mode`) and that leaves those numbers as they were: until `restart`, steps then read old copies and old keys.
         """
         maps = [m for m in self.model.modules() if isinstance(m, nn.Linear | Output) and type(m) in (nn.Linear, Output)]
         self.copies = {m: quick for m in maps if (quick := copied(m, self.batch)) is not None}

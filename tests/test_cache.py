@@ -427,6 +427,7 @@ def replaced(model: PCTransformer) -> None:
 
 
 def in_inference_mode(model: PCTransformer) -> None:
+    assert all(p.is_inference() for p in model.parameters())
     with torch.inference_mode():
         model.predictors[2].up.weight.mul_(-3)
 
@@ -443,7 +444,8 @@ CHANGES = {"fused": fused_step, "data": lambda m: m.predictors[2].up.weight.data
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_that_count_no_version(change, rows):
-    model, tokens = wide(), random_tokens(rows, 6)
+    with torch.inference_mode(change == "inference"):
+        model, tokens = wide(), random_tokens(rows, 6)
     caches = [KVCache.allocate(model, rows) for _ in range(2)]
     caches[0].copy_weights()
     for cache in caches:

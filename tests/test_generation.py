@@ -564,7 +564,8 @@ def test_copies_under_autocast(rows):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("change", ["data", "inference", "replaced"])
 def test_an_open_stream_notices_changes_that_count_no_version(rows, change):
-    model = PCTransformer(ModelConfig(vocab_size=11, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
+    with torch.inference_mode(change == "inference"):
+        model = PCTransformer(ModelConfig(vocab_size=11, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
     texts = Texts(torch.randint(11, (rows, 50), generator=torch.Generator().manual_seed(0)), [2] * rows, 64, 1, list(range(rows)))
     memory, late = Memory(model, rows, 64, copy_weights=True), change == "replaced"
     for turn in range(8 + EVERY):
