@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.attention import LEARNED, Family
-from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
+from pc_transformer.attention import LEARNED
+from pc_transformer.config import Attention, LearnerConfig, RunConfig, TrainConfig
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
 
 few = settings(deadline=None, derandomize=True, database=None, max_examples=10)
@@ -205,7 +205,7 @@ def test_initial_weights(family: str) -> None:
         )
 
 
-@pytest.mark.parametrize("family", get_args(Family)[1:])
+@pytest.mark.parametrize("family", get_args(Attention)[1:])
 @pytest.mark.parametrize("options", [{}, {"precision": "key", "mixing": "key", "background": True}])
 def test_all_families_start_from_the_same_weights(family: str, options: dict) -> None:
     "So that a comparison of families is one of families."
