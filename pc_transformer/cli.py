@@ -315,7 +315,10 @@ def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) 
     print(", ".join(f"{v} {k}" for k, v in found["outcomes"].items()) + f"\nresults  {out / 'results.json'}")
 
 
-def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig = ModelConfig(), device: str = "auto") -> None:
+def bench(
+    out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig = ModelConfig(), device: str = "auto",
+    compiled: bool = False,
+) -> None:
     """Step time and peak memory of each learner, interleaved in one process; ratios are medians over rounds.
 
     Args:
@@ -323,6 +326,7 @@ def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig =
         rounds: how many times each contender takes its turn
         model: shape of the models
         device: auto, cpu, cuda, ...
+        compiled: also with layers under torch.compile, which needs a C++ compiler
     """
     import json
 
@@ -333,13 +337,13 @@ def bench(out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig =
     if rounds < 1:
         raise ConfigError(f"bench needs rounds >= 1, got {rounds}")
     config = RunConfig(model=model)
-    costs = {**page.about_run(config, pick_device(device)), "costs": page.step_costs(config, device, rounds)}
+    costs = {**page.about_run(config, pick_device(device)), "costs": page.step_costs(config, device, rounds, True, compiled)}
     write_text(out / "costs.json", json.dumps(costs, indent=1))
     for name, ms in costs["costs"]["milliseconds"].items():
-        print(f"{name:26} {ms:8.2f} ms  {costs['costs']['peak_bytes'][name] / 2**20:8.1f} MiB")
-    for a, b in page.RATIOS:
-        r = costs["costs"][f"{a} / {b}"]
-        print(f"{a} / {b}: time {r['time']:.3f}, memory {r['memory']:.3f}")
+        print(f"{name:38} {ms:8.2f} ms  {costs['costs']['peak_bytes'][name] / 2**20:8.1f} MiB")
+    for name, r in costs["costs"].items():
+        if " / " in name:
+            print(f"{name}: time {r['time']:.3f}, memory {r['memory']:.3f}")
     print(f"results  {out / 'costs.json'}")
 
 # %% ../nbs/34_cli.ipynb #a440d160

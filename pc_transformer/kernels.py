@@ -197,13 +197,16 @@ class _Flash(torch.autograd.Function):
         ctx.save_for_backward(q, k, wide, mask, out, lse)
         ctx.dv, ctx.is_causal = v.shape[-1], is_causal
         ctx.set_materialize_grads(False)
-        return out[..., : v.shape[-1]] + nan, lse + nan.squeeze(-1)
+        out = out[..., : v.shape[-1]]
+        if not torch.compiler.is_compiling() and not nan.isnan().any(): return out, lse  # nothing to poison: no copy
+        return out + nan, lse + nan.squeeze(-1)
 
     @staticmethod
     @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
         q, k, wide, mask, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else F.pad(dout, (0, out.shape[-1] - ctx.dv))
+        if dout is None: dout = torch.zeros_like(out)
+        elif ctx.dv < out.shape[-1] or dlse is not None: dout = F.pad(dout, (0, out.shape[-1] - ctx.dv))  # copies in any case
         if dlse is not None:  # equation (5)
             out = out.clone()
             dout[..., -1], out[..., -1] = 1, -dlse

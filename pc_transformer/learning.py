@@ -128,15 +128,15 @@ def learn(
         for f, found in zip([*model.predictors, model.output], settled.taught, strict=True):
             accumulate([p for p in f.parameters() if p.requires_grad], [g * (sign / count) for g in found])
         return
-    for l, f in enumerate(model.predictors):
-        parameters = [p for p in f.parameters() if p.requires_grad]
-        if parameters:
-            message = sign * settled.message(l) / count
-            accumulate(parameters, torch.autograd.grad(settled.up.predict(l), parameters, message))
     parameters = [p for p in model.output.parameters() if p.requires_grad]
     if parameters:
         energy = settled.up.judge() * (sign * settled.nudge / count)
         accumulate(parameters, torch.autograd.grad(energy, parameters))
+    for l, f in reversed(list(enumerate(model.predictors))):     # any order teaches the same; this one holds least at once
+        parameters = [p for p in f.parameters() if p.requires_grad]
+        if parameters:
+            message = sign * settled.message(l) / count
+            accumulate(parameters, torch.autograd.grad(settled.up.predict(l), parameters, message))
 
 # %% ../nbs/21_learning.ipynb #84fe4ef4
 @contextmanager

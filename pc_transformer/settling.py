@@ -400,18 +400,21 @@ class ErrorSettling:
         self, model: Chain, tokens: Tensor, targets: Tensor, errors: list[Tensor], deltas: list[Tensor],
         precision: list[Tensor], before: Tensor, noise: int | None, count: float,
     ) -> tuple[list[Tensor], Pass, Tensor, float]:
-        "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
+        "One accepted step: halve the step size until the energy does not rise (beyond rounding). Empties `deltas`."
         allowed = before.sum() + rounding(before, count, errors[0].dtype)
-        eta = self.step_size
+        eta, trial = self.step_size, []
+        for e, p in zip(errors, precision, strict=True):      # a message goes as its error comes: never both lists whole
+            trial += step_errors([e], [deltas.pop(0)], [p], eta, self.family)
         while True:
-            trial = step_errors(errors, deltas, precision, eta, self.family)
             up = predict_up(model, tokens, targets, trial, self.lean, noise)
             energies = self.energies(up, trial, precision)
             if energies.sum() <= allowed:
                 return trial, up, energies, eta
             if eta <= self.step_size / 2**self.max_halvings:
                 raise SettlingError(self.complaint(before, energies, eta))
+            del up
             eta /= 2
+            trial = [e.lerp(t, 0.5) for e, t in zip(errors, trial, strict=True)]    # (4) is linear in the step size
 
     def complaint(self, before: Tensor, energies: Tensor, eta: float) -> str:
         "Why no step was good enough, in one sentence."
