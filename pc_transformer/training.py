@@ -423,8 +423,11 @@ def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None)
         raise CheckpointError(f"{found[-1]} was trained with another vocabulary: the data is not the run's")
     if progress["data"] != data_hash(trainer):
         raise CheckpointError(f"{found[-1]} was trained on other data: its tokens have another SHA-256")
-    if progress["run"] != to_dict(trainer.config):
-        names = [k for k, v in flat(progress["run"]).items() if flat(to_dict(trainer.config)).get(k) != v]
+    try:
+        theirs = flat(to_dict(from_dict(RunConfig, progress["run"])))     # what an older version did not have is as usual
+    except ConfigError as error:
+        raise CheckpointError(f"{found[-1]} has settings that this version does not know: {error}") from None
+    if names := [k for k, v in flat(to_dict(trainer.config)).items() if theirs[k] != v]:
         raise CheckpointError(f"{found[-1]} belongs to a run with another configuration ({', '.join(names)} differ)")
     restore(trainer.model, read_tensors(found[-1] / "model.safetensors"), found[-1])
     restore_optimizer(trainer, read_tensors(found[-1] / "optimizer.safetensors"))
