@@ -231,6 +231,9 @@ class LearnerConfig(Config):
         own = has[self.solver] | {"algorithm", "solver", "relative_precision", "relative_precision_end"}
         for f in fields(self):
             _check(f.name in own or getattr(self, f.name) == f.default, f"the solver {self.solver!r} has no {f.name}")
+        least = min(self.steps, self.steps_end or self.steps)
+        _check(self.solver != "state" or least > 1, f"the solver 'state' needs more than {least} step: "
+               "in parallel steps a message passes one node a step")
 
 # %% ../nbs/10_config.ipynb #38ea88a2
 @dataclass(frozen=True)
@@ -279,6 +282,8 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(bool(self.data.strip()), "data must name a corpus or a path, got an empty text")
+        _check(not self.learner.incremental or self.train.accumulate == 1,
+               f"incremental learning moves the weights within a batch: accumulate must be 1, got {self.train.accumulate}")
 
 # %% ../nbs/10_config.ipynb #5f20fcfc
 _C = TypeVar("_C", bound=Config)

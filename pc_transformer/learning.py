@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .generation import evaluating
 from .model import PCTransformer
 from .energies import Elliptical, Gaussian
 from .settling import Chain, ErrorSettling, Settled, check_batch, stiffness
@@ -32,11 +33,11 @@ def local_gradient(
     family: Elliptical = Gaussian(),     # density of the node
 ) -> dict[str, Tensor]:                  # by parameter name
     "Equation (1): the gradient of one node's energy by its predictor's weights, from local quantities alone."
-    names, parameters = zip(*predictor.named_parameters(), strict=True)
+    named = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         mu = predictor(below)
     message = -stiffness(error, precision, family) * error / count
-    return dict(zip(names, torch.autograd.grad(mu, parameters, message), strict=True))
+    return dict(zip(named, torch.autograd.grad(mu, list(named.values()), message), strict=True)) if named else {}
 
 # %% ../nbs/21_learning.ipynb #b6a206ef
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class PredictiveCoding:
     ) -> Report:
         if isinstance(self.solver, ErrorSettling) and self.centred:
             pull, push = (dataclasses.replace(self.solver, nudge=n * self.solver.nudge) for n in (0.5, -0.5))
-            learn(model, push(model, tokens, targets, measure_residual=measure), sign=-1.0)
+            with torch.random.fork_rng(devices=[]):      # what is drawn for one half is drawn again for the other: dropout
+                pushed = push(model, tokens, targets, measure_residual=measure)
+            learn(model, pushed, sign=-1.0)
+            del pushed
             settled = pull(model, tokens, targets, measure_residual=measure)
         else:
             settled = self.solver(model, tokens, targets, measure_residual=measure)
@@ -164,8 +168,9 @@ def gradient_cosine(
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
 ) -> dict[str, float]:             # cosine for "all" weights and for each top-level part, e.g. "predictors.3"
-    "Cosine between a learner's gradient and backprop's on the same weights and batch."
-    ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))
+    "Cosine between a learner's gradient and backprop's on the same weights and batch, without dropout."
+    with evaluating(model), torch.enable_grad():
+        ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))
     parts = {"all": list(ours)}
     for name in ours:
         parts.setdefault(".".join(name.split(".")[:2]), []).append(name)

@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'DEAD', 'FROZEN', 'CERTAIN', 'TITLES', 'Rule', 'RULES', 'und
            'nothing', 'plot_heat', 'plot_energy', 'plot_node_energy', 'plot_alignment', 'plot_curvature', 'plot_steps',
            'plot_loss', 'plot_monitor', 'Monitor', 'write_scalars', 'open_writer', 'in_notebook', 'as_png', 'Live',
            'look_cost', 'Thresholds', 'Finding', 'Diagnosis', 'rule_finite', 'rule_signal', 'rule_steps',
-           'rule_distance', 'rule_gradient', 'rule_scale', 'rule_asleep', 'judge', 'diagnose']
+           'rule_distance', 'advice', 'rule_gradient', 'rule_scale', 'rule_asleep', 'judge', 'diagnose']
 
 # %% ../nbs/22_monitoring.ipynb #edcecdec
 import copy
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from .attention import TAILS, attend
 from .config import to_dict
 from .generation import evaluating
 from .layers import AttentionLayer, Embedding, FeedForwardLayer
-from .learning import Backprop, Learner, gradients, scratch_gradients
+from .learning import Backprop, Learner, PredictiveCoding, gradients, scratch_gradients
 from .model import PCTransformer
 from .settling import ErrorSettling, Settled, SettlingError, errors_down, predict_up, stiffness
 from .training import CheckpointError, Trainer, read_json, write_text
@@ -276,6 +277,17 @@ class Snapshot:
     def dial(self) -> str:
         "What the solver's setting for more work is called."
         return "rounds" if "rounds=" in self.learner else "steps"
+
+    @property
+    def fixed(self) -> bool:
+        "Whether the learner reads the feed-forward states: then it aims at backprop, at any precision."
+        return any(x in self.learner for x in ("SweepSettling", "HighwaySettling", "up=False")) or (
+            self.steps == 1 and "fused=True" in self.learner)
+
+    @property
+    def cut(self) -> bool:
+        "Whether the pathway stops messages on their way down."
+        return "down=False" in self.learner or bool(re.search(r"blocked=\(\d", self.learner))
 
     @property
     def where(self) -> list[str]:
@@ -632,8 +644,9 @@ class Monitor:
     def look(self, trainer: Trainer) -> Snapshot:
         "Look now. Looks that a resumed run makes again replace those of the interrupted one."
         tokens, targets = self.batch or trainer.batch(0)
-        found = take_snapshot(trainer.model, trainer.learner, tokens.to(trainer.device), targets.to(trainer.device),
-                              trainer.step, self.products)
+        with trainer.surroundings():      # mixed precision, where the run has it
+            found = take_snapshot(trainer.model, trainer.alone(), tokens.to(trainer.device), targets.to(trainer.device),
+                                  trainer.step, self.products)
         self.history[:] = [look for look in self.history if look.step < found.step] + [found]
         versions = {name: version(name) for name in ("torch", "pc_transformer")}
         self.about = {"config": to_dict(trainer.config), "device": str(trainer.device),
@@ -818,7 +831,9 @@ def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         what = (f"The signal is lost at node {s.where[top]}: {s.signal[top]:.1%} of backprop's message arrives there"
                 f"{f', {s.signal[least]:.1%} at node {s.where[least]}' if least != top else ''}.")
         part = s.steps == 1 and (s.step_size or 1) < 1
-        turn = (f"Use step_size 1 with a single step (now {s.step_size:g})." if part else
+        turn = ("The pathway stops messages here: without `blocked` and with `down` they arrive." if s.cut else
+                f"Use step_size 1 with a single step (now {s.step_size:g})." if part else
+                f"Raise `{s.dial}` (now {s.steps})." if s.fixed else
                 f"Raise `{s.dial}` (now {s.steps}), or `relative_precision` so that full steps are accepted.")
         yield Finding("signal", what, turn)
 
@@ -848,23 +863,31 @@ def rule_distance(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         yield Finding("displacement", f"The latents are too soft: {far}.", "Raise `relative_precision`.")
 
 # %% ../nbs/22_monitoring.ipynb #314e77c2
+def advice(s: Snapshot) -> str:
+    "What brings a learner's gradient nearer to backprop's."
+    if s.cut:
+        return "Let the pathway pass messages down."
+    return f"Raise `{s.dial}`." if s.fixed else f"Raise `{s.dial}` or `relative_precision`."
+
+
 def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Where the gradient stands beside backprop's, in direction and length."
     if s.cosine and s.cosine["all"] > t.backprop:
         what = f"The gradient is backprop's (cosine {s.cosine['all']:.6f})."
-        turn = f"If you want equilibrium, lower `relative_precision` or raise `{s.dial}`."
+        turn = ("This learner reads the feed-forward states, and precision does not change that: for an equilibrium take "
+                "`ErrorSettling` or `StateSettling`, not fused." if s.fixed else
+                f"If you want equilibrium, lower `relative_precision` or raise `{s.dial}`.")
         yield Finding("backprop", what, turn, note=True)
     away = {part: c for part, c in s.cosine.items() if c < t.turned and s.ratio[part] > 0}
     if away:
         part = min(away, key=lambda p: away[p])
         what = f"The gradient of {part} points away from backprop's (cosine {away[part]:.2f})."
-        yield Finding("turned", what, f"Raise `relative_precision` or `{s.dial}`.")
+        yield Finding("turned", what, advice(s))
     odd = {part: r for part, r in s.ratio.items() if not 1 / t.ratio <= r <= t.ratio}
     if odd:
         part = max(odd, key=lambda p: abs(math.log(odd[p])) if odd[p] else math.inf)
         what = f"The gradient of {part} is {odd[part]:.2g} times as long as backprop's."
-        turn = f"Raise `{s.dial}` or `relative_precision`; an optimiser like Adam hides this and does not repair it."
-        yield Finding("ratio", what, turn)
+        yield Finding("ratio", what, f"{advice(s)[:-1]}; an optimiser like Adam hides this and does not repair it.")
 
 
 def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -913,7 +936,7 @@ def diagnose(
     model: PCTransformer,
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
-    learner: Learner,
+    learner: Learner = PredictiveCoding(),
     thresholds: Thresholds = Thresholds(),
     products: int = 8,                    # Hessian products; 0: no curvature
 ) -> Diagnosis:

@@ -153,13 +153,15 @@ class Node:
         "What this node is predicted from."
         self.read = self.below.expect("state").requires_grad_()
 
-    def up(self, eta: float | None = None) -> None:
-        "Predict and send the state up; without a step size: the first, feed-forward pass, which sets the precision."
+    def up(self, eta: float | None = None, again: bool = False) -> None:
+        "Predict and send the state up; without a step size: the first, feed-forward pass. Again: half the step before."
         self.listen()
         self.mu = self.f(self.read)
         mu = self.mu.detach()
         if eta is None:
             self.trial, self.precision = torch.zeros_like(mu), self.stiff(mu)
+        elif again:
+            self.trial = self.error.lerp(self.trial, 0.5)
         else:
             (self.trial,) = step_errors([self.error], [self.delta], [self.precision], eta)
         self.above.send("state", mu + self.trial)
@@ -207,8 +209,8 @@ class Ends(Node):
     def listen(self) -> None:
         self.read = self.tokens
 
-    def up(self, eta: float | None = None) -> None:
-        super().up(eta)
+    def up(self, eta: float | None = None, again: bool = False) -> None:
+        super().up(eta, again)
         self.top = self.below.expect("state").requires_grad_()
         self.judged = output_energy(self, self.top, self.targets)     # pyright: ignore[reportArgumentType]
         self.parent.send("output", self.judged)
@@ -252,7 +254,7 @@ def obey(node: Node, word: str, number: float) -> None:
     elif word in ("down", "again"):
         if word == "down":
             node.down()
-        node.up(number)
+        node.up(number, again=word == "again")
     elif word == "learn":
         node.learn()
     elif word == "fetch":

@@ -12,7 +12,7 @@ __all__ = ['Per', 'Reduce', 'Chain', 'SettlingError', 'noise_seed', 'Pass', 'pre
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,11 @@ def relative_precisions(
         node = int((~good).nonzero()[0])
         what = f"have mean square {worst[node].item()}"
         raise SettlingError(f"the states of node {node} {what}: a weight or state overflowed or vanished")
-    return [beta / (weight_at_zero(family, states[0].shape[-1]) * x) for x in squares]
+    precision = [beta / (weight_at_zero(family, states[0].shape[-1]) * x) for x in squares]
+    if not (finite := torch.stack([p.max() for p in precision]).isfinite()).all():
+        node = int((~finite).nonzero()[0])
+        raise SettlingError(f"the precision of node {node} overflowed: relative_precision = {beta:g} is too large for its states")
+    return precision
 
 
 def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
@@ -248,9 +252,9 @@ class Settled:
     precision: list[Tensor]             # `Pi_l`, positive: `()`, `(D,)` or `(B, T, 1)`
     count: int                          # n, predicted tokens
     loss: float                         # cross-entropy of the feed-forward pass, nats per token; its logits are target-free
-    node_energy: Float[Tensor, "steps nodes"]   # per step from 0 to K, per node and output; nats per predicted token
+    node_energy: Float[Tensor, "steps nodes"]   # per upward pass, 0 to K, per node and output; nats per predicted token
     step_sizes: list[float] = field(default_factory=list)  # accepted step sizes, after halving
-    residual: float | None = None       # equation (5); `None` when it was not asked for
+    residual: float | None = None       # equation (5); `None` when not asked for, or when no pass went up after the last step
     family: Elliptical = Gaussian()     # density of every node
     nudge: float = 1.0                  # weight that the output energy had
     taught: list[tuple[Tensor, ...]] | None = None   # gradients found on the way, per predictor and output; of sums
@@ -341,6 +345,8 @@ class ErrorSettling:
             raise ValueError(f"settling needs {limits}, max_halvings >= 0: got {self}")
         if self.nudge == 0 or not math.isfinite(self.nudge):
             raise ValueError(f"nudge must be a finite number other than zero, got {self.nudge}: without it nothing is learned")
+        if self.per not in get_args(Per):
+            raise ValueError(f"a precision is per node, coordinate or token, got {self.per!r}")
 
     def __call__(
         self,
@@ -352,6 +358,8 @@ class ErrorSettling:
         count, noise = check_batch(model, tokens, targets, self.reduce), noise_seed(model)
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
+            if beyond := [l for l in self.pathway.blocked if l >= len(up.states)]:
+                raise ValueError(f"the pathway blocks predictor {beyond[0]}, but the last one is {len(up.states) - 1}")
             precision = relative_precisions(up.states, self.relative_precision, self.per, self.family, self.reduce)
             errors = [s.new_zeros(()).expand_as(s) for s in up.states]
             batch = torch.stack([up.output_energy.detach(), up.output_energy.new_tensor(count)])
@@ -383,7 +391,8 @@ class ErrorSettling:
                 norms.append(self.norm(errors, deltas, precision))
         resting = self.total(normalisers(up.states, precision, self.family))
         node_energy = (torch.stack(trace) + resting).cpu() / whole
-        residual = (norms[-1] / norms[0] if norms[0] else 0.0) if measure_residual else None
+        seen = measure_residual and not self.fused and self.pathway.up      # else the last errors had no pass of their own
+        residual = (norms[-1] / norms[0] if norms[0] else 0.0) if seen else None
         return Settled(up, errors, precision, count, energy / whole, node_energy, sizes, residual, self.family, self.nudge)
 
     def total(self, x: Tensor) -> Tensor:

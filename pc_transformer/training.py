@@ -38,7 +38,7 @@ from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
 from .generation import Tokenizer, evaluating
-from .learning import gradient_cosine, scratch_gradients
+from .learning import Learner, gradient_cosine, scratch_gradients
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
 from .solvers import StateSettling, make_learner
@@ -349,11 +349,15 @@ class Trainer:
         self.losses.append(loss)
         return loss
 
+    def alone(self) -> Learner:
+        "The learner of this step for a look: it moves no weights and waits for no other process."
+        progress = min(self.step / self.config.train.iters, 1.0)
+        return make_learner(self.config.learner, progress, self.optimizer.zero_grad, self.curvature)
+
     def measure(self) -> dict[str, Any]:
         "Evaluate on the whole validation split and note where the learner sits; appended to the record."
         tokens, targets = self.batch(0)      # all of it, in every process of a team: they agree without asking
-        progress = min(self.step / self.config.train.iters, 1.0)
-        look = make_learner(self.config.learner, progress, self.optimizer.zero_grad, self.curvature)
+        look = self.alone()
         with self.surroundings(), scratch_gradients(self.model):
             report = look.backward(self.model, tokens, targets, measure=True)
             cosine = gradient_cosine(look, self.model, tokens, targets)["all"]

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATA_CHANGES', 'InOrder', 'AlteredTrainer', 'expand', 'part_step', 'settle_config', 'run_name', 'run_one',
-           'settle_study', 'draw_case', 'case_solver', 'try_case', 'stress', 'select']
+           'settle_study', 'draw_case', 'case_solver', 'teacher', 'try_case', 'stress', 'select']
 
 # %% ../../nbs/27_settling_study.ipynb #1f48c867
+import dataclasses
 import json
 import math
 import statistics
@@ -23,7 +24,7 @@ from ..config import ConfigError, ModelConfig, RunConfig, replace, to_dict
 from ..data import Batches, baselines
 from .components import damage
 from .tinyshakespeare import about_run, seconds
-from ..learning import Solver, gradient_cosine
+from ..learning import PredictiveCoding, Solver, gradient_cosine
 from ..model import PCTransformer
 from ..settling import ErrorSettling, SettlingError
 from ..solvers import ENERGIES, HighwaySettling, StateSettling, SweepSettling, make_learner
@@ -47,11 +48,12 @@ class AlteredTrainer(Trainer):
     label_noise = 0.0      # part of the targets that is replaced by another token
     input_noise = 0.0      # part of what is read that is replaced
     foreign_start = 0.0    # part of the steps in which every token is written as another
-    in_order = False       # windows in the order of the text
 
     def alter(
         self, label_noise: float = 0.0, input_noise: float = 0.0, in_order: bool = False, foreign_start: float = 0.0
     ) -> None:
+        if not 0 <= foreign_start <= 1:
+            raise ValueError(f"foreign_start is a part of the steps, in [0, 1], got {foreign_start}")
         self.label_noise, self.input_noise, self.foreign_start = label_noise, input_noise, foreign_start
         if in_order:
             self.batches = InOrder(**vars(self.batches))
@@ -60,7 +62,8 @@ class AlteredTrainer(Trainer):
         tokens, targets = super().batch(step)
         seed, vocab = self.config.train.seed, self.config.model.vocab_size
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        if step < self.foreign_start * self.config.train.iters:
+        now = max(step, self.step)      # a late look at an early batch reads it as the run does by then
+        if now < self.foreign_start * self.config.train.iters:
             written = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
             tokens, targets = written[tokens], written[targets]
         if self.input_noise:
@@ -145,7 +148,7 @@ def draw_case(seed: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     u = lambda low=0.0, high=1.0: low + (high - low) * torch.rand((), generator=g).item()
     pick = lambda options: options[int(torch.randint(len(options), (), generator=g))]
-    return {
+    case = {
         "seed": seed,
         "n_layer": round(24 ** u()),
         "d_model": pick([16, 32, 64, 128, 256]),
@@ -158,6 +161,8 @@ def draw_case(seed: int) -> dict[str, Any]:
         "step_size": 10 ** u(0, 2),            # of states, in units of the bound; a tenth to one of errors' full step
         "weights": 10 ** u(-1, 1),
     }
+    only = {"energy": "gaussian", "per": "node"} if case["solver"] in ("highway", "sweep") else {}    # they have no other
+    return case | only
 
 
 def case_solver(case: Mapping[str, Any]) -> Solver:
@@ -176,6 +181,12 @@ def case_solver(case: Mapping[str, Any]) -> Solver:
     return ErrorSettling(steps, beta, eta, **options)
 
 
+def teacher(case: Mapping[str, Any]) -> Solver:
+    "The solver that learns: of a centred case the whole, which is nudged both ways."
+    solver = case_solver(case)
+    return dataclasses.replace(solver, nudge=1.0) if isinstance(solver, ErrorSettling) else solver
+
+
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     "What became of a case: `settled`, `refused` with a sentence, or `diverged` with what went wrong."
     config = ModelConfig(16, 12, case["n_layer"], 4, case["d_model"], case["attention"])
@@ -187,12 +198,14 @@ def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     tokens, targets = torch.randint(16, (2, 2, 12), generator=torch.Generator().manual_seed(case["seed"]))
     try:
         settled = case_solver(case)(model, tokens, targets)
+        PredictiveCoding(teacher(case), case["solver"] == "centred").backward(model, tokens, targets)
     except SettlingError as error:
         return {"outcome": "refused", "why": str(error)}
+    taught = all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
     moved = settled.node_energy - settled.node_energy[0]      # differences first: normalisers are large and constant
     size = settled.node_energy[:, -1].abs().max() + moved.abs().sum(-1).max()
     rise = float((moved.sum(-1).diff() / size).max()) if len(moved) > 1 else 0.0
-    finite = bool(settled.node_energy.isfinite().all()) and all(bool(s.isfinite().all()) for s in settled.states)
+    finite = taught and bool(settled.node_energy.isfinite().all()) and all(bool(s.isfinite().all()) for s in settled.states)
     good = finite and rise <= 1e-5
     why = "" if good else f"the energy rose by {rise:.1e} of itself" if finite else "a number is not finite"
     return {"outcome": "settled" if good else "diverged", "why": why}
