@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Per', 'Reduce', 'Chain', 'SettlingError', 'noise_seed', 'Pass', 'predict_node', 'output_energy', 'predict_up',
-           'Pathway', 'errors_down', 'relative_precisions', 'shared_mean', 'weight_at_zero', 'quadratics',
-           'moving_energies', 'normalisers', 'stiffness', 'step_errors', 'Settled', 'gradient_norm', 'check_batch',
-           'rounding', 'ErrorSettling']
+           'Pathway', 'errors_down', 'check_errors', 'relative_precisions', 'shared_mean', 'weight_at_zero',
+           'quadratics', 'moving_energies', 'normalisers', 'stiffness', 'step_errors', 'Settled', 'gradient_norm',
+           'check_batch', 'rounding', 'ErrorSettling']
 
 # %% ../nbs/20_settling.ipynb #4aaa67a7
 import math
@@ -150,6 +150,14 @@ def errors_down(
             (delta,) = torch.autograd.grad(up.predict(l), up.inputs[l], delta, retain_graph=keep_graph)
         deltas.append(delta)
     return deltas[::-1]
+
+
+def check_errors(errors: Sequence[Tensor]) -> None:
+    "Raises SettlingError, naming the highest node whose error is not finite: for solvers that look at no energy afterwards."
+    good = torch.stack([e.sum() for e in errors]).isfinite()
+    if not good.all():
+        node = int((~good).nonzero()[-1])
+        raise SettlingError(f"the error of node {node} is not finite: its message overflowed, or its precision vanished")
 
 # %% ../nbs/20_settling.ipynb #fef31b66
 Per = Literal["node", "coordinate", "token"]
@@ -379,6 +387,7 @@ class ErrorSettling:
                 heard = sent.pop(0) if len(sent) > self.pathway.delay else [torch.zeros_like(d) for d in deltas]
                 if last or not self.pathway.up:
                     errors = step_errors(errors, heard, precision, self.step_size, self.family)
+                    check_errors(errors)
                     sizes.append(self.step_size)
                 else:
                     del up      # its tensors are not needed while the next pass is built

@@ -23,8 +23,9 @@ from .config import LearnerConfig
 from .learning import Backprop, Learner, PredictiveCoding, Report, Solver, learn
 from .model import PCTransformer
 from pc_transformer.settling import (
-    Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, errors_down, gradient_norm, moving_energies,
-    noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, rounding, step_errors, stiffness,
+    Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, check_errors, errors_down, gradient_norm,
+    moving_energies, noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, rounding, step_errors,
+    stiffness,
 )
 
 # %% ../nbs/25_solvers.ipynb #bfa77d1b
@@ -60,6 +61,7 @@ class SweepSettling:
             count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
             deltas, taught = self.down(model, up)
         errors = step_errors(zero, deltas, precision, 1.0)
+        check_errors(errors)
         node_energy = (energies + normalisers(up.states, precision))[None].cpu() / count
         residual = 0.0 if measure_residual else None       # of equation (5) in chapter 20, at the fixed predictions
         loss = up.output_energy.item() / count
@@ -348,6 +350,7 @@ class HighwaySettling:
         with torch.enable_grad():
             count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
             errors = step_errors(zero, self.messages(up), precision, 1.0)
+            check_errors(errors)
             residual = None
             if measure_residual:
                 exact = errors_down(up, keep_graph=True)
