@@ -11,7 +11,7 @@ pct compare --iters 2000 --evals 1 --seeds "[4,5]" --keep_models false --variant
 L="$S --train.iters 5000 --train.eval_interval 1250"
 $L --grid '{"train.seed": [1, 2, 3, 4, 5], "learner.algorithm": "backprop"}'
 $L --grid '{"train.seed": [1, 2, 3, 4, 5], "learner.relative_precision": 10000}'
-$L --grid '{"train.seed": [1, 2], "learner.solver": "sweep"}'
+$L --grid '{"train.seed": 1, "learner.solver": "sweep"}'
 
 # five hundred steps
 H="$S --train.iters 500"
@@ -75,6 +75,7 @@ done
 # softer, nearer to equilibrium, centred, from soft to stiff
 M="$M --train.iters 500 --train.eval_interval 500"
 $M --grid '{"train.seed": [1, 2, 3], "learner.steps": [4, 8], "learner.relative_precision": 30}'
-$M --grid '{"train.seed": [1, 2, 3], "learner.steps": 4, "learner.relative_precision": 100, "learner.centred": true}'
+$M --grid '{"train.seed": [4, 5, 6], "learner.algorithm": "backprop"}'
+$M --grid '{"train.seed": [1, 2, 3, 4, 5, 6], "learner.steps": 4, "learner.relative_precision": 100, "learner.centred": true}'
 $M --grid '{"train.seed": [1, 2, 3], "learner.steps": 4, "learner.relative_precision": 30, "learner.relative_precision_end": 10000}'
 $M --grid '{"train.seed": [1, 2, 3], "learner.steps": 4, "learner.relative_precision": 10000}'
