@@ -23,9 +23,9 @@ from .config import LearnerConfig
 from .learning import Backprop, Learner, PredictiveCoding, Report, Solver, learn
 from .model import PCTransformer
 from pc_transformer.settling import (
-    Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, check_errors, errors_down, gradient_norm,
-    moving_energies, noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions, rounding, step_errors,
-    stiffness,
+    Chain, ErrorSettling, Pass, Per, Reduce, Settled, SettlingError, check_batch, check_errors, errors_down, given_precisions,
+    Weigh, gradient_norm, moving_energies, noise_seed, normalisers, output_energy, predict_node, predict_up, relative_precisions,
+    rounding, step_errors, stiffness,
 )
 
 # %% ../nbs/25_solvers.ipynb #bfa77d1b
@@ -179,6 +179,7 @@ class StateSettling:
     family: Elliptical = Gaussian()     # density of every node
     per: Per = "node"                   # one precision for each node, coordinate or token
     lean: bool = False                  # keep states only and make each layer's graph again
+    weigh: Weigh | None = None          # precisions from elsewhere, as in `ErrorSettling`
 
     def __post_init__(self):
         whole = all(isinstance(n, int) for n in (self.steps, self.max_halvings)) and self.steps >= 1 and self.max_halvings >= 0
@@ -228,7 +229,8 @@ class StateWalk:
         count, noise = check_batch(model, tokens, targets), noise_seed(model)
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=solver.lean, noise=noise)
-            precision = relative_precisions(up.states, solver.relative_precision, solver.per, solver.family)
+            precision = given_precisions(up.states, solver.weigh) if solver.weigh is not None else relative_precisions(
+                up.states, solver.relative_precision, solver.per, solver.family)
             zero = [s.new_zeros(()).expand_as(s) for s in up.states]
             energies = moving_energies(up, zero, precision, solver.family)
             if not energies.isfinite().all():
