@@ -360,7 +360,7 @@ class ErrorSettling:
     nudge: float = 1.0                  # weight of the output energy: 1, or halves of both signs (chapter 21)
     pathway: Pathway = Pathway()        # which messages travel
     reduce: Reduce | None = None        # sums over the processes that share the batch, if there are several (chapter 28)
-    weigh: Weigh | None = None          # precisions from elsewhere, learned or predicted; none: equation (3)
+    weigh: Weigh | None = None          # precisions from elsewhere, instead of `relative_precision` and `per`; none: equation (3)
 
     def __post_init__(self):
         counts = isinstance(self.steps, int) and self.steps >= 1 and isinstance(self.max_halvings, int) and self.max_halvings >= 0
