@@ -36,7 +36,7 @@ def local_gradient(
     named = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         mu = predictor(below)
-    message = -stiffness(error, precision, family) * error / count
+    message = (-stiffness(error, precision, family) * error / count).to(mu.dtype)
     return dict(zip(named, torch.autograd.grad(mu, list(named.values()), message), strict=True)) if named else {}
 
 # %% ../nbs/21_learning.ipynb #b6a206ef
@@ -139,8 +139,9 @@ def learn(
     for l, f in reversed(list(enumerate(model.predictors))):     # any order teaches the same; this one holds least at once
         parameters = [p for p in f.parameters() if p.requires_grad]
         if parameters:
-            message = sign * settled.message(l) / count
-            accumulate(parameters, torch.autograd.grad(settled.up.predict(l), parameters, message))
+            mu = settled.up.predict(l)
+            message = (sign * settled.message(l) / count).to(mu.dtype)
+            accumulate(parameters, torch.autograd.grad(mu, parameters, message))
 
 # %% ../nbs/21_learning.ipynb #84fe4ef4
 @contextmanager

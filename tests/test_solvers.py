@@ -22,7 +22,14 @@ from pc_transformer.learning import (
     gradients,
     local_gradient,
 )
-from pc_transformer.settling import ErrorSettling, Pathway, SettlingError, errors_down, predict_up
+from pc_transformer.settling import (
+    ErrorSettling,
+    Pathway,
+    SettlingError,
+    errors_down,
+    predict_up,
+    relative_precisions,
+)
 from pc_transformer.solvers import (
     ENERGIES,
     HighwaySettling,
@@ -335,3 +342,144 @@ def test_make_learner_knows_every_solver() -> None:
         made = make_learner(LearnerConfig(solver=name, steps=steps))
         assert isinstance(made, PredictiveCoding)
     assert make_learner(LearnerConfig(algorithm="backprop")) == Backprop()
+
+
+# ---- positions that predict nothing and are not seen
+
+
+def ragged(
+    dtype: torch.dtype = torch.float64, pad: float = 1e4, **changes: Any
+) -> tuple[PCTransformer, Tensor, Tensor]:
+    "A model with room for padding, whose embedding is `pad` times as large; one row ends early, one predicts nothing."
+    model = PCTransformer(ModelConfig(**(SIZES | {"block_size": 32} | changes)), seed=1).to(dtype)
+    stir(model, 1, 5.0)
+    tokens, targets = torch.randint(8, (2, 4, 8), generator=torch.Generator().manual_seed(0)).unbind()
+    targets[0, 1], targets[1, 5:], targets[3] = -100, -100, -100
+    with torch.no_grad():
+        model.predictors[0].position.weight[8:] *= pad
+    return model, tokens, targets
+
+
+def padded(tokens: Tensor, targets: Tensor, to: int = 32) -> tuple[Tensor, Tensor]:
+    more = to - tokens.shape[1]
+    return F.pad(tokens, (0, more), value=8), F.pad(targets, (0, more), value=-100)
+
+
+def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    "The largest difference in units of the largest entry of the whole gradient."
+    return max((one[n] - two[n]).abs().max().item() for n in one) / max(g.abs().max().item() for g in one.values())
+
+
+PADDED: dict[str, Any] = {
+    "backprop": Backprop(),
+    "centred": PredictiveCoding(ErrorSettling(steps=3, relative_precision=1.0, step_size=0.5), centred=True),
+    "handed": PredictiveCoding(
+        ErrorSettling(3, 1.0, 0.5, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach))
+    ),
+    **{
+        f"{kind}, per {per}, {name}": PredictiveCoding(
+            ErrorSettling(4, 1.0, 0.5, family=ENERGIES[name], per=per, max_halvings=30)
+            if kind == "soft"
+            else StateSettling(4, 3.0, family=ENERGIES[name], per=per)
+        )
+        for kind in ("soft", "states")
+        for per, name in (("node", "huber"), ("coordinate", "gaussian"), ("token", "gaussian"), ("token", "student_t"))
+    },
+    **{name: PredictiveCoding(solver) for name, solver in SOLVERS.items()},
+    "incremental": IncrementalPC(StateSettling(steps=4, relative_precision=3.0), lambda: None),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_nothing(name: str) -> None:
+    "What stands behind a row's last target, and is seen by nothing that is predicted, has no part in any statistic."
+    model, tokens, targets = ragged()
+    whole = padded(tokens, targets)
+    short, long = (gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), whole))
+    assert apart(short, long) < 1e-12
+    if isinstance(learner := PADDED[name], PredictiveCoding):
+        one, two = (learner.solver(model, x, y) for x, y in ((tokens, targets), whole))
+        torch.testing.assert_close(one.node_energy, two.node_energy, rtol=1e-11, atol=1e-11)
+        assert one.step_sizes == two.step_sizes and one.loss == pytest.approx(two.loss, rel=1e-13)
+        if one.residual is not None:
+            assert one.residual == pytest.approx(two.residual, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["dot", "student_t", "mixture"])
+@pytest.mark.parametrize("name", ["errors", "soft, per coordinate, gaussian", "sweep", "highway", "states"])
+def test_padding_changes_nothing_in_float32(name: str, attention: str) -> None:
+    "Beyond 1e-6 only what rounding to float32 does anyway: the padded batch is no further off than the short one."
+    model, tokens, targets = ragged(torch.float32, attention=attention)
+    exact = gradients(PADDED[name], ragged(attention=attention)[0], tokens, targets)
+    short, long = (
+        gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), padded(tokens, targets))
+    )
+    rounded = apart(exact, {n: g.double() for n, g in short.items()})
+    assert apart(short, long) < 1e-6 + 4 * rounded < (0.1 if name == "states" else 1e-3)
+
+
+class LooksAhead(torch.nn.Module):
+    "A chain that is not this library's: every position reads the mean of all, those behind the last target too."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.output = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        self.double()
+        stir(self, 3, 2.0)
+
+    @property
+    def predictors(self) -> list[Any]:
+        read = lambda f: lambda s: s + (f(s) + s.mean(1, keepdim=True)).tanh()
+        own = [read(f) for f in self.layers]
+        for f, layer in zip(own, self.layers, strict=True):
+            f.parameters = layer.parameters  # type: ignore[attr-defined]
+        return [self.embed, *own]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        s = tokens
+        for f in self.predictors:
+            s = f(s)
+        return self.output(s)
+
+
+@pytest.mark.parametrize("per", ["node", "coordinate", "token"])
+@pytest.mark.parametrize("kind", ["errors", "states", "sweep"])
+def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
+    "Where positions behind the last target are read, they settle, cost energy and teach like any other."
+    model, (tokens, targets) = LooksAhead(), batch()
+    targets[:, 3:] = -100
+    solver: Any = {
+        "errors": ErrorSettling(3, 30.0, per=per),
+        "states": StateSettling(30, 30.0, per=per),
+        "sweep": SweepSettling(),
+    }[kind]
+    settled = solver(model, tokens, targets)
+    assert all(e[:, 3:].abs().max() > 0 for e in settled.errors[:-1])
+    assert (settled.energy.diff() <= 1e-12 * settled.energy.abs().max()).all()
+    if kind != "sweep":
+        for l, f in enumerate(model.predictors):
+            below = tokens if l == 0 else settled.states[l - 1]
+            stated = settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum() / settled.count
+            torch.testing.assert_close(settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9)
+    stiff: Any = ErrorSettling(relative_precision=1e9, per=per) if kind != "sweep" else solver
+    learner: Any = PredictiveCoding(stiff)
+    ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))  # type: ignore[arg-type]
+    assert apart(theirs, ours) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["states", "states, adam", "errors, K = 3", "highway"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
+    small, states = dtype == torch.float32, name == "states"  # whose error is a difference: rounding is amplified
+    limit = (1e-3 if states else 1e-6) if small else 1e-11
+    model, (tokens, targets) = build().to(dtype), batch(B=5)
+    targets[3, 4:] = -100
+    first = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
+    curves = StateSettling().tuned(model, tokens, targets).curvature
+    for seed in range(3):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+        other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
+        assert apart(first, other) < limit
+        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == curves
