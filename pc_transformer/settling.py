@@ -13,13 +13,14 @@ __all__ = ['Per', 'Reduce', 'Weigh', 'Chain', 'SettlingError', 'widened', 'noise
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .config import check_types
 from .energies import Elliptical, Gaussian
 from .model import PCTransformer, check_targets, check_tokens
 
@@ -132,6 +133,7 @@ class Pathway:
     delay: int = 0                  # sweeps by which messages are late
 
     def __post_init__(self):
+        check_types(self)
         if self.delay < 0 or any(l < 1 for l in self.blocked):
             raise ValueError(f"a pathway needs delay >= 0 and blocked predictors from 1 on: got {self}")
         if self.skip and (self.blocked or not self.down):
@@ -367,6 +369,9 @@ def check_batch(
     reduce: Reduce | None = None,   # sums over the processes that share the batch: one of them may predict nothing
 ) -> int:
     "The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch that cannot be learned from."
+    for name, x in (("tokens", tokens), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape (batch, time), got {type(x).__name__}")
     if isinstance(model, PCTransformer):
         check_tokens(tokens, model.config)
         check_targets(targets, tokens, model.config)
@@ -411,14 +416,13 @@ class ErrorSettling:
     weigh: Weigh | None = None          # precisions from elsewhere, instead of `relative_precision` and `per`; none: equation (3)
 
     def __post_init__(self):
-        counts = isinstance(self.steps, int) and self.steps >= 1 and isinstance(self.max_halvings, int) and self.max_halvings >= 0
-        if not (counts and 0 < self.relative_precision < math.inf and 0 < self.step_size <= 1 and 0 <= self.tolerance < 1):
+        check_types(self)
+        counts = self.steps >= 1 and self.max_halvings >= 0
+        if not (counts and 0 < self.relative_precision and 0 < self.step_size <= 1 and 0 <= self.tolerance < 1):
             limits = "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], tolerance in [0, 1)"
             raise ValueError(f"settling needs {limits}, max_halvings >= 0: got {self}")
-        if self.nudge == 0 or not math.isfinite(self.nudge):
-            raise ValueError(f"nudge must be a finite number other than zero, got {self.nudge}: without it nothing is learned")
-        if self.per not in get_args(Per):
-            raise ValueError(f"a precision is per node, coordinate or token, got {self.per!r}")
+        if self.nudge == 0:
+            raise ValueError("nudge must be a number other than zero: without it nothing is learned")
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from pc_transformer.solvers import (
     IncrementalPC,
     StateSettling,
     SweepSettling,
+    UnsettledWarning,
     make_learner,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
@@ -483,3 +485,84 @@ def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> Non
         other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
         assert apart(first, other) < limit
         assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == curves
+
+
+# ---- what a solver refuses, says and measures
+
+
+def fed(dtype: torch.dtype) -> tuple[PCTransformer, Tensor, Tensor]:
+    "A model as its constructor makes it, at one dtype."
+    tokens, targets = batch(B=4)
+    return PCTransformer(ModelConfig(**SIZES), seed=1).to(dtype), tokens, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns(dtype: torch.dtype) -> None:
+    "Precisions and errors are kept in float32: a stiff node's precision is beyond float16, its errors below it."
+    full = gradients(Backprop(), *fed(torch.float32))
+    for name in ("errors", "errors, K = 3", "errors, lean", "errors, fused", "errors, per coordinate", "errors, per token",
+                 "errors, student_t", "sweep", "highway", "highway, lean"):  # fmt: skip
+        model, tokens, targets = fed(dtype)
+        settled = SOLVERS[name](model, tokens, targets)
+        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.precision))
+        assert all(s.dtype == dtype for s in settled.states) and settled.energy.isfinite().all()
+        found = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
+        flat = [torch.cat([g[n].double().flatten() for n in full]) for g in (found, full)]
+        assert F.cosine_similarity(*flat, dim=0) > 0.999, name
+        assert all(g.dtype == dtype for g in found.values())
+    with pytest.raises(TypeError, match="too few digits"):
+        StateSettling()(*fed(dtype))
+
+
+def test_a_sweep_measures_its_residual() -> None:
+    "At its fixed predictions it is rounding; a sweep whose messages are wrong says so."
+
+    class Weak(SweepSettling):
+        def down(self, *args: Any, **options: Any) -> Any:
+            deltas, taught = super().down(*args, **options)
+            return [0.9 * d for d in deltas], taught
+
+    model, (tokens, targets) = build().float(), batch()
+    for lean in (False, True):
+        right, weak = (kind(lean=lean)(model, tokens, targets).residual for kind in (SweepSettling, Weak))
+        assert right is not None and 0 < right < 1e-6 and weak == pytest.approx(0.1, rel=1e-4)
+    assert SweepSettling()(model, tokens, targets, measure_residual=False).residual is None
+
+
+def test_parallel_states_say_that_they_are_far_from_rest() -> None:
+    "Once, not at every batch; and only where the residual is measured and large."
+    model = build()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for seed in range(4):
+            settled = StateSettling(steps=2)(model, *batch(seed))
+            assert settled.residual is not None and settled.residual > 0.5
+    assert [w.category for w in said] == [UnsettledWarning] and len(str(said[0].message).splitlines()) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StateSettling(steps=2)(model, *batch(), measure_residual=False)
+        ErrorSettling(steps=1, relative_precision=1.0, max_halvings=30)(model, *batch())
+        near = StateSettling(300, 30.0, method="momentum", step_size=0.5)(model, *batch())
+    assert near.residual is not None and near.residual < 0.5
+
+
+@pytest.mark.parametrize("kind", [ErrorSettling, StateSettling, SweepSettling, HighwaySettling, Pathway])
+def test_types_of_settings_come_first(kind: Any) -> None:
+    "Whatever is no number, name or function where one belongs: one sentence that names the setting."
+    for f in dataclasses.fields(kind):
+        wrong = [object(), {}, [3], torch.ones(2, 3), "0.1", b"x", 1 + 0j, math.nan, math.inf]
+        wrong += [2.0] if f.type is int else []
+        wrong += [True] if f.type in (int, float) else [1] if f.type is bool else []
+        for value in wrong:
+            with pytest.raises(ValueError) as caught:
+                kind(**{f.name: value})
+            assert f.name in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    kind(**{f.name: f.default for f in dataclasses.fields(kind)})
+
+
+def test_batches_that_are_no_tensors() -> None:
+    model, (tokens, targets) = build(), batch()
+    for solver in (ErrorSettling(), StateSettling(), SweepSettling(), HighwaySettling()):
+        for x, y in ((tokens.tolist(), targets), (tokens, None), (tokens.numpy(), targets)):
+            with pytest.raises(TypeError, match="must be a tensor of shape"):
+                solver(model, x, y)  # type: ignore[arg-type]
