@@ -140,15 +140,15 @@ def largest(
     iterations: int,
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> float:
-    "Largest eigenvalue of a symmetric operator by power iteration from a fixed random direction, one for all positions."
+    "Largest eigenvalue, in size, of a symmetric operator by power iteration from a random direction, one for all positions."
     v = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like).expand_as(like)
     v = v if live is None else v * live.unsqueeze(-1)
     value = 0.0
     for _ in range(iterations):
         v = v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
         w = apply(v)
-        value, v = (v * w).sum().item(), w
-    return max(value, 0.0)
+        value, v = w.norm().item(), w      # of either sign: an output behind a norm also curves down
+    return value
 
 
 def curvatures(
@@ -257,6 +257,7 @@ class StateWalk:
     sizes: list[float] = dataclasses.field(default_factory=list)
     first: list[Tensor] = dataclasses.field(default_factory=list)    # remembered gradients
     second: list[Tensor] = dataclasses.field(default_factory=list)   # remembered squares
+    forgot: int = 0                # steps after which both were last forgotten
 
     @classmethod
     def begin(cls, solver: StateSettling, model: Chain, tokens: Tensor, targets: Tensor) -> "StateWalk":
@@ -300,7 +301,8 @@ class StateWalk:
 
     def direction(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         "What a step of size one takes away: gradients over bounds, with memory if there is any."
-        natural, m, k = [g / b for g, b in zip(gradients, self.bounds, strict=True)], self.solver.memory, len(self.sizes) + 1
+        natural, m = [g / b for g, b in zip(gradients, self.bounds, strict=True)], self.solver.memory
+        k = len(self.sizes) + 1 - self.forgot      # gradients in memory, this one included
         if self.solver.method == "gradient":
             return natural
         old = self.first or [torch.zeros_like(g) for g in natural]
@@ -333,7 +335,7 @@ class StateWalk:
                                     f"{before.sum().item():.4g} nats: {old}lower step_size or allow more halvings")
             eta /= 2
             direction = [g / b for g, b in zip(slopes, self.bounds, strict=True)]
-            self.first, self.second = [], []
+            self.first, self.second, self.forgot = [], [], len(self.sizes) + 1
         self.up = up
         self.trace.append(energies)
         self.sizes.append(eta)

@@ -1,9 +1,11 @@
 """The honesty rules for every solver, node density and pathway, and that nothing diverges silently."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,9 +38,12 @@ from pc_transformer.solvers import (
     HighwaySettling,
     IncrementalPC,
     StateSettling,
+    StateWalk,
     SweepSettling,
     UnsettledWarning,
+    errors_of,
     make_learner,
+    state_gradients,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 
@@ -69,7 +74,7 @@ SOLVERS: dict[str, Solver] = {
 
 def build(seed: int = 1, **changes: Any) -> PCTransformer:
     "A random model in float64 in which every part matters."
-    model = PCTransformer(ModelConfig(**SIZES, **changes), seed).double()
+    model = PCTransformer(ModelConfig(**(SIZES | changes)), seed).double()
     stir(model, seed, 5.0)
     return model
 
@@ -344,6 +349,100 @@ def test_make_learner_knows_every_solver() -> None:
         made = make_learner(LearnerConfig(solver=name, steps=steps))
         assert isinstance(made, PredictiveCoding)
     assert make_learner(LearnerConfig(algorithm="backprop")) == Backprop()
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_adam_is_adam(memory: float) -> None:
+    "Both moments are corrected for their start at zero, as torch's are; after a rejected step they start anew."
+    model, (tokens, targets) = build(), batch()
+    solver = StateSettling(relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40)
+    walk, noise = StateWalk.begin(solver, model, tokens, targets), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        moved = [torch.zeros_like(s) for s in walk.up.states]
+        theirs = torch.optim.Adam(moved, lr=1.0, betas=(memory, 0.999), eps=1e-12)
+        for _ in range(4):
+            slopes = [torch.randn(s.shape, generator=noise, dtype=s.dtype) for s in moved]
+            before = [s.clone() for s in moved]
+            for s, g, bound in zip(moved, slopes, walk.bounds, strict=True):
+                s.grad = g / bound
+            theirs.step()
+            steps = zip(walk.direction(slopes), before, moved, walk.up.states, strict=True)
+            for ours, old, new, state in steps:
+                torch.testing.assert_close(ours, (old - new) * 0.01 * state.square().mean().sqrt())
+            walk.sizes.append(1.0)
+        walk.step()  # ten thousand times too long: halved, and what was remembered is lost
+        assert walk.sizes[-1] < 1e4
+
+
+def test_bounds_are_those_of_each_nodes_own_block() -> None:
+    "Equation (2): a node's block of the Hessian has its own precision and that of the node above, never another's."
+    model, (tokens, targets) = build(n_layer=1), batch(B=1)
+    given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
+    walk = StateWalk.begin(StateSettling(weigh=lambda *_: given), model, tokens, targets)
+
+    def energy(states: list[Tensor]) -> Tensor:
+        below = [tokens, *states[:-1]]
+        trios = zip(states, model.predictors, below, given, strict=True)
+        logits = model.output(states[-1])
+        judged = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return judged + sum((p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(()))
+
+    reference = patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", ""))
+    for l, s in enumerate(walk.up.states):
+
+        def along(x: Tensor, l: int = l) -> Tensor:
+            return energy([x if m == l else t for m, t in enumerate(walk.up.states)])
+
+        with reference:  # which has second derivatives
+            block = torch.autograd.functional.hessian(along, s).reshape(48, 48)  # type: ignore[arg-type]
+        above = torch.linalg.matrix_norm(block - given[l] * torch.eye(48).double(), 2)
+        assert 0.97 < walk.bounds[l] / (given[l] + above) < 1.05
+
+
+def masks(model: PCTransformer) -> dict[str, list[Tensor]]:
+    "What every dropout module drops, at each look, from now on."
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda _, __, out, name=name: seen.setdefault(name, []).append(out.detach() == 0)
+            )
+    return seen
+
+
+@pytest.mark.parametrize("name", ["errors, K = 3", "states", "highway", "sweep"])
+def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
+    "Within a settling a layer drops the same at every look; another layer, and another settling, something else."
+    model, (tokens, targets) = build(dropout=0.4), batch()
+    seen, first = masks(model), {}
+    for turn in range(2):
+        seen.clear()
+        SOLVERS[name](model, tokens, targets)
+        assert len(seen) == 1 + len(model.predictors[1:]) and all(torch.equal(m, all_[0]) for all_ in seen.values() for m in all_)
+        now = {where: looks[0] for where, looks in seen.items()}
+        for a, b in itertools.combinations(now, 2):
+            assert 0.3 < (now[a] != now[b]).double().mean() < 0.7, f"{a} and {b} drop the same"
+        if turn:
+            assert all((now[a] != first[a]).any() for a in now)
+        first = now
+
+
+@pytest.mark.parametrize("learner", [LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(solver="sweep")])
+def test_dropout_differs_between_steps(learner: LearnerConfig) -> None:
+    "Training drops something else at every step, though each is a function of the seed."
+    runs = []
+    for _ in range(2):
+        t = trainer(learner, dropout=0.4)
+        seen, steps = masks(t.model), []
+        for _ in range(3):
+            t.advance()
+            steps.append({where: looks[0] for where, looks in seen.items()})
+            seen.clear()
+        for a, b in itertools.combinations(steps, 2):
+            assert all(0.3 < (a[where] != b[where]).double().mean() < 0.7 for where in a)
+        runs.append(steps)
+    for a, b in zip(*runs, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[where], b[where]) for where in a)
 
 
 # ---- positions that predict nothing and are not seen
