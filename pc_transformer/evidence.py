@@ -28,7 +28,7 @@ from .cache import Snapshot
 from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
-from .generation import evaluating
+from .generation import evaluating, is_int, is_real
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
@@ -211,10 +211,13 @@ class EvidenceTransformer(nn.Module):
         step_size: float = 1.0,                 # eta
     ):
         super().__init__()
-        whole = all(isinstance(n, int) and n >= 0 for n in (steps, rounds))
-        if not (whole and 0 < relative_precision < math.inf and 0 < step_size <= 1):
+        if not isinstance(model, PCTransformer):
+            raise TypeError(f"evidence settles a PCTransformer, not a {type(model).__name__}")
+        whole = is_int(steps) and is_int(rounds) and steps >= 0 and rounds >= 0
+        real = is_real(relative_precision) and is_real(step_size)
+        if not (whole and real and relative_precision > 0 and 0 < step_size <= 1):
             raise ValueError("evidence needs whole steps and rounds >= 0, finite relative_precision > 0 and step_size in (0, 1], "
-                             f"got {steps}, {rounds}, {relative_precision} and {step_size}")
+                             f"got {steps!r}, {rounds!r}, {relative_precision!r} and {step_size!r}")
         self.model, self.config, self.steps, self.rounds, self.step_size = model, model.config, steps, rounds, step_size
         self.log_beta = nn.Parameter(torch.full((len(model.predictors),), math.log(relative_precision)))
 
@@ -370,7 +373,7 @@ def sample_columns(
         trace.append(now)
     return place, trace, log_weights
 
-# %% ../nbs/29_evidence.ipynb #24bb9900
+# %% ../nbs/29_evidence.ipynb #9a26a784
 def resample(
     log_weights: Float[Tensor, "S B"],                      # of S draws, for each of B rows
     generator: torch.Generator | None = None,
@@ -387,10 +390,10 @@ class EvidenceSettler:
     """Next-token logits over a past that settles on evidence; with a temperature, over several sampled pasts.
 
     Several sampled pasts are draws of equation (2) with their weights, resampled when half their worth is lost: weighted means
-    tend to the posterior's as their number grows, for any number of steps. A single one has nothing to be weighed against: its
-    columns are drawn in the order of time, each given those before it, so no token speaks about columns before its own. The
-    newest column predicts without errors in either case. Noise is drawn for the whole batch: with a temperature, a row's
-    samples depend on which rows it is read with.
+    tend to the posterior's as their number grows, for any number of steps. A single one has nothing to be weighed against and
+    is no draw from the posterior: each column, given those before it, lies between its prior and its own posterior, nearer to
+    the latter with more steps, and no token speaks about columns before its own. The newest column predicts without errors in
+    either case. Noise is drawn for the whole batch: with a temperature, a row's samples depend on which rows it is read with.
     """
 
     steps: int = 1                              # K, of every column
@@ -471,14 +474,13 @@ class EvidenceSettler:
 
 def check_settler(s: EvidenceSettler) -> None:
     "Raise ValueError, one sentence, for numbers that no settler can have."
-    whole = lambda x, least: isinstance(x, int) and not isinstance(x, bool) and x >= least
-    real = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-    if not (whole(s.steps, 0) and (s.step_size is None or real(s.step_size) and 0 < s.step_size <= 1)):
+    whole = lambda x, least: is_int(x) and x >= least
+    if not (whole(s.steps, 0) and (s.step_size is None or is_real(s.step_size) and 0 < s.step_size <= 1)):
         raise ValueError(f"a settler needs whole steps >= 0 and step_size in (0, 1], got {s.steps!r} and {s.step_size!r}")
-    if not (real(s.relative_precision) and s.relative_precision > 0 and whole(s.seed, 0) and s.seed < 2**63):
+    if not (is_real(s.relative_precision) and s.relative_precision > 0 and whole(s.seed, 0) and s.seed < 2**63):
         raise ValueError("a settler needs a finite relative_precision > 0 and a whole seed >= 0 below 2**63, "
                          f"got {s.relative_precision!r} and {s.seed!r}")
-    good = whole(s.samples, 1) and real(s.temperature) and s.temperature >= 0
+    good = whole(s.samples, 1) and is_real(s.temperature) and s.temperature >= 0
     if not good or (s.samples > 1 and not s.temperature):
         raise ValueError("a settler needs samples >= 1 and temperature >= 0, and several samples need a temperature above 0, "
                          f"got {s.samples!r} and {s.temperature!r}")
@@ -541,8 +543,8 @@ def gains(
 def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
     "Windows spread evenly over a text, and their targets. Raises ValueError for a text too short."
     most = (len(ids) - 1) // block_size
-    if not 1 <= count <= most:
-        raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, so not {count} of them")
+    if not is_int(count) or not 1 <= count <= most:
+        raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, so not {count!r} of them")
     starts = torch.linspace(0, most - 1, count).round().long() * block_size
     x = torch.stack([ids[s : s + block_size + 1] for s in starts.tolist()])
     return x[:, :-1], x[:, 1:]
