@@ -453,11 +453,11 @@ class Laplace(Elliptical):
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "(D-1)/2 log pi + (D+1)/2 log(2 eps) + log K_(D+1)/2(eps), with its limit at eps = 0"
-        eps, order = _exact(self.eps), (dim + 1) / 2
-        tiny, rest = 1e-8 > eps, (dim - 1) / 2 * math.log(math.pi) + order * math.log(2)
-        log = _LogBessel.apply(torch.where(tiny, 1.0, eps), order)[0]
-        limit = torch.full_like(eps, math.lgamma(order) + (order - 1) * math.log(2))
-        return _as_given(rest + torch.where(tiny, limit, log), self.eps)
+        eps, order, least = _exact(self.eps), (dim + 1) / 2, 1e-8
+        rest, limit = (dim - 1) / 2 * math.log(math.pi) + order * math.log(2), math.lgamma(order) + (order - 1) * math.log(2)
+        if not isinstance(self.eps, Tensor): return rest + (limit if self.eps < least else _bessel(order, float(self.eps))[0])
+        log = _LogBessel.apply(torch.where(eps < least, 1.0, eps), order)[0]
+        return _as_given(rest + torch.where(eps < least, torch.full_like(eps, limit), log), self.eps)
 
     def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
         "A radius from Gamma(D, 1); for eps > 0 by rejection"
