@@ -513,7 +513,9 @@ class PCAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
-        start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+        with torch.device("cpu"):     # a number, also where the parameters are made on another device, or on none
+            start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+            typical = self.typical_score(start, tails) if background else 0.0
         per_head = (self.n_kv_head, *[self.n_component] * (family == "mixture"), 1)
         self.log_precision = None if fixed else nn.Parameter(torch.full(per_head, math.log(start)))
         if precision == "diagonal":
@@ -523,7 +525,7 @@ class PCAttention(nn.Module):
         self.log_tail = nn.Parameter(torch.full((n_head, 1), math.log(*tails.values()))) if tails else None
         self.shift = nn.Parameter(self.first_shifts()) if family == "mixture" else None
         self.log_mix = nn.Parameter(torch.zeros(per_head)) if family == "mixture" else None
-        self.background = nn.Parameter(self.typical_score(start, tails) - 2 + torch.zeros(n_head, 1)) if background else None
+        self.background = nn.Parameter(typical - 2 + torch.zeros(n_head, 1)) if background else None
 
     @property
     def alpha(self) -> float:
