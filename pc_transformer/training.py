@@ -6,12 +6,12 @@
 __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'not_finite', 'evaluate', 'exchange', 'beside', 'whole_folder', 'write_text',
            'CheckpointError', 'read_json', 'write_tensors', 'read_tensors', 'check_fit', 'check_finite', 'restore',
            'blueprint', 'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of', 'anatomy', 'check_savable',
-           'SavedTokenizer', 'description', 'write_model', 'save', 'checkpoints', 'step_of', 'newest', 'steady', 'load',
-           'read_model', 'load_tokenizer', 'read_tokenizer', 'tokenizer_of', 'make_optimizer', 'learning_rate',
+           'SavedTokenizer', 'tokenizer_of', 'description', 'write_model', 'save', 'checkpoints', 'step_of', 'newest',
+           'steady', 'load', 'read_model', 'load_tokenizer', 'read_tokenizer', 'make_optimizer', 'learning_rate',
            'pick_device', 'Trainer', 'optimizer_tensors', 'check_moments', 'save_checkpoint', 'outdated', 'data_hash',
            'resume', 'take_up', 'check_progress', 'is_number', 'flat', 'restore_optimizer', 'Interrupted',
-           'graceful_stop', 'sole_run', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'TextData', 'start',
-           'write_run_config', 'read_run_config']
+           'graceful_stop', 'sole_run', 'names', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'TextData',
+           'start', 'write_run_config', 'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
@@ -169,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:     # also a dtype that torch lacks
         raise CheckpointError(f"{path} is damaged or truncated ({str(error)[:100]})") from None
 
-# %% ../nbs/31_training.ipynb #1e4c78de
+# %% ../nbs/31_training.ipynb #31b3f6d1
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # in which weights may be saved
 
 
@@ -217,7 +217,7 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     with torch.device("meta"):
         return PCTransformer(config)
 
-# %% ../nbs/31_training.ipynb #bc5d04f7
+# %% ../nbs/31_training.ipynb #3429482d
 def digest(about: dict[str, Any]) -> str:
     "SHA-256 of what JSON holds, but for its own."
     plain = {k: v for k, v in about.items() if k != "sha256"}
@@ -309,6 +309,16 @@ class SavedTokenizer(Tokenizer, Protocol):
     def to_dict(self) -> dict[str, str]: ...
 
 
+def tokenizer_of(saved: Any, source: Path) -> SavedTokenizer:
+    "The tokenizer behind its `to_dict`; CheckpointError for anything else."
+    try:
+        if saved["type"] != "bpe": return CharTokenizer.from_dict(saved)
+        from pc_transformer.interop import BPETokenizer
+        return BPETokenizer.from_dict(saved)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} holds a damaged tokenizer: {str(error)[:100]}") from None
+
+
 def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[str, Any]:
     "What `config.json` says. Raises ValueError, FloatingPointError for a model or a tokenizer that could not be loaded."
     check_savable(model)
@@ -338,7 +348,7 @@ def save(
         write_model(model, about, work)
     return Path(folder)
 
-# %% ../nbs/31_training.ipynb #0503f8f4
+# %% ../nbs/31_training.ipynb #40b0f910
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
 _T = TypeVar("_T")
 
@@ -424,16 +434,6 @@ def read_tokenizer(folder: Path) -> SavedTokenizer:
     tokenizer = tokenizer_of(about["tokenizer"], folder)
     check_seal(about, folder / "config.json")
     return tokenizer
-
-
-def tokenizer_of(saved: Any, source: Path) -> SavedTokenizer:
-    "The tokenizer behind its `to_dict`; CheckpointError for anything else."
-    try:
-        if saved["type"] != "bpe": return CharTokenizer.from_dict(saved)
-        from pc_transformer.interop import BPETokenizer
-        return BPETokenizer.from_dict(saved)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} holds a damaged tokenizer: {str(error)[:100]}") from None
 
 # %% ../nbs/31_training.ipynb #0f2b43bc
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -559,12 +559,18 @@ class Trainer:
             yield
         except (FloatingPointError, SettlingError) as error:
             bad = not_finite(self.model.named_parameters())
-            loss = self.plain_loss()
-            if bad is None and not self.exploded(loss):
+            loss, size = self.plain_loss(), self.weight_size()
+            if bad is None and not self.exploded(loss) and size <= 0.5:
                 raise
-            what = f"the weights {bad!r} are not finite" if bad else f"the loss of this step's batch is {loss:.4g} nats per token"
+            what = f"the weights {bad!r} are not finite" if bad else \
+                f"the loss of its batch is {loss:.4g} nats per token and the weights have a root mean square of {size:.3g}"
             rate = f"{self.config.train.learning_rate:g}"
             raise FloatingPointError(f"training diverged by step {self.step}, {what}: lower the learning rate ({rate})") from error
+
+    def weight_size(self) -> float:
+        "Root mean square of the matrices: 0.02 at the start, a tenth or two after a long training."
+        matrices = [p for n, p in self.model.named_parameters() if p.dim() >= 2 and not n.endswith(LEARNED)]
+        return math.sqrt(sum(p.double().square().sum().item() for p in matrices) / sum(p.numel() for p in matrices))
 
     def plain_loss(self) -> float:
         "The feed-forward loss of this step's batch; nan when it cannot be computed."
@@ -784,7 +790,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for s, handler in old.items():
             signal.signal(s, handler)
 
-# %% ../nbs/31_training.ipynb #391fac45
+# %% ../nbs/31_training.ipynb #ad84b009
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run. Raises CheckpointError, one sentence, while another run does; warns where nothing can be locked."
@@ -794,8 +800,14 @@ def sole_run(run: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (run / ".lock").unlink(missing_ok=True)
+            if names(run / ".lock", lock): (run / ".lock").unlink()
             os.close(lock)
+
+
+def names(path: Path, file: int) -> bool:
+    "Whether a path leads to an open file."
+    try: return os.path.samestat(os.fstat(file), path.stat())
+    except OSError: return False
 
 
 def locked(path: Path) -> int | None:
@@ -809,7 +821,7 @@ def locked(path: Path) -> int | None:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):     # not one that was just given up
+            if names(path, lock):      # not one that was just given up
                 os.ftruncate(lock, 0)
                 os.write(lock, str(os.getpid()).encode())
                 return lock
