@@ -8,8 +8,8 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'not_finite', 'evaluate', '
            'blueprint', 'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of', 'anatomy', 'check_savable',
            'SavedTokenizer', 'tokenizer_of', 'description', 'write_model', 'save', 'checkpoints', 'step_of', 'newest',
            'steady', 'load', 'read_model', 'load_tokenizer', 'read_tokenizer', 'make_optimizer', 'learning_rate',
-           'pick_device', 'Trainer', 'optimizer_tensors', 'check_moments', 'save_checkpoint', 'outdated', 'data_hash',
-           'resume', 'take_up', 'check_progress', 'is_number', 'flat', 'restore_optimizer', 'Interrupted',
+           'pick_device', 'Trainer', 'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated',
+           'data_hash', 'resume', 'take_up', 'check_progress', 'is_number', 'flat', 'restore_optimizer', 'Interrupted',
            'graceful_stop', 'sole_run', 'names', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'TextData',
            'start', 'write_run_config', 'read_run_config']
 
@@ -169,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:     # also a dtype that torch lacks
         raise CheckpointError(f"{path} is damaged or truncated ({str(error)[:100]})") from None
 
-# %% ../nbs/31_training.ipynb #31b3f6d1
+# %% ../nbs/31_training.ipynb #6bc2d30a
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # in which weights may be saved
 
 
@@ -217,7 +217,7 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     with torch.device("meta"):
         return PCTransformer(config)
 
-# %% ../nbs/31_training.ipynb #3429482d
+# %% ../nbs/31_training.ipynb #253225ec
 def digest(about: dict[str, Any]) -> str:
     "SHA-256 of what JSON holds, but for its own."
     plain = {k: v for k, v in about.items() if k != "sha256"}
@@ -348,7 +348,7 @@ def save(
         write_model(model, about, work)
     return Path(folder)
 
-# %% ../nbs/31_training.ipynb #40b0f910
+# %% ../nbs/31_training.ipynb #b0d2a4f3
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
 _T = TypeVar("_T")
 
@@ -665,8 +665,7 @@ def save_checkpoint(
     check_moments(trainer, moments, trainer.step)
     if bad := not_finite(moments.items()):
         raise FloatingPointError(f"the optimiser's moment {bad!r} is not finite, so it is not saved")
-    for half in run.glob(".step-*"):
-        shutil.rmtree(half)
+    sweep(run)
     place = run / f"step-{trainer.step:06d}"
     with whole_folder(place) as work:
         write_model(trainer.model, about, work)
@@ -676,8 +675,15 @@ def save_checkpoint(
         progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
         (work / "training.json").write_text(sealed(progress, work, "model.safetensors", "optimizer.safetensors"), encoding="utf-8")
     for old in outdated(trainer, run):
-        shutil.rmtree(old)
+        os.rename(old, gone := beside(old))      # what is half removed is no checkpoint
+        shutil.rmtree(gone)
     return place
+
+
+def sweep(run: Path) -> None:
+    "Remove what a killed run left half-written."
+    for half in run.glob(".step-*"): shutil.rmtree(half)
+    for half in run.glob(".config.yaml-*"): half.unlink()
 
 
 def outdated(trainer: Trainer, run: Path) -> list[Path]:
@@ -790,7 +796,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for s, handler in old.items():
             signal.signal(s, handler)
 
-# %% ../nbs/31_training.ipynb #ad84b009
+# %% ../nbs/31_training.ipynb #27dc5118
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run. Raises CheckpointError, one sentence, while another run does; warns where nothing can be locked."
