@@ -169,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:     # also a dtype that torch lacks
         raise CheckpointError(f"{path} is damaged or truncated ({str(error)[:100]})") from None
 
-# %% ../nbs/31_training.ipynb #6bc2d30a
+# %% ../nbs/31_training.ipynb #e097a94c
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # in which weights may be saved
 
 
@@ -190,7 +190,7 @@ def check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) 
 def check_finite(tensors: dict[str, Tensor], source: Path) -> None:
     "Raise CheckpointError, naming the tensor, for a number that is none."
     if bad := not_finite(tensors.items()):
-        raise CheckpointError(f"{source}: {bad!r} is not finite everywhere: the run that wrote it had diverged")
+        raise CheckpointError(f"{source}: {bad!r} is not finite everywhere, so the model would answer nan")
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
@@ -217,7 +217,7 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     with torch.device("meta"):
         return PCTransformer(config)
 
-# %% ../nbs/31_training.ipynb #253225ec
+# %% ../nbs/31_training.ipynb #eaabc891
 def digest(about: dict[str, Any]) -> str:
     "SHA-256 of what JSON holds, but for its own."
     plain = {k: v for k, v in about.items() if k != "sha256"}
@@ -322,10 +322,10 @@ def tokenizer_of(saved: Any, source: Path) -> SavedTokenizer:
 def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[str, Any]:
     "What `config.json` says. Raises ValueError, FloatingPointError for a model or a tokenizer that could not be loaded."
     check_savable(model)
-    about = {"config": to_dict(model.config), "tokenizer": None if tokenizer is None else tokenizer.to_dict()}
-    if tokenizer is not None and tokenizer_of(about["tokenizer"], Path("tokenizer")) != tokenizer:
+    words = None if tokenizer is None else tokenizer.to_dict()
+    if words is not None and tokenizer_of(words, Path("to_dict")).to_dict() != words:
         raise ValueError(f"this {type(tokenizer).__name__} cannot be saved: read back from its own to_dict it is another")
-    return about
+    return {"config": to_dict(model.config), "tokenizer": words}
 
 
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
@@ -348,7 +348,7 @@ def save(
         write_model(model, about, work)
     return Path(folder)
 
-# %% ../nbs/31_training.ipynb #b0d2a4f3
+# %% ../nbs/31_training.ipynb #72f1d773
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
 _T = TypeVar("_T")
 
@@ -796,7 +796,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for s, handler in old.items():
             signal.signal(s, handler)
 
-# %% ../nbs/31_training.ipynb #27dc5118
+# %% ../nbs/31_training.ipynb #970a1ac7
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run. Raises CheckpointError, one sentence, while another run does; warns where nothing can be locked."
