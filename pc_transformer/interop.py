@@ -218,7 +218,7 @@ def to_huggingface(
     out = {names[n]: (t.mT if transposed(n) else t).contiguous() for n, t in whole.items()}
     with whole_folder(Path(folder)) as work:
         save_file(out, work / "model.safetensors", {"format": "pt"})
-        (work / "config.json").write_text(json.dumps(huggingface_settings(c), indent=1))
+        (work / "config.json").write_text(json.dumps(huggingface_settings(c), indent=1), encoding="utf-8")
     return Path(folder)
 
 # %% ../nbs/32_interop.ipynb #7431806d

@@ -98,8 +98,11 @@ def write_text(place: Path, text: str) -> None:
     "Write a text file beside its place, then rename."
     place.parent.mkdir(parents=True, exist_ok=True)
     work = place.with_name(f".{place.name}-{os.getpid()}")
-    work.write_text(text)
-    os.replace(work, place)
+    try:
+        work.write_text(text, encoding="utf-8")
+        os.replace(work, place)
+    finally:
+        work.unlink(missing_ok=True)
 
 # %% ../nbs/31_training.ipynb #9ee5e987
 class CheckpointError(ValueError):
@@ -109,7 +112,7 @@ class CheckpointError(ValueError):
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
     "A JSON object with these keys; CheckpointError, one sentence, when it is missing, broken or something else."
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path.name} in {path.parent}: not a saved model or checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -168,7 +171,7 @@ def write_model(model: PCTransformer, folder: Path, tokenizer: SavedTokenizer | 
     "The two files of a saved model, into a folder that exists."
     write_tensors(tensors_of(model), folder / "model.safetensors")
     about = {"config": to_dict(model.config), "tokenizer": tokenizer.to_dict() if tokenizer else None}
-    (folder / "config.json").write_text(json.dumps(about, indent=1))
+    (folder / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def save(
@@ -397,7 +400,7 @@ def save_checkpoint(
         progress = {"step": trainer.step, "losses": trainer.losses, "record": trainer.record}
         progress |= {"curvature": trainer.curvature}
         progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
-        (work / "training.json").write_text(json.dumps(progress))
+        (work / "training.json").write_text(json.dumps(progress), encoding="utf-8")
     for old in checkpoints(run)[:-1]:
         shutil.rmtree(old)
     return place
@@ -569,7 +572,7 @@ def write_run_config(config: RunConfig, run: Path) -> None:
 def read_run_config(run: Path) -> RunConfig:
     "The configuration of a run's folder; CheckpointError when there is none."
     try:
-        return from_yaml(RunConfig, (run / "config.yaml").read_text())
+        return from_yaml(RunConfig, (run / "config.yaml").read_text(encoding="utf-8"))
     except ConfigError as error:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:

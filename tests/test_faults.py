@@ -126,7 +126,7 @@ def dies_at(count: int) -> None:
 
     save_file, write = training.save_file, Path.write_text
     training.save_file = killing(save_file, half_tensors)
-    Path.write_text = killing(write, lambda path, text: write(path, text[: len(text) // 2]))
+    Path.write_text = killing(write, lambda path, text, **options: write(path, text[: len(text) // 2], **options))
     os.rename, os.replace = killing(os.rename, None), killing(os.replace, None)
     shutil.rmtree = killing(shutil.rmtree, half_removed)
     tempfile.mkdtemp = killing(tempfile.mkdtemp, None)
