@@ -539,16 +539,26 @@ def progress_bar(label: str, trainer: Trainer) -> Callable[[Trainer], None]:
 class TextData:
     "A character corpus ready for training."
 
-    tokenizer: CharTokenizer
+    tokenizer: SavedTokenizer
     train_text: str
     valid_text: str
     train_ids: Int[Tensor, " N"]
     valid_ids: Int[Tensor, " M"]
 
     @classmethod
-    def of(cls, text: str) -> "TextData":
-        "Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both. Raises ValueError."
-        train_text, valid_text = split(text)
+    def of(
+        cls,
+        text: str,
+        tokenizer: SavedTokenizer | None = None,   # of a trained model; None: fitted on the training part
+    ) -> "TextData":
+        """Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both. Raises ValueError.
+
+        The line end that closes a text of one line belongs to the file, not to the text.
+        """
+        line = text.removesuffix("\n").removesuffix("\r")
+        train_text, valid_text = split(line if line and not set(line) & set("\r\n") else text)
+        if tokenizer is not None:
+            return cls(tokenizer, train_text, valid_text, *map(tokenizer.encode, (train_text, valid_text)))
         tokenizer = CharTokenizer.fit(train_text)
         if unknown := sorted(set(valid_text) - set(train_text)):
             raise ValueError(f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and the vocabulary "
@@ -559,7 +569,7 @@ class TextData:
 def start(config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()) -> Trainer:
     "A fresh trainer; ConfigError when the configuration's vocabulary is not the corpus's."
     if config.model.vocab_size != data.tokenizer.vocab_size:
-        has = f"the corpus has {data.tokenizer.vocab_size} characters"
+        has = f"the corpus has {data.tokenizer.vocab_size} characters: leave it out and it follows the corpus"
         raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but {has}")
     return Trainer(config, data.train_ids, data.valid_ids, pick_device(device), team=team)
 
@@ -570,10 +580,16 @@ def write_run_config(config: RunConfig, run: Path) -> None:
 
 
 def read_run_config(run: Path) -> RunConfig:
-    "The configuration of a run's folder; CheckpointError when there is none."
+    "The configuration of a run's folder or of one of its checkpoints; CheckpointError when there is none."
     try:
         return from_yaml(RunConfig, (run / "config.yaml").read_text(encoding="utf-8"))
-    except ConfigError as error:
+    except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
-        raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run") from None
+        newest = checkpoints(run)[-1] if checkpoints(run) else run      # every checkpoint holds a copy
+    if not (newest / "training.json").exists():
+        raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run")
+    try:
+        return from_dict(RunConfig, read_json(newest / "training.json", "run")["run"])
+    except ConfigError as error:
+        raise CheckpointError(f"{newest / 'training.json'} has no usable configuration: {error}") from None
