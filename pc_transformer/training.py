@@ -7,7 +7,7 @@ __all__ = ['ADDED', 'MOMENTS', 'evaluate', 'exchange', 'current_umask', 'whole_f
            'read_json', 'write_tensors', 'read_tensors', 'restore', 'tensors_of', 'SavedTokenizer', 'write_model',
            'save', 'load', 'load_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer',
            'optimizer_tensors', 'save_checkpoint', 'data_hash', 'checkpoints', 'resume', 'flat', 'restore_optimizer',
-           'Interrupted', 'graceful_stop', 'train', 'progress_bar', 'TextData', 'start', 'write_run_config',
+           'Interrupted', 'graceful_stop', 'train', 'progress_bar', 'halves', 'TextData', 'start', 'write_run_config',
            'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
@@ -254,7 +254,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()     # "meta" holds no numbers that could be read back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'") from None
     return device
@@ -434,7 +434,8 @@ def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None)
         theirs = flat(to_dict(from_dict(RunConfig, progress["run"])))     # what an older version did not have is as usual
     except ConfigError as error:
         raise CheckpointError(f"{found[-1]} has settings that this version does not know: {error}") from None
-    if names := [k for k, v in flat(to_dict(trainer.config)).items() if theirs[k] != v]:
+    own = flat(to_dict(trainer.config))
+    if names := [k for k, v in own.items() if theirs[k] != v and k != "data"]:     # its content was compared above
         raise CheckpointError(f"{found[-1]} belongs to a run with another configuration ({', '.join(names)} differ)")
     restore(trainer.model, read_tensors(found[-1] / "model.safetensors"), found[-1])
     restore_optimizer(trainer, read_tensors(found[-1] / "optimizer.safetensors"))
@@ -535,30 +536,32 @@ def progress_bar(label: str, trainer: Trainer) -> Callable[[Trainer], None]:
     return after_step
 
 # %% ../nbs/31_training.ipynb #43588126
+def halves(text: str) -> tuple[str, str]:  # training text, validation text
+    """Split as nanoGPT does (90 / 10). Raises ValueError for a text that is too short.
+
+    The line end that closes a text of one line belongs to the file, not to the text.
+    """
+    line = text.removesuffix("\n").removesuffix("\r")
+    train_text, valid_text = split(line if line and not set(line) & set("\r\n") else text)
+    if len(valid_text) < 2:
+        raise ValueError(f"a text of {len(text)} characters is too short: its last tenth validates and must have at least two")
+    return train_text, valid_text
+
+
 @dataclass(frozen=True)
 class TextData:
     "A character corpus ready for training."
 
-    tokenizer: SavedTokenizer
+    tokenizer: CharTokenizer
     train_text: str
     valid_text: str
     train_ids: Int[Tensor, " N"]
     valid_ids: Int[Tensor, " M"]
 
     @classmethod
-    def of(
-        cls,
-        text: str,
-        tokenizer: SavedTokenizer | None = None,   # of a trained model; None: fitted on the training part
-    ) -> "TextData":
-        """Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both. Raises ValueError.
-
-        The line end that closes a text of one line belongs to the file, not to the text.
-        """
-        line = text.removesuffix("\n").removesuffix("\r")
-        train_text, valid_text = split(line if line and not set(line) & set("\r\n") else text)
-        if tokenizer is not None:
-            return cls(tokenizer, train_text, valid_text, *map(tokenizer.encode, (train_text, valid_text)))
+    def of(cls, text: str) -> "TextData":
+        "The `halves` of a text, the tokenizer fitted on the training part, both encoded. Raises ValueError."
+        train_text, valid_text = halves(text)
         tokenizer = CharTokenizer.fit(train_text)
         if unknown := sorted(set(valid_text) - set(train_text)):
             raise ValueError(f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and the vocabulary "

@@ -249,7 +249,8 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     "Where and with what the numbers were measured."
     chip = platform.processor() or platform.machine()
     try:
-        chip = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name"))
+        lines = open("/proc/cpuinfo", encoding="utf-8")
+        chip = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
