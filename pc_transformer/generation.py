@@ -7,7 +7,7 @@ __all__ = ['EVERY', 'PAYS', 'top_k_filter', 'temperature_scale', 'top_p_filter',
            'check_logits', 'distribution', 'sample', 'evaluating', 'check_prompt', 'is_int', 'is_real', 'check_options',
            'SamplingConfig', 'window_start', 'NextToken', 'Recompute', 'Texts', 'Memory', 'block', 'recompute', 'Step',
            'read_prompts', 'make_generators', 'draw', 'stream', 'read_choices', 'check_loop', 'start_texts',
-           'make_source', 'run', 'count', 'generate', 'collect', 'Tokenizer', 'generate_text']
+           'make_source', 'run', 'count', 'generate', 'collect', 'Tokenizer', 'generate_text', 'opening']
 
 # %% ../nbs/23_generation.ipynb #73f37c33
 import importlib
@@ -413,6 +413,7 @@ def stream(
     settle: str | NextToken | None = None,  # "attention", "evidence", "langevin", or an object with `logits`
     settle_steps: int = 1,
     log_probs: bool = False,  # with the log-probability of each new token
+    symbols: int | None = None,  # only the first of them are drawn: the rest pads the vocabulary; None: all
     **choices: Any,  # further fields of `SamplingConfig`
 ) -> Iterator[Step]:
     "Continue prompts, equation (7), one `Step` at a time. Raises `TypeError`, `ValueError`, before the first step."
@@ -422,9 +423,12 @@ def stream(
     single = choices | {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     how = read_choices(sampling, single, limits.vocab_size)
     check_loop(limits, stop_tokens, slide, settle_steps)
+    if symbols is not None and (not is_int(symbols) or not 1 <= symbols <= limits.vocab_size):
+        raise ValueError(f"symbols must be an integer from 1 to {limits.vocab_size} (the vocabulary), but got {symbols!r}.")
     texts = start_texts(model, prompts, max_new_tokens, limits.block_size, slide)
     source = make_source(model, texts, how, cache, cache_dtype, settle, settle_steps, max_new_tokens, copy_weights)
-    return run(texts, source, make_generators(seed, len(prompts)), how, max_new_tokens, set(stop_tokens), log_probs)
+    generators = make_generators(seed, len(prompts))
+    return run(texts, source, generators, how, max_new_tokens, set(stop_tokens), log_probs, symbols)
 
 
 def read_choices(sampling: SamplingConfig | None, single: dict[str, Any], vocab_size: int) -> SamplingConfig:
@@ -488,7 +492,7 @@ def make_source(
 
 def run(
     texts: Texts, source: Memory | Callable[[Texts], tuple[Tensor, Tensor | None]], generators: list[torch.Generator],
-    how: SamplingConfig, new: int, stop: set[int], log_probs: bool,
+    how: SamplingConfig, new: int, stop: set[int], log_probs: bool, symbols: int | None = None,
 ) -> Iterator[Step]:
     "The steps; nothing is held open between them."
     batch, counts = len(texts.rows), None
@@ -499,7 +503,9 @@ def run(
             z = z.to("cpu", torch.float64, copy=True)
             if how.counting and counts is None: counts = count(texts, z.shape[-1])
             energy = None if energy is None else energy.cpu().double()
-            tokens = draw(how.choices(z, None if counts is None else counts[texts.rows], energy), generators, texts.rows, batch)
+            drawable = z if symbols is None else z.index_fill(-1, torch.arange(symbols, z.shape[-1]), -math.inf)
+            seen = None if counts is None else counts[texts.rows]
+            tokens = draw(how.choices(drawable, seen, energy), generators, texts.rows, batch)
             chosen = z.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] if log_probs else None
         rows = texts.rows
         texts.append(tokens)
@@ -579,9 +585,10 @@ def generate_text(
 ) -> str:  # prompt and continuation
     "Continue a text. Raises what `encode` and `stream` raise, and `ValueError` for another model's tokenizer."
     config: Any = model.config
-    if tokenizer.vocab_size != config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+    if (known := tokenizer.vocab_size) > config.vocab_size:
+        sizes = f"{known} tokens, the model {config.vocab_size}"
         raise ValueError(f"the tokenizer knows {sizes}: use the tokenizer that the model was trained with.")
+    if known < config.vocab_size: options["symbols"] = known     # a padded vocabulary: nobody can read the rest
     if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
         raise ValueError(f"stop must be a list of texts that are not empty, but got {stop!r}.")
     ids, new, text = tokenizer.encode(prompt), [], ""
@@ -591,3 +598,12 @@ def generate_text(
         text = tokenizer.decode(torch.cat(new))
         if found := [text.index(word) for word in stop if word in text]: return prompt + text[: min(found)]
     return tokenizer.decode(torch.cat([ids, *new]))
+
+# %% ../nbs/23_generation.ipynb #ae003486
+def opening(tokenizer: Tokenizer) -> str:
+    "A line end, or the first symbol of a vocabulary that has none: a prompt where there is none."
+    try:
+        tokenizer.encode("\n")
+    except ValueError:
+        return tokenizer.decode(torch.zeros(1, dtype=torch.int64))
+    return "\n"

@@ -61,7 +61,7 @@ def interleaved(
 # %% ../../nbs/49_performance.ipynb #601248ad
 def _high_water() -> int:
     "Largest resident memory of this process so far, bytes."
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
@@ -72,7 +72,7 @@ def _in_child(run: Callable[[], Any]) -> int:
     run()  # a library's pages are loaded when they are first used: 100 MB of them
     gc.collect()
     libc.malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset: reset.write("5")
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as reset: reset.write("5")
     before = _high_water()
     run()
     return _high_water() - before
@@ -96,7 +96,7 @@ def peak_bytes(
         try: os.write(put, str(_in_child(run)).encode())
         finally: os._exit(0)
     os.close(put)
-    with os.fdopen(get) as answer: text = answer.read()
+    with os.fdopen(get, encoding="utf-8") as answer: text = answer.read()
     os.waitpid(child, 0)
     return int(text) if text else None
 
@@ -249,7 +249,8 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     "Where and with what the numbers were measured."
     chip = platform.processor() or platform.machine()
     try:
-        chip = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        lines = open("/proc/cpuinfo", encoding="utf-8")
+        chip = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
@@ -300,7 +301,8 @@ def bench_attention(
 def _write(out: Path, results: dict[str, Any]) -> None:
     "results.json and speed.png, each written beside and renamed."
     out.mkdir(parents=True, exist_ok=True)
-    for name, save in (("results.json", lambda p: p.write_text(json.dumps(results, indent=1) + "\n")),
+    text = json.dumps(results, indent=1) + "\n"
+    for name, save in (("results.json", lambda p: p.write_text(text, encoding="utf-8")),
                        ("speed.png", lambda p: picture(results).savefig(p, dpi=110, format="png"))):
         beside = out / f".{name}.part"
         save(beside)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..attention import initial_precision
 from ..config import ModelConfig, RunConfig, replace, to_dict
 from ..data import baselines, bits_per_byte
-from ..generation import generate_text
+from ..generation import generate_text, opening
 from ..learning import Backprop, Learner, PredictiveCoding
 from ..model import PCTransformer
 from ..settling import ErrorSettling
@@ -317,7 +317,8 @@ def compare(
 def first_seed(trainers: dict[str, Trainer], data: TextData, out: Path, keep_models: bool) -> dict[str, Any]:
     "Samples, settling traces and saved models, from the first seed's trainers."
     options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
-    samples = {name: generate_text(t.model, data.tokenizer, "\n", 300, **options) for name, t in trainers.items()}
+    prompt = opening(data.tokenizer)
+    samples = {name: generate_text(t.model, data.tokenizer, prompt, 300, **options) for name, t in trainers.items()}
     write_text(out / "samples.txt", "\n\n".join(f"=== {name}\n{text}" for name, text in samples.items()) + "\n")
     extra: dict[str, Any] = {"samples": samples}
     for name, t in trainers.items():
