@@ -28,7 +28,7 @@ from .cache import weights_version
 from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
-from .generation import evaluating
+from .isolation import evaluating
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
@@ -294,9 +294,9 @@ def read_in_order(evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]) -> 
     "The exact form of `forward`: one token after the other. Reads the model only."
     check_tokens(tokens, evidence.config)
     found, past = [], None
-    with evaluating(evidence):
+    with evaluating(evidence) as still:
         for t in range(tokens.shape[1]):
-            logits, past = read_token(evidence, tokens[:, t : t + 1], past)
+            logits, past = read_token(still, tokens[:, t : t + 1], past)
             found.append(logits)
     return torch.stack(found, 1)
 
@@ -389,9 +389,9 @@ class EvidenceSettler:
             self.past, self.key, done = None, key, 0
             self.generator.manual_seed(self.seed)
         logits = torch.empty(0)
-        with evaluating(evidence):
+        with evaluating(evidence) as still:
             for t in range(done, rows.shape[1]):
-                logits, self.past = read_token(evidence, rows[:, t : t + 1], self.past, self.settle)
+                logits, self.past = read_token(still, rows[:, t : t + 1], self.past, self.settle)
         return logits.log_softmax(-1).view(self.samples, *tokens.shape[:1], -1)
 
     def logits(self, model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:

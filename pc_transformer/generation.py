@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'PAYS', 'top_k_filter', 'temperature_scale', 'top_p_filter', 'min_p_filter', 'typical_filter', 'penalise',
-           'check_logits', 'distribution', 'sample', 'evaluating', 'check_prompt', 'is_int', 'is_real', 'check_options',
+           'check_logits', 'distribution', 'sample', 'Still', 'check_prompt', 'is_int', 'is_real', 'check_options',
            'SamplingConfig', 'window_start', 'NextToken', 'Recompute', 'Texts', 'Memory', 'block', 'recompute', 'Step',
            'read_prompts', 'make_generators', 'draw', 'stream', 'read_choices', 'check_loop', 'start_texts',
            'make_source', 'run', 'count', 'generate', 'collect', 'Tokenizer', 'generate_text']
@@ -13,7 +13,6 @@ __all__ = ['EVERY', 'PAYS', 'top_k_filter', 'temperature_scale', 'top_p_filter',
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, advance, cacheable
 from .config import Config, ConfigError
+from .isolation import check_seed, evaluating, view
 
 # %% ../nbs/23_generation.ipynb #636ad1c6
 def top_k_filter(
@@ -141,18 +141,17 @@ def sample(
     return torch.multinomial(q, 1, generator=generator).squeeze(-1)
 
 # %% ../nbs/23_generation.ipynb #afa01219
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    "Eval mode and no gradients inside; afterwards every module is in the mode it was in before."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
+class Still:
+    "`still()` is the model in eval mode: the same view each time, until modules or their modes have changed."
+
+    def __init__(self, model: nn.Module):
+        self.model, self.modes, self.seen = model, None, model
+
+    def __call__(self) -> nn.Module:
+        modes = [(m, m.training) for m in self.model.modules()]
+        if modes != self.modes:
+            self.modes, self.seen = modes, view(self.model, training=False)
+        return self.seen
 
 # %% ../nbs/23_generation.ipynb #f728c8b3
 def check_prompt(
@@ -345,7 +344,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
     for width in {b - a for a, b in spans}:
         places = [i for i, (a, b) in enumerate(spans) if b - a == width]
         rows = torch.stack([texts.tokens[texts.rows[i], spans[i][0] : spans[i][1]] for i in places])
-        with evaluating(model): found = source.logits(model, rows)
+        with evaluating(model) as still: found = source.logits(still, rows)
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
@@ -483,7 +482,8 @@ def make_source(
     if isinstance(settle, str):
         settle = importlib.import_module("pc_transformer.evidence").make_settler(settle, steps)
     source = settle if isinstance(settle, NextToken) else Recompute()
-    return lambda texts: (recompute(source, model, texts), None)
+    still = Still(model)
+    return lambda texts: (recompute(source, still(), texts), None)
 
 
 def run(

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
-from .generation import Tokenizer, evaluating
-from .learning import Learner, gradient_cosine, scratch_gradients
+from .generation import Tokenizer
+from .isolation import Draws, drawing, evaluating
+from .learning import Learner, gradient_cosine, rehearse
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
 from .solvers import StateSettling, make_learner
@@ -50,12 +51,12 @@ def evaluate(
     block_size: int,             # T: windows do not overlap, so early positions of each see little context
     batch_size: int = 64,
 ) -> float:                      # nats per token
-    "Mean cross-entropy over a whole split. Reads the model only; every module's train/eval mode is restored."
+    "Mean cross-entropy over a whole split. Reads the model only, without dropout, whatever its mode."
     device = next(model.parameters()).device
     total = count = 0
-    with evaluating(model):
+    with evaluating(model) as still:
         for tokens, targets in windows(ids, block_size, batch_size):
-            logits = model(tokens.to(device))
+            logits = still(tokens.to(device))
             total += F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
             count += targets.numel()
     return total / count
@@ -287,11 +288,9 @@ class Trainer:
     @contextmanager
     def surroundings(self) -> Iterator[None]:
         "Mixed precision, if configured; and dropout that is a function of seed and step, so that a resumed run repeats it."
-        c, cuda = self.config, [self.device] if self.device.type == "cuda" else []
-        short = c.train.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=short), torch.random.fork_rng(cuda, c.model.dropout > 0):
-            if c.model.dropout > 0:
-                torch.manual_seed(c.train.seed * 1_000_003 + self.step + self.team.rank * 2**40)
+        c = self.config.train
+        draws = Draws((c.seed * 1_000_003 + self.step + self.team.rank * 2**40) % 2**63)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"), drawing(draws):
             yield
 
     def backward(self) -> float:
@@ -358,8 +357,8 @@ class Trainer:
         "Evaluate on the whole validation split and note where the learner sits; appended to the record."
         tokens, targets = self.batch(0)      # all of it, in every process of a team: they agree without asking
         look = self.alone()
-        with self.surroundings(), scratch_gradients(self.model):
-            report = look.backward(self.model, tokens, targets, measure=True)
+        with self.surroundings():
+            report, _ = rehearse(look, self.model, tokens, targets, measure=True)
             cosine = gradient_cosine(look, self.model, tokens, targets)["all"]
         entry = {
             "step": self.step,
