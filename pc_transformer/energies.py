@@ -749,7 +749,9 @@ class GaussianMixture:
         max_iters: int = 10_000,  # rounds of EM
     ) -> "GaussianMixture":
         "Maximum likelihood by EM, equation (16), under a floor for the variances."
-        if M < 1: raise ValueError(f"M must be at least 1, got {M}")
+        for name, n in (("M", M), ("restarts", restarts), ("max_iters", max_iters)):
+            if not isinstance(n, int): raise TypeError(f"{name} must be a whole number, got {n!r}")
+            if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
         points = errors.detach().double().reshape(-1, errors.shape[-1])
         spread = (points - points.mean(0)).square().mean()
         if not bool(spread.isfinite()): raise ValueError("cannot fit a mixture to errors that are missing or not finite")

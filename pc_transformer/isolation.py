@@ -6,8 +6,9 @@
 __all__ = ['CPU', 'CURRENT', 'M', 'HOLDS', 'LOOKS', 'check_seed', 'Draws', 'drawing', 'generator', 'ahead', 'dropout', 'Dropout',
            'linear', 'table', 'view', 'evaluating', 'leaf', 'private']
 
-# %% ../nbs/19_isolation.ipynb #3ea92ff5
+# %% ../nbs/19_isolation.ipynb #25e4b002
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,17 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/19_isolation.ipynb #925002d7
+# %% ../nbs/19_isolation.ipynb #93c2723e
 CPU = torch.device("cpu")
 
 
 def check_seed(seed: Any) -> int:
     "A seed that torch can take. Raises TypeError or ValueError, one sentence."
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"a seed must be a whole number, but got {seed!r}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed must lie between -2**63 and 2**64 - 1, but got {seed}")
-    return int(seed)
+    try:
+        whole = operator.index(None if isinstance(seed, bool) else seed)
+    except TypeError:
+        raise TypeError(f"a seed must be a whole number, but got {seed!r}") from None
+    if not -(2**63) <= whole < 2**64:
+        raise ValueError(f"a seed must lie between -2**63 and 2**64 - 1, but got {whole}")
+    return whole
 
 
 class Draws:
@@ -62,14 +65,14 @@ def generator(device: torch.device = CPU) -> torch.Generator | None:
     draws = CURRENT.get()
     return None if draws is None or device.type == "meta" else draws.on(device)
 
-# %% ../nbs/19_isolation.ipynb #7cbb7527
+# %% ../nbs/19_isolation.ipynb #2ba064ab
 def ahead() -> Draws:
     "Draws on the CPU that begin as the next ones here will; nothing is taken."
     own, found = generator(), Draws(0)
     found.on(CPU).set_state(torch.get_rng_state() if own is None else own.get_state())
     return found
 
-# %% ../nbs/19_isolation.ipynb #b680de5a
+# %% ../nbs/19_isolation.ipynb #c197f667
 def dropout(x: Tensor, p: float) -> Tensor:
     "Each number is dropped with probability `p`, the others are scaled up; drawn from `generator`."
     own = generator(x.device)
@@ -84,7 +87,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p) if self.training else input
 
-# %% ../nbs/19_isolation.ipynb #7575cada
+# %% ../nbs/19_isolation.ipynb #59685430
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     "`nn.Linear`, its first weights drawn from `generator`."
     made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
@@ -101,7 +104,7 @@ def table(rows: int, width: int) -> nn.Embedding:
     nn.init.normal_(made.weight, generator=generator(made.weight.device))
     return made
 
-# %% ../nbs/19_isolation.ipynb #6858e557
+# %% ../nbs/19_isolation.ipynb #cff0eb95
 M = TypeVar("M", bound=nn.Module)
 HOLDS = (dict, list, tuple)                          # what a module may keep other modules in
 LOOKS = (nn.Module, Tensor, MethodType, *HOLDS)      # what may have to be another thing in a view
@@ -161,7 +164,7 @@ def evaluating(model: M) -> Iterator[M]:
     with torch.no_grad():
         yield view(model, training=False)
 
-# %% ../nbs/19_isolation.ipynb #b2fcc8b3
+# %% ../nbs/19_isolation.ipynb #b3fb4c2a
 def leaf(x: Tensor) -> Tensor:
     "A parameter with the same memory, and a gradient of its own; a buffer as it is. For `view`."
     return nn.Parameter(x.detach(), x.requires_grad) if isinstance(x, nn.Parameter) else x

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .energies import Elliptical, Gaussian
-from .isolation import Draws, drawing, generator
+from .isolation import Draws, Dropout, drawing, generator
 from .model import PCTransformer, check_targets, check_tokens
 
 # %% ../nbs/20_settling.ipynb #dc93df42
@@ -38,8 +38,13 @@ class SettlingError(RuntimeError):
 
 # %% ../nbs/20_settling.ipynb #491a23d3
 def noise_seed(model: Any) -> int | None:
-    "A seed for the dropout of one settling, drawn from `generator` (chapter 19); `None` when the model drops nothing."
+    """A seed for the dropout of one settling, drawn from `generator` (chapter 19); `None` when the model drops nothing.
+
+    Raises ValueError for `nn.Dropout`, whose masks would be other ones at every look.
+    """
     drops = isinstance(model, nn.Module) and model.training and getattr(getattr(model, "config", None), "dropout", 0) > 0
+    if drops and any(isinstance(m, nn.Dropout) and not isinstance(m, Dropout) and m.training for m in model.modules()):
+        raise ValueError("settling needs the same dropout at every look: use isolation.Dropout in place of nn.Dropout")
     return int(torch.randint(2**62, (), generator=generator())) if drops else None
 
 
