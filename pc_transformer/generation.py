@@ -416,7 +416,8 @@ def stream(
 ) -> Iterator[Step]:
     "Continue prompts, equation (7), one `Step` at a time. Raises `TypeError`, `ValueError`, before the first step."
     flags = {"sliding_window": sliding_window, "cache": cache, "log_probs": log_probs}
-    check_types(model, sampling, stop_tokens, cache_dtype, flags | ({} if copy_weights is None else {"copy_weights": copy_weights}))
+    flags |= {} if copy_weights is None else {"copy_weights": copy_weights}
+    check_types(model, sampling, stop_tokens, cache_dtype, flags)
     limits: Any = model.config
     prompts = read_prompts(prompt, limits, sliding_window)
     check_options(limits.vocab_size, max_new_tokens, temperature, top_k, top_p)

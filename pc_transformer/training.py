@@ -289,7 +289,8 @@ class Trainer:
     def surroundings(self) -> Iterator[None]:
         "Mixed precision, if configured; and dropout that is a function of seed and step, so that a resumed run repeats it."
         c = self.config.train
-        draws = Draws((c.seed * 1_000_003 + self.step + self.team.rank * 2**40) % 2**63)
+        apart = self.team.rank * 2_654_435_761      # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
+        draws = Draws((c.seed * 1_000_003 + self.step + apart) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"), drawing(draws):
             yield
 
