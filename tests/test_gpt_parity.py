@@ -250,7 +250,8 @@ def test_schedule_of_the_cpu_run() -> None:
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_optimizer_groups(family: str) -> None:
     "Matrices and embeddings decay, gains do not; precisions have their own rate; each parameter is in one group."
-    model, c = PCTransformer(ModelConfig(attention=family)), TrainConfig(weight_decay=0.3, precision_lr_scale=0.25, beta1=0.8, beta2=0.95)
+    model = PCTransformer(ModelConfig(attention=family))
+    c = TrainConfig(weight_decay=0.3, precision_lr_scale=0.25, beta1=0.8, beta2=0.95)
     optimizer = make_optimizer(model, c)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert (
