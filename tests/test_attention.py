@@ -458,7 +458,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "independent coordinates on a kernel": ({"family": "independent_laplace", "backend": "chunked"}, "reference"),
     "independent coordinates settle": ({"family": "independent_laplace", "settle_steps": 1}, "does not settle"),
     "independent coordinates with a tail": ({"family": "independent_laplace", "nu": 1.0}, "no parameter 'nu'"),
-    "gpu kernel here": ({"backend": "triton"}, ""),
+    "gpu kernel here": ({"backend": "triton"}, "riton"),
 }  # fmt: skip
 
 

@@ -24,7 +24,18 @@ from pc_transformer.experiments import components, settled_reading, settling_stu
 from pc_transformer.experiments.components import DamagedTrainer, damage
 from pc_transformer.experiments.settling_study import AlteredTrainer
 from pc_transformer.monitoring import Monitor
-from pc_transformer.training import TextData, Trainer, checkpoints, evaluate, load, start, train
+from pc_transformer.training import (
+    CheckpointError,
+    TextData,
+    Trainer,
+    checkpoints,
+    evaluate,
+    load,
+    resume,
+    save_checkpoint,
+    start,
+    train,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A text whose parts can be told apart: training, choosing (first half of what validates), judging (second half)
@@ -198,6 +209,18 @@ def test_batches_are_a_function_of_the_runs_seed() -> None:
     a, b = (start(config(**{"train.seed": s}), DATA, "cpu") for s in (1, 2))
     assert not torch.equal(a.batch(0)[0], b.batch(0)[0])
     assert not torch.equal(a.model.output.weight, b.model.output.weight)
+
+
+def test_a_run_goes_on_with_its_own_splits(tmp_path: Path) -> None:
+    t = start(config(), DATA, "cpu")
+    t.advance()
+    save_checkpoint(t, tmp_path)
+    resume(start(config(), DATA, "cpu"), tmp_path)
+    end = 3 * T      # the same characters, split elsewhere
+    moved = changed(DATA, train_ids=torch.cat([DATA.train_ids, DATA.valid_ids[:end]]), valid_ids=DATA.valid_ids[end:])
+    for other in (OTHER_DATA, changed(DATA, train_ids=DATA.train_ids[:-1]), moved):
+        with pytest.raises(CheckpointError, match="other data"):
+            resume(start(config(), other, "cpu"), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
