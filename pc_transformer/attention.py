@@ -27,6 +27,7 @@ from .config import Attention
 from pc_transformer.energies import (
     FAMILIES, Elliptical, Gaussian, IndependentLaplace, check_number, check_tails, check_whole, known,
 )
+from .isolation import dropout, linear
 from .kernels import additive_mask, per_coordinate, responsibilities
 
 # %% ../nbs/12_attention.ipynb #0a60d473
@@ -111,7 +112,7 @@ def reference(
 ) -> tuple[Tensor, Tensor | None]:             # `(B, H, Tq, dv)`, `(B, H, Tq)`
     "Scores, posterior and read-out, one visible step after the other; every other backend is held against it."
     s = masked_scores(q, k, link, precision, log_mix, mask, is_causal, window, query_precision)
-    out = F.dropout(responsibilities(s), dropout_p) @ v.to(s.dtype)
+    out = dropout(responsibilities(s), dropout_p) @ v.to(s.dtype)
     return out.to(q.dtype), log_sum_exp(s, -1) if need_lse else None
 
 
@@ -489,7 +490,7 @@ def read_visibly(
     "Read-out, responsibilities summed over components and, on request, log-sum-exp."
     s = log_sum_exp(torch.stack([masked_scores(q, c.k, link, c.precision, c.log_mix, **options) for c in parts]), 0)
     r = responsibilities(s)
-    out = (F.dropout(r, dropout_p) @ v.to(r.dtype)).to(q.dtype)
+    out = (dropout(r, dropout_p) @ v.to(r.dtype)).to(q.dtype)
     return (out, r) + ((log_sum_exp(s, -1),) if return_lse else ())
 
 # %% ../nbs/12_attention.ipynb #241f0042
@@ -617,11 +618,13 @@ class PCAttention(nn.Module):
         self.family: Attention = family
         self.window, self.qk_norm, self.dropout, self.mixing = window, qk_norm, dropout, mixing
         self.n_component = n_component if family == "mixture" else 1
-        self.qkv = nn.Linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias=bias)
-        self.out = nn.Linear(d_model, d_model, bias=bias)
+        self.qkv = linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias)
+        self.out = linear(d_model, d_model, bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
-        start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+        with torch.device("cpu"):     # a number, also where the parameters are made on another device, or on none
+            start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+            typical = self.typical_score(start, tails) if background else 0.0
         per_head = (self.n_kv_head, *[self.n_component] * (family == "mixture"), 1)
         self.log_precision = None if fixed else nn.Parameter(torch.full(per_head, math.log(start)))
         if precision == "diagonal":
@@ -631,7 +634,7 @@ class PCAttention(nn.Module):
         self.log_tail = nn.Parameter(torch.full((n_head, 1), math.log(*tails.values()))) if tails else None
         self.shift = nn.Parameter(self.first_shifts()) if family == "mixture" else None
         self.log_mix = nn.Parameter(torch.zeros(per_head)) if family == "mixture" else None
-        self.background = nn.Parameter(self.typical_score(start, tails) - 2 + torch.zeros(n_head, 1)) if background else None
+        self.background = nn.Parameter(typical - 2 + torch.zeros(n_head, 1)) if background else None
 
     @property
     def alpha(self) -> float:

@@ -833,7 +833,7 @@ class GaussianMixture:
         max_iters: int = 10_000,  # rounds of EM
     ) -> "GaussianMixture":
         "Maximum likelihood by EM, equation (16), under a floor for the variances."
-        check_whole("M", M, 1), check_whole("restarts", restarts, 1)
+        check_whole("M", M, 1), check_whole("restarts", restarts, 1), check_whole("max_iters", max_iters, 1)
         points = _observations(errors)
         spread = (points - points.mean(0)).square().mean()
         if not bool(spread.isfinite()): raise ValueError("cannot fit a mixture to errors that are missing or not finite")

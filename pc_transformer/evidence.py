@@ -28,7 +28,8 @@ from .cache import Snapshot
 from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
-from .generation import evaluating, is_int, is_real
+from .generation import is_int, is_real
+from .isolation import evaluating
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
@@ -320,9 +321,9 @@ def read_in_order(evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]) -> 
     "The exact form of `forward`: one token after the other. Reads the model only."
     check_tokens(tokens, evidence.config)
     found, past = [], None
-    with evaluating(evidence):
+    with evaluating(evidence) as still:
         for t in range(tokens.shape[1]):
-            logits, past = read_token(evidence, tokens[:, t : t + 1], past)
+            logits, past = read_token(still, tokens[:, t : t + 1], past)
             found.append(logits)
     return torch.stack(found, 1)
 
@@ -457,10 +458,10 @@ class EvidenceSettler:
         rows = window.repeat(self.samples, 1)
         past, self.past = self.known(model, evidence, rows), None       # lost if an error comes between
         logits = torch.empty(0)
-        with evaluating(evidence):
+        with evaluating(evidence) as still:
             for t in range(0 if past is None else past.tokens.shape[1], rows.shape[1]):
                 if past is not None: past = self.thin(past)
-                logits, past = read_token(evidence, rows[:, t : t + 1], past, self.settle)
+                logits, past = read_token(still, rows[:, t : t + 1], past, self.settle)
         assert past is not None
         self.past = past
         by_past = lambda x: x.view(self.samples, len(tokens), *x.shape[1:])

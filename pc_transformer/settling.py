@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import check_types
 from .energies import Elliptical, Gaussian
+from .isolation import Draws, Dropout, drawing, generator
 from .model import PCTransformer, check_targets, check_tokens
 
 # %% ../nbs/20_settling.ipynb #dc93df42
@@ -44,9 +45,14 @@ def widened(x: Tensor) -> Tensor:
 
 # %% ../nbs/20_settling.ipynb #491a23d3
 def noise_seed(model: Any) -> int | None:
-    "A seed for the dropout of one settling, drawn from torch's random state; `None` when the model has none to draw."
+    """A seed for the dropout of one settling, drawn from `generator` (chapter 19); `None` when the model drops nothing.
+
+    Raises ValueError for `nn.Dropout`, whose masks would be other ones at every look.
+    """
     drops = isinstance(model, nn.Module) and model.training and getattr(getattr(model, "config", None), "dropout", 0) > 0
-    return int(torch.randint(2**62, ())) if drops else None
+    if drops and any(isinstance(m, nn.Dropout) and not isinstance(m, Dropout) and m.training for m in model.modules()):
+        raise ValueError("settling needs the same dropout at every look: use isolation.Dropout in place of nn.Dropout")
+    return int(torch.randint(2**62, (), generator=generator())) if drops else None
 
 
 @dataclass
@@ -86,8 +92,7 @@ def predict_node(model: Chain, l: int, below: Tensor, noise: int | None = None) 
     try:
         if noise is None:
             return model.predictors[l](below)
-        with torch.random.fork_rng(devices=[below.device] if below.is_cuda else []):
-            torch.manual_seed(noise + l)
+        with drawing(Draws(noise + l)):
             return model.predictors[l](below)
     except ValueError as error:     # an attention layer refuses a precision or a tail that is none
         raise SettlingError(f"the prediction of node {l} failed: {error}") from error

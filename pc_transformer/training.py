@@ -10,8 +10,8 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'not_finite', 'evaluate', '
            'steady', 'load', 'read_model', 'load_tokenizer', 'read_tokenizer', 'make_optimizer', 'learning_rate',
            'pick_device', 'Trainer', 'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated',
            'data_hash', 'resume', 'take_up', 'check_progress', 'is_number', 'flat', 'restore_optimizer', 'Interrupted',
-           'graceful_stop', 'sole_run', 'names', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'TextData',
-           'start', 'write_run_config', 'read_run_config']
+           'graceful_stop', 'sole_run', 'names', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'halves',
+           'TextData', 'start', 'write_run_config', 'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
@@ -44,8 +44,9 @@ from torch import Tensor, nn
 from .attention import LEARNED
 from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict, from_yaml, to_dict, to_yaml
 from .data import Batches, CharTokenizer, split, windows
-from .generation import Tokenizer, evaluating
-from .learning import Learner, gradient_cosine, scratch_gradients
+from .generation import Tokenizer
+from .isolation import Draws, drawing, evaluating
+from .learning import Learner, gradient_cosine, rehearse
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
 from .settling import SettlingError
@@ -63,15 +64,15 @@ def evaluate(
     block_size: int,             # T: windows do not overlap, so early positions of each see little context
     batch_size: int = 64,
 ) -> float:                      # nats per token
-    """Mean cross-entropy over a whole split. Reads the model only; every module's train/eval mode is restored.
+    """Mean cross-entropy over a whole split. Reads the model only, without dropout, whatever its mode.
 
     Raises FloatingPointError when the loss is not finite: a table must not show it as a result.
     """
     device = next(model.parameters()).device
     total = count = 0
-    with evaluating(model):
+    with evaluating(model) as still:
         for tokens, targets in windows(ids, block_size, batch_size):
-            logits = model(tokens.to(device))
+            logits = still(tokens.to(device))
             total += F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
             count += targets.numel()
     if not math.isfinite(total):
@@ -466,7 +467,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()     # "meta" holds no numbers that could be read back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'") from None
     return device
@@ -502,11 +503,10 @@ class Trainer:
     @contextmanager
     def surroundings(self) -> Iterator[None]:
         "Mixed precision, if configured; and dropout that is a function of seed and step, so that a resumed run repeats it."
-        c, cuda = self.config, [self.device] if self.device.type == "cuda" else []
-        short = c.train.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=short), torch.random.fork_rng(cuda, c.model.dropout > 0):
-            if c.model.dropout > 0:
-                torch.manual_seed(c.train.seed * 1_000_003 + self.step + self.team.rank * 2**40)
+        c = self.config.train
+        apart = self.team.rank * 2_654_435_761      # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
+        draws = Draws((c.seed * 1_000_003 + self.step + apart) % 2**63)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"), drawing(draws):
             yield
 
     def backward(self) -> float:
@@ -613,8 +613,8 @@ class Trainer:
         "Evaluate on the whole validation split and note where the learner sits; appended to the record."
         tokens, targets = self.batch(0)      # all of it, in every process of a team: they agree without asking
         look = self.alone()
-        with self.naming_divergence(), self.surroundings(), scratch_gradients(self.model):
-            report = look.backward(self.model, tokens, targets, measure=True)
+        with self.naming_divergence(), self.surroundings():
+            report, _ = rehearse(look, self.model, tokens, targets, measure=True)
             cosine = gradient_cosine(look, self.model, tokens, targets)["all"]
         with self.naming_divergence():
             valid_loss = evaluate(self.model, self.valid_ids, self.config.model.block_size)
@@ -720,7 +720,8 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
         theirs = flat(to_dict(from_dict(RunConfig, progress["run"])))     # what an older version did not have is as usual
     except ConfigError as error:
         raise CheckpointError(f"{place} has settings that this version does not know: {error}") from None
-    if names := [k for k, v in flat(to_dict(trainer.config)).items() if theirs[k] != v]:
+    own = flat(to_dict(trainer.config))
+    if names := [k for k, v in own.items() if theirs[k] != v and k != "data"]:     # its content was compared above
         raise CheckpointError(f"{place} belongs to a run with another configuration ({', '.join(names)} differ)")
     check_progress(progress, trainer.config, place)
     weights, moments = (read_tensors(place / f"{name}.safetensors") for name in ("model", "optimizer"))
@@ -920,6 +921,18 @@ def progress_bar(label: str, trainer: Trainer) -> Callable[[Trainer], None]:
     return after_step
 
 # %% ../nbs/31_training.ipynb #43588126
+def halves(text: str) -> tuple[str, str]:  # training text, validation text
+    """Split as nanoGPT does (90 / 10). Raises ValueError for a text that is too short.
+
+    The line end that closes a text of one line belongs to the file, not to the text.
+    """
+    line = text.removesuffix("\n").removesuffix("\r")
+    train_text, valid_text = split(line if line and not set(line) & set("\r\n") else text)
+    if len(valid_text) < 2:
+        raise ValueError(f"a text of {len(text)} characters is too short: its last tenth validates and must have at least two")
+    return train_text, valid_text
+
+
 @dataclass(frozen=True)
 class TextData:
     "A character corpus ready for training."
@@ -932,8 +945,8 @@ class TextData:
 
     @classmethod
     def of(cls, text: str) -> "TextData":
-        "Split as nanoGPT does (90 / 10), fit the tokenizer on the training part, encode both. Raises ValueError."
-        train_text, valid_text = split(text)
+        "The `halves` of a text, the tokenizer fitted on the training part, both encoded. Raises ValueError."
+        train_text, valid_text = halves(text)
         tokenizer = CharTokenizer.fit(train_text)
         if unknown := sorted(set(valid_text) - set(train_text)):
             raise ValueError(f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and the vocabulary "
@@ -944,7 +957,7 @@ class TextData:
 def start(config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()) -> Trainer:
     "A fresh trainer; ConfigError when the configuration's vocabulary is not the corpus's."
     if config.model.vocab_size != data.tokenizer.vocab_size:
-        has = f"the corpus has {data.tokenizer.vocab_size} characters"
+        has = f"the corpus has {data.tokenizer.vocab_size} characters: leave it out and it follows the corpus"
         raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but {has}")
     return Trainer(config, data.train_ids, data.valid_ids, pick_device(device), team=team)
 
@@ -956,10 +969,16 @@ def write_run_config(config: RunConfig, run: Path) -> None:
 
 
 def read_run_config(run: Path) -> RunConfig:
-    "The configuration of a run's folder; CheckpointError when there is none."
+    "The configuration of a run's folder or of one of its checkpoints; CheckpointError when there is none."
     try:
-        return from_yaml(RunConfig, (run / "config.yaml").read_text())
-    except ConfigError as error:
+        return from_yaml(RunConfig, (run / "config.yaml").read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
-        raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run") from None
+        newest = checkpoints(run)[-1] if checkpoints(run) else run      # every checkpoint holds a copy
+    if not (newest / "training.json").exists():
+        raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run")
+    try:
+        return from_dict(RunConfig, read_json(newest / "training.json", "run")["run"])
+    except ConfigError as error:
+        raise CheckpointError(f"{newest / 'training.json'} has no usable configuration: {error}") from None

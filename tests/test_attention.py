@@ -462,7 +462,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "independent coordinates on a kernel": ({"family": "independent_laplace", "backend": "chunked"}, "reference"),
     "independent coordinates settle": ({"family": "independent_laplace", "settle_steps": 1}, "does not settle"),
     "independent coordinates with a tail": ({"family": "independent_laplace", "nu": 1.0}, "no parameter 'nu'"),
-    "gpu kernel here": ({"backend": "triton"}, ""),
+    "gpu kernel here": ({"backend": "triton"}, "riton"),
     "a word for a mask": ({"attn_mask": "causal"}, "attn_mask must be a tensor, bool"), "a list for a mask": (
         {"attn_mask": [True] * 4}, "attn_mask must be a tensor"), "no queries": ({"q": None}, "q must be a tensor, not None"),
     "keys are a list": ({"k": [1.0]}, "k must be a tensor"), "no values": ({"v": None}, "v must be a tensor"),

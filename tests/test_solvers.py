@@ -176,6 +176,40 @@ def test_nothing_diverges_silently(
     assert (settled.node_energy.double().sum(-1).diff() <= 1e-5 * settled.node_energy.abs().sum(-1).max()).all()
 
 
+def test_adam_of_states_is_adam() -> None:
+    "Four directions from the same gradients as `torch.optim.Adam`'s, corrections of its start included."
+    model, (tokens, targets), draw = build(), batch(), torch.Generator().manual_seed(0)
+    walk = StateWalk.begin(StateSettling(method="adam", memory=0.8), model, tokens, targets)
+    at = [torch.zeros_like(s, requires_grad=True) for s in walk.up.states]
+    adam = torch.optim.Adam(at, lr=1.0, betas=(0.8, 0.999), eps=1e-12)
+    for _ in range(4):
+        gradients = [torch.randn(s.shape, generator=draw, dtype=s.dtype) for s in at]
+        for x, g, bound in zip(at, gradients, walk.bounds, strict=True):
+            x.grad = g / bound
+        before = [x.detach().clone() for x in at]
+        adam.step()
+        for d, x, old, s in zip(walk.direction(gradients), at, before, walk.up.states, strict=True):
+            rate = s.square().mean().sqrt() / 100        # a hundredth of the states' own size
+            torch.testing.assert_close(d, rate * (old - x.detach()), rtol=1e-9, atol=1e-12)
+        walk.sizes.append(1.0)
+
+
+def test_bounds_of_states_are_of_their_own_surroundings() -> None:
+    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    model, (tokens, targets) = build(), batch()
+    gains = (2.0, 0.5, 3.0, 1.5)
+    for l, gain in enumerate(gains, 1):
+        layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
+        torch.nn.init.orthogonal_(layer.weight, gain, generator=torch.Generator().manual_seed(l))
+        model.predictors[l] = layer
+    walk = StateWalk.begin(StateSettling(relative_precision=7.0), model, tokens, targets)
+    Pi = [7 / s.square().mean().item() for s in walk.up.states]
+    assert max(Pi) > 3 * min(Pi)
+    for l, gain in enumerate(gains):
+        assert walk.bounds[l] == pytest.approx(Pi[l] + gain**2 * Pi[l + 1], rel=1e-5), l
+    assert walk.bounds[-1] > Pi[-1]
+
+
 def test_a_delay_hears_nothing_first() -> None:
     model, (tokens, targets) = build(), batch()
     late = ErrorSettling(steps=1, pathway=Pathway(delay=1))(model, tokens, targets)
@@ -296,12 +330,14 @@ def test_every_learner_trains_and_resumes(name: str, tmp_path: Any) -> None:
 
 def test_schedules_are_functions_of_progress() -> None:
     t = trainer(LEARNERS["annealed"])
-    seen = []
-    for _ in range(6):
+    now = lambda learner: (learner.solver.steps, learner.solver.relative_precision)
+    assert t.config.train.iters == 6
+    for step in range(6):
+        wanted = round(3 - 2 * step / 6), pytest.approx(30.0 * 100.0 ** (step / 6))
+        assert now(t.alone()) == wanted, "a look settles as the next step will"
         t.advance()
-        assert isinstance(t.learner, PredictiveCoding) and isinstance(t.learner.solver, ErrorSettling)
-        seen.append((t.learner.solver.steps, t.learner.solver.relative_precision))
-    assert seen[0] == (3, 30.0) and seen[-1][0] == 1 and [b for _, b in seen] == sorted(b for _, b in seen)
+        assert now(t.learner) == wanted
+    assert now(t.alone()) == (1, pytest.approx(3000.0))
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:
