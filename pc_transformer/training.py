@@ -297,19 +297,27 @@ class Trainer:
     def backward(self) -> float:
         "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
         tokens, targets = self.batch(self.step)
-        parts, loss, count = self.config.train.accumulate, 0.0, 0
-        for part in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
-            x, y = map(self.team.share, part)
-            loss += self.learner.backward(self.model, x, y).loss / parts
-            count += y.numel()
-        if parts > 1:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad /= parts
+        parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
+                 if (part[1] != -100).any()] or [(tokens, targets)]      # a part that predicts nothing teaches nothing
+        own = [tuple(map(self.team.share, part)) for part in parts]
+        counts = [int((y != -100).sum()) for _, y in own]
+        count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
+        for (x, y), n in zip(own, counts, strict=True):
+            self.divide_gradients(n / unit if n and unit else 1.0)
+            report = self.learner.backward(self.model, x, y)
+            loss += report.loss / (count / n) if n else 0.0
+            unit = n or unit
+        self.divide_gradients(count / unit if unit else 1.0)
         if self.team.size > 1:
             sync_gradients(self.model, count)
-            loss = self.total(loss * count) / tokens.numel()
+            loss = self.total(loss * count) / int((targets != -100).sum())
         return loss
+
+    def divide_gradients(self, by: float) -> None:
+        if by != 1:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad /= by
 
     def total(self, number: float) -> float:
         "The sum of a number over the team."

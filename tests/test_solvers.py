@@ -315,6 +315,29 @@ def test_parts_of_a_batch_make_the_batch() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=tol, atol=1e-7)
 
 
+def test_parts_count_by_what_they_predict() -> None:
+    "Accumulation where rows have different numbers of targets, and one part has none: the whole batch's gradient and loss."
+    for learner, limit in (
+        (LearnerConfig(algorithm="backprop"), 1e-6),
+        (LearnerConfig(solver="sweep"), 1e-6),
+        (LearnerConfig(solver="highway", steps=4), 1e-6),
+        (LearnerConfig(), 1e-3),  # every part has precisions of its own
+    ):
+        runs = [trainer(learner), trainer(learner, accumulate=4), trainer(learner, accumulate=2)]
+        losses = []
+        for t in runs:
+            tokens, targets = t.batch(0)
+            targets[0, 1:], targets[2], targets[3, 4:] = -100, -100, -100
+            t.batch = lambda _, both=(tokens, targets): both  # type: ignore[method-assign]
+            losses.append(t.backward())
+        found = [{n: p.grad for n, p in t.model.named_parameters()} for t in runs]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+        assert max(apart(found[0], other) for other in found[1:]) < limit  # type: ignore[arg-type]
+    targets[:] = -100
+    with pytest.raises(ValueError, match="predicts nothing"):
+        runs[2].backward()
+
+
 def test_mixed_precision_stays_close() -> None:
     "bfloat16 inside, float32 weights and gradients."
     for learner in (LearnerConfig(), LearnerConfig(algorithm="backprop")):
