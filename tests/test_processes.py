@@ -65,6 +65,37 @@ def test_deeper_rings_learn_what_one_process_learns() -> None:
         torch.testing.assert_close(learned[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
+    "Every process knows which positions count, and keeps precisions and errors in float32 at least."
+    start, one, short = (PCTransformer(CONFIG, seed=1).to(dtype) for _ in range(3))
+    solver = ErrorSettling(steps=2, relative_precision=1.0 if dtype == torch.float64 else 1e4)
+    optimizers = [RULE(list(model.parameters())) for model in (one, short)]
+    with LayerProcesses(start, RULE, solver) as ring:
+        for seed in range(2):
+            tokens, targets = batch(seed)
+            targets[:, 5:] = -100
+            there, here = ring.step(tokens, targets), PredictiveCoding(solver).backward(one, tokens, targets)
+            PredictiveCoding(solver).backward(short, tokens[:, :5], targets[:, :5])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            assert here.energy is not None and there.energy == pytest.approx(here.energy, rel=1e-12)
+            whole = ring.step(*batch(seed))  # and a whole batch after a padded one
+            PredictiveCoding(solver).backward(one, *batch(seed))
+            PredictiveCoding(solver).backward(short, *batch(seed))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            assert whole.step_sizes == there.step_sizes == [1.0, 1.0]
+        learned = ring.weights()
+    limits = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-4}
+    for (name, p), q in zip(one.named_parameters(), short.parameters(), strict=True):
+        torch.testing.assert_close(learned[name], p.detach(), **limits)
+        torch.testing.assert_close(learned[name], q.detach(), **limits)
+    assert any((learned[n] != p).any() for n, p in start.named_parameters())
+
+
 def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProcesses) -> None:
     "Tokens that the parent did not check: node 0 fails, and its own sentence arrives."
     tokens, targets = batch()

