@@ -423,7 +423,8 @@ def test_the_mode_has_no_weight_and_generation_reads_by_the_settler() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"steps": 1.5}, {"steps": True}, {"steps": None}, {"step_size": "1"}, {"step_size": math.nan},
-    {"relative_precision": "stiff"}, {"relative_precision": math.nan}, {"samples": "8"}, {"temperature": "hot"}, {"temperature": math.inf}, {"seed": 2**70},
+    {"relative_precision": "stiff"}, {"relative_precision": math.nan},
+    {"samples": "8"}, {"temperature": "hot"}, {"temperature": math.inf}, {"seed": 2**70},
     {"seed": "1"}, {"samples": 2}])
 def test_settlers_refuse_in_a_sentence(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a settler needs"):
