@@ -317,7 +317,8 @@ def finish(
     errors, trace, log_weights = settle(energy, zero, variances, evidence.steps, evidence.step_size)
     with torch.no_grad():
         _, _, new = climb(model, last, past.memories, errors, start)
-    memories = [n if m is None else m.append(n) for m, n in zip(past.memories, new, strict=True)]
+    pairs = zip(past.memories, new, strict=True)
+    memories: list[Memory | None] = [n if m is None else m.append(n) for m, n in pairs]
     return memories, trace, past.log_weights + log_weights[:, 0].cpu().double()
 
 
