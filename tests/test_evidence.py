@@ -77,7 +77,9 @@ def none(model: PCTransformer, rows: int) -> States:
     return [torch.zeros(rows, 1, model.config.d_model, dtype=torch.float64)] * len(model.predictors)
 
 
-def energy_of(model: PCTransformer, past: States | None, token: Tensor, i: int, errors: States, v: States, after: Tensor) -> Tensor:
+def energy_of(
+    model: PCTransformer, past: States | None, token: Tensor, i: int, errors: States, v: States, after: Tensor
+) -> Tensor:
     "Equation (1), written out."
     states = climb(model, past, token, i, errors)[1]
     prior = torch.stack([(e.square() / (2 * x)).sum(-1)[:, 0] for e, x in zip(errors, v, strict=True)]).sum(0)
@@ -183,7 +185,8 @@ def test_settling_never_raises_the_energy_of_a_column() -> None:
         assert (rises <= 0).all() and torch.equal(energy(errors), trace[-1]) and torch.equal(energy(start), trace[0])
         stays = (errors[0] == start[0]).all(-1)
         assert stays.any() and not stays.all() or halvings == 6
-    alone, _ = settle_columns(lambda e: energy([torch.cat([e[0], start[0][:, 1:]], 1)])[:, :1], [start[0][:, :1]], [v[0][:, :1]], 8)
+    padded = lambda e: energy([torch.cat([e[0], start[0][:, 1:]], 1)])[:, :1]
+    alone, _ = settle_columns(padded, [start[0][:, :1]], [v[0][:, :1]], 8)
     assert torch.equal(alone[0], settle_columns(energy, start, v, 8)[0][0][:, :1])
     with pytest.raises(SettlingError, match="not finite"):
         settle_columns(lambda e: energy(e) + math.nan, start, v, 1)
@@ -298,7 +301,8 @@ def exact(a: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def in_order(a: Tensor, c: Tensor, x: Tensor, draws: int, steps: int | None, resampled: bool) -> tuple[Tensor, Tensor, float]:
     "States `(draws, columns)` sampled in the order of time, their weights, and the estimated log-evidence."
-    g, zero, one = torch.Generator().manual_seed(0), torch.zeros(draws, 1, 1, dtype=torch.float64), torch.ones(draws, 1, 1).double()
+    g, zero = torch.Generator().manual_seed(0), torch.zeros(draws, 1, 1, dtype=torch.float64)
+    one = torch.ones_like(zero)
     states, log_w, log_z = torch.zeros(draws, 0, dtype=torch.float64), torch.zeros(draws, dtype=torch.float64), 0.0
     for a_i, c_i, x_i in zip(a, c, x, strict=True):
         mu = a_i * states[:, -1:] if states.shape[1] else zero[:, 0]
@@ -317,7 +321,7 @@ def in_order(a: Tensor, c: Tensor, x: Tensor, draws: int, steps: int | None, res
 @pytest.mark.parametrize("steps", [0, None, 4])
 @pytest.mark.parametrize("resampled", [False, True])
 def test_sampled_columns_have_the_posterior_of_a_linear_chain(steps: int | None, resampled: bool) -> None:
-    "Mean, covariance and evidence within 5 % and 3 sigma or so, from the default of one step on; the past learns from later tokens."
+    "Variances within 5 %, means and covariances within 0.04, at the default of one step too; the past hears later tokens."
     a, c, x = chain(4, seed=1)
     mean, cov, log_z = exact(a, c, x)
     states, W, found = in_order(a, c, x, 60_000, steps, resampled)
@@ -418,15 +422,17 @@ def test_the_mode_has_no_weight_and_generation_reads_by_the_settler() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    {"steps": 1.5}, {"steps": True}, {"steps": None}, {"step_size": "1"}, {"step_size": math.nan}, {"relative_precision": "stiff"},
-    {"relative_precision": math.nan}, {"samples": "8"}, {"temperature": "hot"}, {"temperature": math.inf}, {"seed": 2**70},
+    {"steps": 1.5}, {"steps": True}, {"steps": None}, {"step_size": "1"}, {"step_size": math.nan},
+    {"relative_precision": "stiff"}, {"relative_precision": math.nan},
+    {"samples": "8"}, {"temperature": "hot"}, {"temperature": math.inf}, {"seed": 2**70},
     {"seed": "1"}, {"samples": 2}])
 def test_settlers_refuse_in_a_sentence(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a settler needs"):
         EvidenceSettler(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": "1"}, {"rounds": 1.0}, {"relative_precision": None}, {"step_size": "1"}, {"steps": True}])
+@pytest.mark.parametrize("wrong", [
+    {"steps": "1"}, {"rounds": 1.0}, {"relative_precision": None}, {"step_size": "1"}, {"steps": True}])
 def test_evidence_models_refuse_in_a_sentence(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="evidence needs whole steps and rounds"):
         EvidenceTransformer(made(), **wrong)
@@ -474,7 +480,8 @@ def test_the_study_trains_on_one_split_and_judges_on_the_other(tmp_path: Path, m
     found = evidence_study(config, data, tmp_path / "out", [tmp_path / "one"], windows=6, steps=(1,), device="cpu")
     assert len(trained) == 4 and all((x < 4).all() and (y < 4).all() for _, x, y in trained), "trained on the training split"
     plain, ours = trained[:2], trained[2:]
-    assert all(torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in zip(plain, ours, strict=True)), "on the same batches"
+    for a, b in zip(plain, ours, strict=True):
+        assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]), "on the same batches"
     x, y = some_windows(data.valid_ids, 8, 6)
     assert len(judged) == 2 * len(found["runs"]) and all(torch.equal(b, y) for _, b in judged), "judged on the validation split"
     assert (x >= 4).all() and (y >= 4).all() and torch.equal(x[:, 1:], y[:, :-1])
