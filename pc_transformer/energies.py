@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/11_energies.ipynb #d2c3fef2
-def known(flag: Tensor) -> bool | None:
-    "A flag's value; `None` while PyTorch compiles and inside `torch.vmap`, where nobody can look."
+def known(x: Tensor) -> Any:
+    "The number in a tensor; `None` while PyTorch compiles and inside `torch.vmap`, where nobody can look."
     if torch.compiler.is_compiling(): return None
-    try: return bool(flag)
-    except RuntimeError: return None  # what vmap raises for a flag that differs between its samples
+    try: return x.item()
+    except RuntimeError: return None  # what vmap raises for a number that differs between its samples
 
 
 def check_tensor(what: str, x: object) -> None:
