@@ -26,7 +26,7 @@ from . import kernels
 from .config import Attention
 from pc_transformer.energies import (
     FAMILIES, Contaminated, Elliptical, Gaussian, Huber, IndependentLaplace, Laplace, Logistic, check_number, check_tails,
-    check_whole, known,
+    check_whole, known, shown,
 )
 from .kernels import additive_mask, per_coordinate, responsibilities
 
@@ -141,12 +141,12 @@ def check_attend(
 ) -> None:
     "Raise one clear sentence for types, shapes, masks, names or numbers that `attend` cannot mean."
     for what, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {x!r}")
+        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
     if attn_mask is not None:
-        kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else repr(attn_mask)
+        kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else shown(attn_mask)
         if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
             raise TypeError(f"attn_mask must be a tensor, bool (True: may attend) or float (added to the scores), but is {kind}")
-    if not isinstance(is_causal, bool): raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
+    if not isinstance(is_causal, bool): raise TypeError(f"is_causal must be True or False, not {shown(is_causal)}")
     for what, name, known in (("attention family", family, Family), ("attention backend", backend, Backend)):
         if not isinstance(name, str):
             raise TypeError(f"{what} is a name such as {get_args(known)[1]!r}, not a {type(name).__name__}")
@@ -172,7 +172,7 @@ def check_attend(
 
 def check_share(what: str, x: Any) -> None:
     "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"{what} must be a number, not {x!r}")
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"{what} must be a number, not {shown(x)}")
     if not 0 <= x < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
 
 
@@ -347,7 +347,7 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../nbs/12_attention.ipynb #8923f9b4
+# %% ../nbs/12_attention.ipynb #c5af4412
 def seen_in(
     bad: Bool[Tensor, "B H M Tk"],            # keys
     log_mix: Tensor | None,                   # to `(B, H, M, Tk)`
@@ -466,7 +466,7 @@ def attend(
     mixed = family == "mixture"
     component = family_parameters.pop("component", "gaussian") if mixed else family
     if mixed and not (isinstance(component, str) and component in FAMILIES):
-        raise ValueError(f"unknown component {component!r}: choose from {', '.join(map(repr, FAMILIES))}")
+        raise ValueError(f"unknown component {shown(component)}: choose from {', '.join(map(repr, FAMILIES))}")
     for name, x in family_parameters.items(): check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
     link, given = any_link(component, q, family_parameters), (q, k, v)
     keys, v = components(q, k, precision, log_mix), spread_heads(v, v.shape[1], q.shape[1])
@@ -706,5 +706,6 @@ class PCAttention(nn.Module):
         )
         out = found[0] if isinstance(found, tuple) else found
         if self.background is not None:
-            out = out * torch.sigmoid(found[1] - self.background)[..., None]
+            background = sound(self.background, full_dtype(x), False, f"the background of {self.family} attention")
+            out = out * torch.sigmoid(found[1] - background)[..., None]
         return self.out(out.transpose(1, 2).flatten(2))

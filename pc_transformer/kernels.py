@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pc_transformer.energies import (
     FAMILIES, Contaminated, Elliptical, Gaussian, GeneralizedGaussian, Laplace, Logistic, StudentT, check_whole,
+    shown,
 )
 
 # %% ../nbs/13_kernels.ipynb #516c0ee3
@@ -290,7 +291,7 @@ def needs_grad(*args: object) -> bool:
 def check_tensors(q: Any, k: Any, v: Any, precision: Any) -> None:
     "Raise TypeError, one sentence, unless these are tensors: a backend takes what `attend` has made of its arguments."
     for what, x in (("q", q), ("k", k), ("v", v), ("precision", precision)):
-        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {x!r}")
+        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, link: Link, precision: Tensor, is_causal: bool, window: int | None) -> None:
