@@ -347,7 +347,7 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../nbs/12_attention.ipynb #c5af4412
+# %% ../nbs/12_attention.ipynb #8c490a25
 def seen_in(
     bad: Bool[Tensor, "B H M Tk"],            # keys
     log_mix: Tensor | None,                   # to `(B, H, M, Tk)`
@@ -577,20 +577,24 @@ LEARNED = ("log_precision", "log_tail", "log_mix", "shift", "background", "preci
 
 def check_options(
     d_model: int, n_head: int, family: str, precision_init: float | None, precision: str, mixing: str, tail: float | None,
-    n_component: int, n_kv_head: int | None,
+    n_component: int, n_kv_head: int | None, window: int | None = None, dropout: float = 0.0,
 ) -> None:
-    "Raise ValueError, one sentence, for options of `PCAttention` that contradict each other."
+    "Raise ValueError or TypeError, one sentence, for options of `PCAttention` that are none or contradict each other."
+    for what, x in (("d_model", d_model), ("n_head", n_head), ("n_component", n_component)): check_whole(what, x, 1)
+    for what, x in (("n_kv_head", n_kv_head), ("window", window)):
+        if x is not None: check_whole(what, x, 1)
+    for what, x in (("precision_init", precision_init), ("tail", tail)):
+        if x is not None: sound(x, torch.float32, True, what)
+    check_share("dropout", dropout)
     plain = precision == "head" and mixing != "norm"
     for ok, sentence in (
         (family in get_args(Attention), f"unknown attention family {family!r}: choose from {', '.join(get_args(Attention))}"),
-        (n_head >= 1 and d_model % n_head == 0, f"d_model = {d_model} is not divisible by n_head = {n_head}"),
-        (n_kv_head is None or n_kv_head >= 1 and n_head % n_kv_head == 0, f"n_kv_head = {n_kv_head} does not divide {n_head}"),
-        (precision_init is None or precision_init > 0, f"precision_init must be positive, got {precision_init}"),
+        (d_model % n_head == 0, f"d_model = {d_model} is not divisible by n_head = {n_head}"),
+        (n_kv_head is None or n_head % n_kv_head == 0, f"n_kv_head = {n_kv_head} does not divide {n_head}"),
         (precision in ("head", "key", "diagonal"), f"precision must be 'head', 'key' or 'diagonal', got {precision!r}"),
         (mixing in ("equal", "norm", "key"), f"mixing must be 'equal', 'norm' or 'key', got {mixing!r}"),
         (family != "dot" or plain, "dot attention has one scale per head and no density: precision 'head', mixing not 'norm'"),
-        (tail is None or family in TAILS and tail > 0, f"tail must be positive and {family} must have one, got {tail}"),
-        (n_component >= 1, f"n_component must be at least 1, got {n_component}"),
+        (tail is None or family in TAILS, f"{family} attention has no tail, got {tail}"),
     ):
         if not ok: raise ValueError(sentence)
 
@@ -619,7 +623,7 @@ class PCAttention(nn.Module):
         bias: bool = False,                     # of the two linear maps
     ):
         super().__init__()
-        check_options(d_model, n_head, family, precision_init, precision, mixing, tail, n_component, n_kv_head)
+        check_options(d_model, n_head, family, precision_init, precision, mixing, tail, n_component, n_kv_head, window, dropout)
         self.n_head, self.n_kv_head, self.d = n_head, n_kv_head or n_head, d_model // n_head
         self.family: Attention = family
         self.window, self.qk_norm, self.dropout, self.mixing = window, qk_norm, dropout, mixing
