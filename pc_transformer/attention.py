@@ -147,11 +147,11 @@ def check_attend(
         if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
             raise TypeError(f"attn_mask must be a tensor, bool (True: may attend) or float (added to the scores), but is {kind}")
     if not isinstance(is_causal, bool): raise TypeError(f"is_causal must be True or False, not {shown(is_causal)}")
-    for what, name, known in (("attention family", family, Family), ("attention backend", backend, Backend)):
+    for what, name, names in (("attention family", family, Family), ("attention backend", backend, Backend)):
         if not isinstance(name, str):
-            raise TypeError(f"{what} is a name such as {get_args(known)[1]!r}, not a {type(name).__name__}")
-        if name not in get_args(known):
-            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(repr, get_args(known)))}")
+            raise TypeError(f"{what} is a name such as {get_args(names)[1]!r}, not a {type(name).__name__}")
+        if name not in get_args(names):
+            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(repr, get_args(names)))}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one floating dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -347,7 +347,7 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../nbs/12_attention.ipynb #8c490a25
+# %% ../nbs/12_attention.ipynb #3983010a
 def seen_in(
     bad: Bool[Tensor, "B H M Tk"],            # keys
     log_mix: Tensor | None,                   # to `(B, H, M, Tk)`

@@ -273,7 +273,8 @@ def _exact(value: float | Tensor) -> Tensor:
 def _shape(name: str, value: float | Tensor, interval: str) -> None:
     "Raises `ValueError` unless `value` lies in `interval`, such as '(0, 1]'; `TypeError` if it is no number."
     real = value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int | float)
-    if not real or isinstance(value, bool): raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {shown(value)}")
+    if not real or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {shown(value)}")
     x = _exact(value).detach()
     low, high = map(float, interval[1:-1].split(","))
     good = (x >= low if interval[0] == "[" else x > low) & (x <= high if interval[-1] == "]" else x < high)

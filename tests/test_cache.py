@@ -647,7 +647,8 @@ def test_a_reader_refuses_numbers_that_are_none(name):
     for value in (math.nan, 1e4):
         model = make(replace(SMALL, attention=family, background=True))
         with torch.no_grad():
-            getattr(model.predictors[1].attention, name).flatten()[0] = math.inf if name == "background" and value == 1e4 else value
+            odd = math.inf if name == "background" and value == 1e4 else value
+            getattr(model.predictors[1].attention, name).flatten()[0] = odd
         if name == "log_mix" and value == 1e4:
             continue                                               # a log weight may be large
         for call in (lambda model=model: KVCache.allocate(model), lambda model=model: model(random_tokens(1, 4))):
