@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.attention import (
-    TAILS, Link, PCAttention, components, log_sum_exp, make_link, masked_scores, spread_heads,
+    TAILS, Link, PCAttention, components, full_dtype, log_sum_exp, make_link, masked_scores, sound, spread_heads,
 )
-from .energies import Elliptical, Gaussian
+from .energies import Elliptical, Gaussian, check_number, check_whole, shown
 from .kernels import responsibilities
 from .layers import AttentionLayer
 from .settling import SettlingError, stiffness
@@ -53,7 +53,10 @@ class AttentionNode:
     step_size: float = 1.0     # eta in (0, 1]; halved while the energy rises
 
     def __post_init__(self):
-        if not (0 < self.stiffness < math.inf and isinstance(self.steps, int) and self.steps >= 1 and 0 < self.step_size <= 1):
+        sound(self.stiffness, torch.float32, True, "the stiffness of an attention node")
+        check_whole("the number of steps", self.steps, 1)
+        check_number("the step size", self.step_size)
+        if not 0 < self.step_size <= 1:
             raise ValueError(f"an attention node needs finite stiffness > 0, whole steps >= 1, step_size in (0, 1]: got {self}")
 
     def energy(
@@ -73,6 +76,8 @@ class AttentionNode:
         message: Downstream,                   # `xi (..., Tq, dv)`, for a linear G; or G itself: read-outs to one number
     ) -> Float[Tensor, "... Tq Tk"]:           # responsibilities, no graph
         "Steps of (3) that never raise lambda KL + G. Raises ValueError for a message that does not fit, SettlingError."
+        if not (isinstance(message, Tensor) or callable(message)):
+            raise TypeError(f"the message must be a tensor or a function of the read-outs, got {shown(message)}")
         scores, values = scores.detach(), values.detach().to(scores.dtype)
         shape = (*scores.shape[:-1], values.shape[-1])
         if isinstance(message, Tensor):
@@ -119,6 +124,8 @@ class AttentionNode:
     ) -> dict[str, Tensor]:                        # by "q", "k", "precision" and "v"
         "Equations (5) and (7): the slopes of lambda KL + G at fixed `r`; score and read-out are differentiated, no softmax."
         q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        precision = sound(precision, full_dtype(q), True, "the precision of attention")
+        log_mix = None if log_mix is None else sound(log_mix, full_dtype(q), False, "log_mix")
         Lam = torch.as_tensor(precision, dtype=q.dtype, device=q.device).detach().requires_grad_()
         with torch.enable_grad():
             s = masked_scores(q, k, link, Lam, log_mix, **masks)

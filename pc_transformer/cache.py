@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from .attention import TAILS, Link, PCAttention, attend, full_dtype
+from .attention import TAILS, Link, PCAttention, attend, full_dtype, sound
 from .config import ModelConfig
-from .energies import FAMILIES, Elliptical
+from .energies import FAMILIES, Elliptical, check_whole, shown
 from .kernels import NEAR, as_step, is_sharp
 from .layers import AttentionLayer, Embedding, FeedForwardLayer, Output
 from .model import PCTransformer, check_tokens
@@ -76,7 +76,7 @@ def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d
 # %% ../nbs/17_cache.ipynb #7f8a5623
 @dataclass(eq=False)
 class Reader:
-    "One attention layer as equation (2) sees it; made once, valid while the weights stay."
+    "One attention layer as equation (2) sees it; made once, valid while the weights stay. Numbers are refused as by `attend`."
 
     attention: PCAttention
 
@@ -86,7 +86,10 @@ class Reader:
         self.own, self.straight, self.dtype = a.precision_map is not None, a.family in STRAIGHT, dtype
         self.columns = columns(a.family, "key" if self.own else "head", a.mixing)
         Lam = torch.full((self.Hk, 1), a.d**-0.5, dtype=dtype, device=a.qkv.weight.device) if a.precision is None else a.precision
-        self.Lam = Lam.detach().to(dtype).reshape(self.Hk, self.M, 1, 1, -1)
+        for name in ("log_mix", "background"):
+            if (x := getattr(a, name)) is not None: sound(x.detach(), dtype, False, f"the {name} of {a.family} attention")
+        Lam = sound(Lam.detach(), dtype, True, f"the precision of {a.family} attention")
+        self.Lam = Lam.to(dtype).reshape(self.Hk, self.M, 1, 1, -1)
         self.shift = None if a.shift is None else a.shift.detach().to(dtype)[:, :, :, None]        # `(Hk, M, 1, 1, d)`
         self.link: Link = "dot" if a.family == "dot" else self.family_of(a, dtype)
         self.step, self.scale, self.shape = as_step(self.link, a.d)
@@ -355,10 +358,10 @@ def check_allocation(model: nn.Module, batch: int, length: int | None, dtype: st
     assert isinstance(model, PCTransformer)
     most = model.config.block_size
     length = most if length is None else length
-    if batch < 1 or length < 1: raise ValueError(f"a cache needs at least one row and one token, got {batch} and {length}")
+    for what, x in (("batch", batch), ("length", length)): check_whole(what, x, 1)
     if length > most:
         raise ValueError(f"a cache of {length} tokens is longer than the context of {most} (block_size)")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"a cache cannot store {dtype!r}: choose from {', '.join(DTYPES)}")
 
 
@@ -456,6 +459,15 @@ class KVCache:
         found = store[layer, :, :, start:stop].to(self.readers[layer].dtype)
         return found if self.scales is None else found * self.scales[which, layer, :, :, start:stop]
 
+    def check_precision(self, before: Sequence[int]) -> None:
+        "Raise ValueError if the precision of a key newer than the first `before` of each row is not positive and finite."
+        start, new = min(before), self.column["lam"][..., min(before):self.length]
+        if min(self.lengths) < self.length or max(before) > start:
+            first, stop = (torch.tensor(n, device=new.device)[:, None] for n in (before, self.lengths))
+            j = torch.arange(start, self.length, device=new.device)
+            new = new.masked_fill(~((first <= j) & (j < stop))[:, None, None], 1.0)
+        sound(new, new.dtype, True, f"the precision of {self.model.config.attention} attention")
+
     def current(self, parts: bool = True) -> bool:
         "Whether the model's weights are those that the keys were made with, as far as `Snapshot.holds` sees."
         return self.snapshot.holds(parts)
@@ -502,14 +514,18 @@ class KVCache:
         if copied: self.copy_weights()
 
     def trim(self, length: int) -> None:
-        "Forget the newest tokens of rows that are longer than `length`. Raises ValueError."
-        if not 0 <= length <= self.length: raise ValueError(f"cannot trim a cache of {self.length} tokens to {length}")
+        "Forget the newest tokens of rows that are longer than `length`. Raises ValueError or TypeError."
+        check_whole("length", length, 0)
+        if length > self.length: raise ValueError(f"cannot trim a cache of {self.length} tokens to {length}")
         self.lengths = [min(n, length) for n in self.lengths]
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         "A new cache of these rows, in this order, repeated if named twice. Raises ValueError."
-        if not rows or not all(0 <= r < self.batch for r in rows):
-            raise ValueError(f"rows must lie in 0..{self.batch - 1} and there must be one, got {list(rows)}")
+        if isinstance(rows, Tensor): rows = rows.tolist()
+        rows = list(rows)
+        for r in rows: check_whole("a row", r, 0)
+        if not rows or not all(r < self.batch for r in rows):
+            raise ValueError(f"rows must lie in 0..{self.batch - 1} and there must be one, got {rows}")
         at = torch.tensor(list(rows), device=self.k.device)
         pick = lambda x, axis: x.index_select(axis, at)
         column = {name: pick(x, 1) for name, x in self.column.items()}
@@ -519,7 +535,7 @@ class KVCache:
 
     def expand(self, n: int) -> "KVCache":
         "A new cache in which every row stands `n` times: one prompt, many continuations. Raises ValueError."
-        if n < 1: raise ValueError(f"a row must be repeated at least once, got {n}")
+        check_whole("the number of copies", n, 1)
         return self.select([r for r in range(self.batch) for _ in range(n)])
 
     def revise(
@@ -529,13 +545,21 @@ class KVCache:
         values: Float[Tensor, "B Hk P d"] | None = None,
     ) -> None:
         "Replace keys and values of past tokens; columns follow, precision and mixing weights of the tokens stay."
+        check_whole("layer", layer, 0)
+        if layer >= len(self.readers): raise ValueError(f"layer must lie in 0..{len(self.readers) - 1}, got {layer}")
+        if not (isinstance(positions, Tensor) and positions.dtype == torch.int64 and positions.dim() == 1):
+            raise TypeError(f"positions to revise must be one row of int64 slots, got {shown(positions)}")
         P, reader = positions.numel(), self.readers[layer]
         if P and not 0 <= int(positions.min()) <= int(positions.max()) < min(self.lengths):
             raise ValueError(f"positions to revise must lie in 0..{min(self.lengths) - 1}, the tokens that every row has seen")
         before = self.keys(layer, self.length)[:, :, positions]
+        for new in (keys, values):
+            if new is None: continue
+            if not (isinstance(new, Tensor) and new.is_floating_point()):
+                raise TypeError(f"revise needs keys and values of a floating dtype, got {shown(new)}")
+            if new.shape != before.shape: raise ValueError(f"revise needs shape {tuple(before.shape)}, got {tuple(new.shape)}")
         for n, (store, new) in enumerate(((self.k, keys), (self.v, values))):
             if new is None: continue
-            if new.shape != before.shape: raise ValueError(f"revise needs shape {tuple(before.shape)}, got {tuple(new.shape)}")
             if self.scales is not None:
                 new, scale = quantise(new.to(reader.dtype))
                 self.scales[n, layer][:, :, positions] = scale
@@ -567,15 +591,18 @@ def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Seque
                          f"{cache.model.config.d_model}") + "; allocate one for this model")
     if not cache.current():
         raise ValueError("the model's weights have changed since the cache was made: allocate a new one")
+    if not isinstance(tokens, Tensor): raise TypeError(f"tokens must be a tensor of shape (batch, time), got {shown(tokens)}")
     check_tokens(tokens, cache.model.config)
     if tokens.shape[0] != cache.batch:
         raise ValueError(f"the cache has {cache.batch} rows, but tokens have {tokens.shape[0]}")
     if cache.length + tokens.shape[1] > cache.capacity:
         raise ValueError(f"the cache is full: it holds {cache.length} of {cache.capacity} tokens, "
                          f"and {tokens.shape[1]} more do not fit")
-    if counts is not None and not (len(counts) == cache.batch and all(1 <= n <= tokens.shape[1] for n in counts)):
+    check_whole("settle_steps", settle_steps, 0)
+    if counts is None: return
+    for n in counts: check_whole("a count", n, 0)
+    if not (len(counts) == cache.batch and all(1 <= n <= tokens.shape[1] for n in counts)):
         raise ValueError(f"counts must be {cache.batch} numbers from 1 to {tokens.shape[1]}, got {list(counts)}")
-    if settle_steps < 0: raise ValueError(f"settle_steps must not be negative, got {settle_steps}")
 
 
 def extend(
@@ -590,11 +617,19 @@ def extend(
     """Logits of new tokens, whose keys and values enter the cache: prefill and decode. Dropout is off.
 
     Raises ValueError or TypeError, one sentence, for a cache of another model or other weights, a full cache, a wrong batch,
-    wrong tokens.
+    wrong tokens, and, as `attend` does, for a token whose precision is none; the cache stays as long as it was.
     """
+    counts = counts.tolist() if isinstance(counts, Tensor) else counts
     check_extend(model, tokens, cache, counts, settle_steps)
+    before = cache.lengths
     with torch.no_grad():
-        return advance(cache, tokens, counts, settle_steps, last, energies)
+        logits = advance(cache, tokens, counts, settle_steps, last, energies)
+        try:
+            if "lam" in cache.column: cache.check_precision(before)
+        except ValueError:
+            cache.lengths = before
+            raise
+    return logits
 
 
 def one_more(

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .energies import FAMILIES, Elliptical
-from .kernels import first_order
+from .energies import FAMILIES, Elliptical, check_whole
+from .kernels import check_tensors, first_order
 
 # %% ../nbs/16_gpu_kernels.ipynb #265f6587
 _tr: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
@@ -107,10 +107,10 @@ def link_bits(u, a, b, D: constexpr, LINK: constexpr, FAST: constexpr):
 
 
 @jit
-def outlier(u, a, b, D: constexpr):
-    "The contaminated Gaussian's responsibility of its outliers."
+def outlier(u, a, b, D: constexpr, SIGN: constexpr):
+    "The contaminated Gaussian's responsibility of its outliers; with sign -1 of the others, no difference of near numbers."
     gap = tl.log2(1 - a) - tl.log2(a) - 0.5 * D * tl.log2(b) - u * (1 - b) * (0.5 * LOG2E)
-    return 1 / (1 + tl.exp2(gap))
+    return 1 / (1 + tl.exp2(SIGN * gap))
 
 
 @jit
@@ -134,7 +134,7 @@ def link_slope(u, a, b, D: constexpr, LINK: constexpr):
         series = -0.25 + u * (1.0 / 48 - u * (1.0 / 480))
         s = tl.where(u < 0.0625, series, -0.5 * (1 - e) / ((1 + e) * tl.where(r == 0, 1.0, r)))
     else:
-        s = -0.5 * (1 - (1 - b) * outlier(u, a, b, D))
+        s = -0.5 * (outlier(u, a, b, D, -1) + b * outlier(u, a, b, D, 1))
     return s
 
 
@@ -155,7 +155,7 @@ def shape_slopes(u, a, b, D: constexpr, LINK: constexpr):
     elif LINK == "generalized_gaussian":
         s = power(u, 0.5 * a) * tl.log2(tl.where(u == 0, 1.0, u)) * (-0.25 * LN2)
     elif LINK == "contaminated":
-        far = outlier(u, a, b, D)
+        far = outlier(u, a, b, D, 1)
         s = far / a - (1 - far) / (1 - a)
         t = far * (0.5 * D / b - 0.5 * u)
     return s, t
@@ -235,12 +235,13 @@ def matmul(x, y, acc, PRECISION: constexpr):
 
 @jit
 def row_dots(A, B, Out, T, H, asb, ash, ast, bsb, bsh, bst, D: constexpr, BLOCK_D: constexpr, BLOCK: constexpr):
-    "Out[r] = sum_c A[r, c] B[r, c] in float32."
+    "Out[r] = sum_c A[r, c] B[r, c] in float32; NaN if four of them would overflow, for a distance has four such terms."
     bh = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tile(at(A, bh, H, asb, ash), rows, T, ast, D, BLOCK_D).to(tl.float32)
     y = tile(at(B, bh, H, bsb, bsh), rows, T, bst, D, BLOCK_D).to(tl.float32)
-    tl.store(Out + bh * T + rows, tl.sum(x * y, 1), mask=rows < T)
+    s = tl.sum(x * y, 1)
+    tl.store(Out + bh * T + rows, tl.where(tl.abs(s) < 8e37, s, float("nan")), mask=rows < T)
 
 # %% ../nbs/16_gpu_kernels.ipynb #90d4b51c
 @jit
@@ -561,6 +562,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, link: str | Elliptical, precision: Te
     "Raise one clear sentence for arguments that the GPU kernels cannot serve."
     ok, why = available(q.device, backend)
     if not ok: raise ValueError(why)
+    check_tensors(q, k, v, precision)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.dim() == k.dim() == v.dim() == 4 and q.shape[-1] == k.shape[-1] and k.shape[:-1] == v.shape[:-1]
             and q.shape[:2] == k.shape[:2]):
@@ -572,7 +574,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, link: str | Elliptical, precision: Te
         raise ValueError(f"the GPU kernels take heads up to 128 wide, but got {shapes}")
     if is_causal and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"is_causal needs as many queries as keys, but got {shapes}")
-    if window is not None and window < 1: raise ValueError(f"a window has at least one key, got {window}")
+    if window is not None: check_whole("window", window, 1)
     if dropout_p: raise ValueError("the GPU kernels have no dropout: use backend='chunked'")
     if precision.dim() != 4:
         raise ValueError(f"precision needs 4 axes, broadcastable to (B, H, Tk, d), got {tuple(precision.shape)}")

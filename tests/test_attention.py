@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import FAULTS, SEEN, answers_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,9 +21,9 @@ from pc_transformer.attention import (
     scores,
     settle_query,
 )
+from pc_transformer.attention_node import AttentionNode
 from pc_transformer.energies import FAMILIES, Gaussian, GeneralizedGaussian
 from pc_transformer.model import convert
-from common import FAULTS, SEEN, answers_alike
 
 close = torch.testing.assert_close
 CASES: dict[str, dict[str, Any]] = {name: {} for name in ("dot", *FAMILIES)} | {
@@ -568,7 +569,8 @@ LAWLESS: dict[str, dict[str, Any]] = {
     "mask nan": {"attn_mask": torch.zeros(4, 4).index_fill(1, torch.tensor(2), math.nan)},
     "mask inf": {"attn_mask": torch.full((4,), math.inf)},
     "nu nan": {"nu": math.nan}, "nu overflows": {"nu": 1e300}, "nu vanishes": {"nu": 1e-300},
-    "nu tensor": {"nu": torch.tensor([[1.0], [math.nan]])}, "nu tensor overflows": {"nu": torch.tensor([[1.0], [1e300]]).double()},
+    "nu tensor": {"nu": torch.tensor([[1.0], [math.nan]])},
+    "nu tensor overflows": {"nu": torch.tensor([[1.0], [1e300]]).double()},
     "delta": {"delta": math.nan}, "delta overflows": {"delta": 1e300}, "p": {"p": torch.tensor([[math.inf]])},
     "eps": {"eps": math.nan}, "share": {"share": math.nan}, "ratio": {"ratio": torch.tensor(math.nan)},
 }  # fmt: skip
@@ -625,3 +627,42 @@ def test_nobody_looks_in_vmap_and_while_compiling(family: Any) -> None:
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     close(compiled(q[0], k[0], v[0], precision[0]), found[0], rtol=1e-5, atol=1e-6)
     assert compiled(q[0], k[0], v[0], precision[2]).isnan().all()
+
+
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "half a head": ({"n_head": 1.5}, "n_head must be a whole number, got 1.5"),
+    "no head": ({"n_head": 0}, "n_head must be at least 1"),
+    "half a window": ({"window": 2.5}, "window must be a whole number"),
+    "no window": ({"window": 0}, "window must be at least 1"),
+    "half a key head": ({"n_kv_head": 1.0}, "n_kv_head must be a whole number"), "no tail": ({"tail": 3.0}, "has no tail"),
+    "a tail that is none": ({"family": "huber", "tail": math.nan}, "tail must be positive and finite"),
+    "a word for a tail": ({"family": "huber", "tail": "3"}, "tail must be a number"),
+    "a precision that is none": ({"precision_init": math.inf}, "precision_init must be positive and finite"),
+    "no precision": ({"precision_init": 0.0}, "precision_init must be positive and finite"),
+    "truth for components": ({"family": "mixture", "n_component": True}, "n_component must be a whole number"),
+    "a word for dropout": ({"dropout": "no"}, "dropout must be a number"),
+    "all dropped": ({"dropout": 1.0}, "dropout must lie in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_that_cannot_be_are_one_sentence(case: str) -> None:
+    options, words = LAYERS[case]
+    with pytest.raises((TypeError, ValueError)) as error:
+        PCAttention(**{"d_model": 16, "n_head": 2} | options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_attention_node_refuses_what_is_no_number() -> None:
+    scores_, values = draw(0, 1, 1, 3, 3), draw(1, 1, 1, 3, 2)
+    for options, words in (({"stiffness": math.nan}, "stiffness"), ({"stiffness": 1e300}, "stiffness"),
+                           ({"stiffness": "1"}, "stiffness"), ({"steps": True}, "whole number"),
+                           ({"steps": 0}, "at least 1"), ({"step_size": math.nan}, "step_size"),
+                           ({"step_size": "1"}, "step size must be a number")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=words):
+            AttentionNode(**options)
+    with pytest.raises(TypeError, match="the message must be a tensor or a function"):
+        AttentionNode().settle(scores_, values, None)
+    for bad in ({"precision": math.nan}, {"precision": torch.tensor(-1.0)}, {"log_mix": torch.full((3,), math.nan)}):
+        with pytest.raises(ValueError, match="positive and finite|a number or minus infinity"):
+            AttentionNode().local_gradient(scores_, scores_, values, scores_.softmax(-1), values, **bad)

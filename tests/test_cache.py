@@ -190,6 +190,7 @@ def test_eight_bits(seed, size):
     x = size * torch.randn(5, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     code, scale = quantise(x)
     assert code.dtype == torch.int8 and ((code * scale - x).abs() <= scale / 2 * (1 + 1e-9)).all()
+    assert (code.abs().amax(-1) == 127).all() and ((code * scale - x).abs() <= x.abs().amax(-1, True) / 254 * (1 + 1e-9)).all()
     assert torch.equal(quantise(-x)[0], -code)
     torch.testing.assert_close(scale, x.abs().amax(-1, keepdim=True) / 127, rtol=1e-12, atol=0)    # all of the eight bits
     assert torch.equal(code.abs().amax(-1), torch.full((5,), 127, dtype=torch.int8))
@@ -335,11 +336,12 @@ def test_errors():
     assert "settle_steps" in says(extend, model, tokens[:, :1], cache, settle_steps=-1)
     assert cache.lengths == [4, 4]
     assert "cannot trim a cache of 4 tokens to 5" in says(cache.trim, 5)
-    assert "rows must lie in 0..1" in says(cache.select, [2]) and "at least once" in says(cache.expand, 0)
+    assert "rows must lie in 0..1" in says(cache.select, [2])
+    assert "the number of copies must be at least 1, got 0" in says(cache.expand, 0)
     assert "positions to revise must lie in 0..3" in says(cache.revise, 0, torch.tensor([4]))
     assert "revise needs shape" in says(cache.revise, 0, torch.tensor([1]), torch.zeros(1, 4, 1, 8))
-    assert "at least one row and one token, got 0 and 6" in says(KVCache.allocate, model, 0, 6)
-    assert "at least one row and one token, got 1 and 0" in says(KVCache.allocate, model, 1, 0)
+    assert "batch must be at least 1, got 0" in says(KVCache.allocate, model, 0, 6)
+    assert "length must be at least 1, got 0" in says(KVCache.allocate, model, 1, 0)
     assert "longer than the context of 32" in says(KVCache.allocate, model, 1, 33)
     assert "cannot store 'int3'" in says(KVCache.allocate, model, 1, 8, "int3")
     assert "plain PCTransformer" in says(KVCache.allocate, torch.nn.Linear(2, 2))
@@ -606,3 +608,146 @@ def test_a_pickled_cache_goes_on(copies, dtype):
     model.output.weight.data.mul_(2)
     with pytest.raises(ValueError, match="restart it before you save it"):
         pickle.dumps(cache)
+
+
+# ---- numbers that are none, types, and what a stored key is
+
+
+def test_trim_only_shortens():
+    """Rows that are shorter than the new length stay as they are, and go on as if nothing had been."""
+    model, tokens = make(replace(SMALL, attention="student_t")), random_tokens(2, 12)
+    with torch.no_grad():
+        full = model(tokens)
+    for length in (9, 5, 3, 2, 0):
+        cache = KVCache.allocate(model, 2)
+        extend(model, tokens[:, :9], cache, counts=[3, 9])
+        cache.trim(length)
+        assert cache.lengths == [min(3, length), min(9, length)] and cache.length == min(9, length)
+        new = torch.stack([tokens[r, n : n + 2] for r, n in enumerate(cache.lengths)])
+        expected = torch.stack([full[r, n : n + 2] for r, n in enumerate(cache.lengths)])
+        close(extend(model, new, cache), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("option", ["plain", "norm", "per key", "diagonal", "everything"])
+@pytest.mark.parametrize("family", ["gaussian", "student_t", "mixture"])
+def test_columns_describe_the_stored_keys(family, option, dtype):
+    """kappa and the bias belong to the keys as they are stored, rounding included: written, one by one and revised."""
+    config = configs(family, option)
+    model, tokens = make(config, torch.float64), random_tokens(2, 9)
+    cache = KVCache.allocate(model, 2, dtype=dtype)
+    extend(model, tokens[:, :6], cache)
+    for t in tokens[:, 6:].split(1, 1):
+        extend(model, t, cache)
+    reader = cache.readers[0]
+    new = torch.randn(2, reader.Hk, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for revised in (False, True):
+        if revised:
+            cache.revise(0, torch.tensor([2, 5]), new, 3 * new)
+            for k, stored in ((new, cache.keys(0, 9)), (3 * new, cache.values(0, 9))):
+                most = k.abs().amax(-1, True) / 254 if dtype == "int8" else k.abs() / 256
+                assert ((stored[:, :, [2, 5]] - k).abs() <= most * (1 + 1e-6)).all()
+        lam = cache.column["lam"][0][..., :9] if reader.own else reader.Lam[:, :, 0]
+        shift = 0 if reader.shift is None else reader.shift[:, :, :, 0]
+        squares = (cache.keys(0, 9)[:, :, None] + shift).square()
+        kappa = lam * squares.sum(-1) if reader.own else (lam * squares).sum(-1)
+        if "kappa" in cache.column:
+            torch.testing.assert_close(cache.column["kappa"][0][..., :9], kappa, rtol=1e-9, atol=1e-9)
+        elif "bias" in cache.column and config.mixing == "equal":
+            prior = lam.log() * (reader.d / 2) if reader.own else 0
+            torch.testing.assert_close(cache.column["bias"][0][..., :9], prior - kappa / 2, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cache_holds_as_many_tokens_as_it_says():
+    model, tokens = make(SMALL), random_tokens(2, 8)
+    for parts in ((8,), (1,) * 8, (7, 1)):
+        cache = KVCache.allocate(model, 2, 8)
+        for part in tokens.split(parts, 1):
+            extend(model, part, cache)
+        assert cache.length == cache.capacity == 8
+        assert "the cache is full: it holds 8 of 8 tokens, and 1 more do not fit" in says(extend, model, tokens[:, :1], cache)
+        cache.trim(8), cache.trim(7)
+        extend(model, tokens[:, 7:], cache)
+        assert cache.lengths == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["log_precision", "log_tail", "log_mix", "background"])
+def test_a_reader_refuses_numbers_that_are_none(name):
+    """As `attend` does, with the same words, before a token is read."""
+    family = {"log_tail": "huber", "log_mix": "mixture"}.get(name, "student_t")
+    for value in (math.nan, 1e4):
+        model = make(replace(SMALL, attention=family, background=True))
+        with torch.no_grad():
+            odd = math.inf if name == "background" and value == 1e4 else value
+            getattr(model.predictors[1].attention, name).flatten()[0] = odd
+        if name == "log_mix" and value == 1e4:
+            continue                                               # a log weight may be large
+        for call in (lambda model=model: KVCache.allocate(model), lambda model=model: model(random_tokens(1, 4))):
+            with pytest.raises(ValueError, match="positive and finite|must lie in|a number or minus infinity"):
+                call()
+
+
+def test_a_token_whose_precision_is_none_is_refused_by_every_way_to_read_it():
+    """Full pass, prompt, next token and ragged rows alike, and the cache stays as long as it was."""
+    model, tokens = make(replace(SMALL, attention="gaussian", precision="key")), random_tokens(2, 8)
+    tokens[tokens == 7] = 3
+    odd = torch.full((2, 1), 7)
+    with torch.no_grad():
+        a, e = model.predictors[1].attention, model.predictors[0]
+        e.token.weight[7] = 0
+        e.token.weight[7, 0], a.precision_map[:, 0] = 50, 200.0        # overflows for this token alone
+        e.token.weight[:7, 0] = e.token.weight[8:, 0] = e.position.weight[:, 0] = 0
+        a.precision_map[:, 1:] = 0
+    words = "precision of gaussian attention must be positive and finite in float32, but holds inf"
+    with torch.no_grad(), pytest.raises(ValueError, match=words):
+        model(torch.cat([tokens[:, :4], odd], 1))
+    for prompt, counts in ((4, None), (1, None), (4, [2, 4])):
+        cache = KVCache.allocate(model, 2)
+        extend(model, tokens[:, :prompt], cache, counts=counts)
+        before = list(cache.lengths)
+        for new in (odd, torch.cat([odd, tokens[:, :1]], 1)):
+            assert words in says(extend, model, new, cache)
+            assert cache.lengths == before
+        extend(model, tokens[:, 4:6], cache)                           # and goes on
+        assert cache.lengths == [n + 2 for n in before]
+    cache = KVCache.allocate(model, 2)
+    assert words in says(extend, model, odd.expand(2, 3), cache) and cache.lengths == [0, 0]
+
+
+def test_types_are_looked_at_first():
+    model, tokens = make(SMALL), random_tokens(2, 4)
+    cache = KVCache.allocate(model, 2, 8)
+    extend(model, tokens, cache)
+    for value in (1.5, True, "2", None):
+        for call in (lambda x: KVCache.allocate(model, x), cache.trim, cache.expand, lambda x: cache.select([x]),
+                     lambda x: extend(model, tokens, cache, counts=[x, 1]), lambda x: cache.revise(x, torch.tensor([0])),
+                     lambda x: extend(model, tokens, cache, settle_steps=x)):
+            assert f"must be a whole number, got {value!r}" in says(call, value)
+        if value is not None:
+            assert "length must be a whole number" in says(KVCache.allocate, model, 1, value)
+    for value in (torch.float16, 3, ["int8"]):
+        assert "a cache cannot store" in says(KVCache.allocate, model, 1, 8, value)
+    for value in (None, [[1, 2], [3, 4]], "ab"):
+        assert "tokens must be a tensor of shape (batch, time)" in says(extend, model, value, cache)
+    for value in ([1], 1, torch.tensor([True, False]), torch.tensor([[1]]), torch.tensor([1.0])):
+        assert "positions to revise must be one row of int64 slots" in says(cache.revise, 0, value)
+    assert "layer must lie in 0..1, got 2" in says(cache.revise, 2, torch.tensor([0]))
+    assert "layer must be at least 0, got -1" in says(cache.revise, -1, torch.tensor([0]))
+    for value in ("k", torch.zeros(2, 4, 1, 8, dtype=torch.int64)):
+        assert "keys and values of a floating dtype" in says(cache.revise, 0, torch.tensor([0]), value)
+    kept = cache.keys(0, 4).clone()
+    fine, wrong = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 2, 8)
+    assert "revise needs shape (2, 4, 1, 8)" in says(cache.revise, 0, torch.tensor([0]), fine, wrong)
+    assert torch.equal(cache.keys(0, 4), kept)                         # nothing is half written
+    twin = cache.select(torch.tensor([1, 0]))
+    assert twin.lengths == [4, 4] and cache.lengths == [4, 4]
+    extend(model, tokens, cache, counts=torch.tensor([2, 4]))
+    assert cache.lengths == [6, 8] and all(type(n) is int for n in cache.lengths)
+
+
+def test_what_is_no_number_stays_none_in_eight_bits():
+    for value in (math.nan, math.inf):
+        x = torch.ones(2, 4)
+        x[0, 1] = value
+        code, scale = quantise(x)
+        assert (code * scale)[0].isnan().all() and (code * scale)[1].isfinite().all()

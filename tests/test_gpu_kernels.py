@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import answers_alike
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -340,7 +341,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
     wrong("bfloat16 or float16", TypeError, q=q.double())
     wrong("128 wide", q=torch.zeros(1, 1, 5, 130), k=torch.zeros(1, 1, 5, 130))
     wrong("as many queries as keys", q=q[:, :, :3], is_causal=True)
-    wrong("at least one key", window=0)
+    wrong("window must be at least 1", window=0)
     wrong("no dropout", dropout_p=0.1)
     wrong("4 axes", precision=one[0])
     wrong("one scale per head", link="dot", precision=torch.ones(1, 1, 5, 1))
@@ -458,3 +459,43 @@ def test_tuned_blocks_give_the_same_numbers() -> None:
         out.sum().backward()
         return out
     torch.testing.assert_close(run(g.tune(run)), run({}), rtol=2e-2, atol=2e-2)
+
+
+@interpreter
+@pytest.mark.parametrize("fault", ["q nan", "k nan", "k inf", "v nan", "v -inf", "q 1e30", "k 1e30"])
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
+def test_what_is_no_number_has_one_outcome(family: str, fault: str) -> None:
+    "As in every other backend (chapter 12), and rows that see nothing are zero."
+    for seen in ("causal", "window", "left padding", "prior", "no prior"):
+        answers_alike(family, fault, seen, "triton")
+
+
+@interpreter
+@pytest.mark.parametrize("name", [name for name in LINKS if name != "dot"])
+def test_squares_that_overflow_are_no_mask(name: str) -> None:
+    "Also for who calls the kernel itself: keys that are all too far give NaN, not the zeros of a row that sees nothing."
+    q, k, v = (draw(seed, 1, 1, 20, 8).float() for seed in (1, 2, 3))
+    for options in ({}, {"mask": torch.ones(1, 1, 1, 20, dtype=torch.bool)}):
+        out, lse = g.triton(q, 1e25 * k, v, LINKS[name], torch.ones(1, 1, 1, 1), **options)
+        assert lse is not None and out.isnan().all() and lse.isnan().all()
+
+
+@interpreter
+def test_outliers_keep_their_small_weight() -> None:
+    "A ratio far below the rounding of one is not subtracted from it: the slope is ratio / 2, not zero."
+    q, k, v = torch.zeros(1, 1, 1, 4), 1e3 * draw(1, 1, 1, 20, 4).float(), draw(2, 1, 1, 20, 4).float()
+    link, found = Contaminated(0.1, 1e-9), []
+    for f, dtype in ((definition, torch.float64), (g.triton, torch.float32)):
+        leaf = q.to(dtype).requires_grad_()
+        out, _ = f(leaf, k.to(dtype), v.to(dtype), link, torch.ones(1, 1, 1, 1, dtype=dtype))
+        found.append(torch.autograd.grad(out.sum(), leaf)[0])
+    torch.testing.assert_close(found[1].double(), found[0], rtol=1e-2, atol=1e-9)
+
+
+def test_types_are_looked_at_first() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    if g.available("cpu")[0]:
+        for bad, words in (({"q": None}, "q must be a tensor"), ({"precision": 1.0}, "precision must be a tensor"),
+                           ({"window": 1.5}, "window must be a whole number")):  # fmt: skip
+            with pytest.raises(TypeError, match=words):
+                g.triton(**{"q": q, "k": q, "v": q, "link": "dot", "precision": torch.ones(1, 1, 1, 1)} | bad)
