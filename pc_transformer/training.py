@@ -169,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:     # also a dtype that torch lacks
         raise CheckpointError(f"{path} is damaged or truncated ({str(error)[:100]})") from None
 
-# %% ../nbs/31_training.ipynb #08b571c2
+# %% ../nbs/31_training.ipynb #85adda28
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # in which weights may be saved
 
 
@@ -211,13 +211,13 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     components = ("n_component",) * (config.attention == "mixture")
     wanted = {k: getattr(config, k) for k in ("vocab_size", "block_size", "d_model", *components)}
     if huge := [k for k, v in wanted.items() if v > room]:
-        raise CheckpointError(f"{source} holds {room} numbers, too few for a model with {huge[0]} = {wanted[huge[0]]:.6g}")
+        raise CheckpointError(f"{source} holds {room} numbers, too few for a model with {huge[0]} = {brief(wanted[huge[0]])}")
     if 6 * config.n_layer > len(tensors):      # a block has at least six
-        raise CheckpointError(f"{source} holds {len(tensors)} tensors, too few for a model with n_layer = {config.n_layer:.6g}")
+        raise CheckpointError(f"{source} holds {len(tensors)} tensors, too few for a model with n_layer = {brief(config.n_layer)}")
     with torch.device("meta"):
         return PCTransformer(config)
 
-# %% ../nbs/31_training.ipynb #822d8414
+# %% ../nbs/31_training.ipynb #45838f2f
 def digest(about: dict[str, Any]) -> str:
     "SHA-256 of what JSON holds, but for its own."
     plain = {k: v for k, v in about.items() if k != "sha256"}
@@ -352,7 +352,7 @@ def save(
         write_model(model, about, work)
     return Path(folder)
 
-# %% ../nbs/31_training.ipynb #da55f2de
+# %% ../nbs/31_training.ipynb #1252180b
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
 _T = TypeVar("_T")
 
@@ -561,7 +561,7 @@ class Trainer:
         "When a number fails within the block because training has diverged, say so: FloatingPointError instead of its symptom."
         try:
             yield
-        except (FloatingPointError, SettlingError) as error:
+        except (FloatingPointError, SettlingError, ValueError) as error:
             bad = not_finite(self.model.named_parameters())
             loss, size = self.plain_loss(), self.weight_size()
             if bad is None and not self.exploded(loss) and size <= 0.5:
@@ -582,7 +582,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten()).item()
-        except (FloatingPointError, SettlingError):
+        except (FloatingPointError, SettlingError, ValueError):
             return math.nan
 
     def advance(self) -> float:
@@ -665,10 +665,11 @@ def save_checkpoint(
 
     Raises ValueError or FloatingPointError, nothing written, for what `resume` could not take up; OSError.
     """
-    about, moments = description(trainer.model, tokenizer), optimizer_tensors(trainer)
+    moments = optimizer_tensors(trainer)
+    if bad := not_finite([*trainer.model.named_parameters(), *moments.items()]):
+        raise FloatingPointError(f"{bad!r} is not finite after step {trainer.step}, so nothing is saved: lower the learning rate")
+    about = description(trainer.model, tokenizer)
     check_moments(trainer, moments, trainer.step)
-    if bad := not_finite(moments.items()):
-        raise FloatingPointError(f"the optimiser's moment {bad!r} is not finite, so it is not saved")
     sweep(run)
     place = run / f"step-{trainer.step:06d}"
     with whole_folder(place) as work:
@@ -756,7 +757,7 @@ def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> 
 
 def is_number(value: Any) -> bool:
     "Whether something from JSON is a finite number."
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -800,7 +801,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for s, handler in old.items():
             signal.signal(s, handler)
 
-# %% ../nbs/31_training.ipynb #1fc6b7b1
+# %% ../nbs/31_training.ipynb #e4e2ffd8
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run. Raises CheckpointError, one sentence, while another run does; warns where nothing can be locked."
@@ -868,14 +869,14 @@ def train(
             go_on(trainer, run, tokenizer, after_step, stopped)
         except FloatingPointError as error:
             if run is not None and (held := checkpoints(run)):
-                hint = f"{run} holds {', '.join(p.name for p in held)}"
+                hint = f"{run} still holds {', '.join(p.name for p in held)}"
                 raise FloatingPointError(f"{error}; {hint}") from error
             raise
     return trainer
 
 
 def check_folder(trainer: Trainer, run: Path) -> None:
-    "CheckpointError unless the newest checkpoint in a run's folder is this trainer's past; writes its configuration if it is new."
+    "CheckpointError unless what a run's folder holds is this trainer's past; writes the configuration where there is none yet."
     if (held := checkpoints(run)) and step_of(held[-1]) > trainer.step:
         raise CheckpointError(f"{run} holds {held[-1].name}, which this run, at step {trainer.step}, did not write: resume it or "
                               "choose another folder")
@@ -899,8 +900,8 @@ def go_on(
         stop = trainer.total(stopped()) > 0 and not done
         if run is not None and (done or stop or trainer.step % c.checkpoint_interval == 0):
             if trainer.team.rank == 0:
-                with trainer.naming_divergence():
-                    save_checkpoint(trainer, run, tokenizer)
+                check_folder(trainer, run)
+                save_checkpoint(trainer, run, tokenizer)
             trainer.total(0)         # the others wait: a checkpoint that was announced is there
         if stop:
             hint = f"the checkpoint is in {run}; `pct train {run} --resume true` goes on"
@@ -967,3 +968,5 @@ def read_run_config(run: Path) -> RunConfig:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{run / 'config.yaml'} cannot be read ({error}): not the folder of a run") from None
