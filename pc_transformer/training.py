@@ -169,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:     # also a dtype that torch lacks
         raise CheckpointError(f"{path} is damaged or truncated ({str(error)[:100]})") from None
 
-# %% ../nbs/31_training.ipynb #85adda28
+# %% ../nbs/31_training.ipynb #0d76b623
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # in which weights may be saved
 
 
@@ -217,7 +217,7 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     with torch.device("meta"):
         return PCTransformer(config)
 
-# %% ../nbs/31_training.ipynb #45838f2f
+# %% ../nbs/31_training.ipynb #c49391a4
 def digest(about: dict[str, Any]) -> str:
     "SHA-256 of what JSON holds, but for its own."
     plain = {k: v for k, v in about.items() if k != "sha256"}
@@ -352,7 +352,7 @@ def save(
         write_model(model, about, work)
     return Path(folder)
 
-# %% ../nbs/31_training.ipynb #1252180b
+# %% ../nbs/31_training.ipynb #42343892
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
 _T = TypeVar("_T")
 
@@ -801,7 +801,7 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for s, handler in old.items():
             signal.signal(s, handler)
 
-# %% ../nbs/31_training.ipynb #e4e2ffd8
+# %% ../nbs/31_training.ipynb #0275f720
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run. Raises CheckpointError, one sentence, while another run does; warns where nothing can be locked."
