@@ -513,8 +513,9 @@ class PCAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
-        with torch.device("cpu"):     # a number, also where the parameters are made on another device, or on none
-            start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+        with torch.device("cpu"):     # a number, also where parameters are made on another device, or none
+            start = precision_init or initial_precision(
+                family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
             typical = self.typical_score(start, tails) if background else 0.0
         per_head = (self.n_kv_head, *[self.n_component] * (family == "mixture"), 1)
         self.log_precision = None if fixed else nn.Parameter(torch.full(per_head, math.log(start)))

@@ -39,7 +39,6 @@ from pc_transformer.training import (
     save_checkpoint,
     sole_run,
     train,
-    whole_folder,
     write_run_config,
     write_text,
 )
@@ -206,7 +205,8 @@ def test_any_model_with_any_changes(data: st.DataObject, tmp_path_factory: pytes
     family = data.draw(st.sampled_from(FAMILIES))
     extras = st.fixed_dictionaries({
         "bias": st.booleans(), "background": st.booleans(), "qk_norm": st.booleans(), "window": st.sampled_from((None, 3)),
-        "n_kv_head": st.sampled_from((None, 1)), "dropout": st.sampled_from((0.0, 0.2)), "gelu": st.sampled_from(("exact", "tanh")),
+        "n_kv_head": st.sampled_from((None, 1)), "dropout": st.sampled_from((0.0, 0.2)),
+        "gelu": st.sampled_from(("exact", "tanh")),
         "precision": st.sampled_from(("head",) if family == "dot" else ("head", "key", "diagonal")),
         "mixing": st.sampled_from(("equal", "key") if family == "dot" else ("equal", "norm", "key")),
         "precision_init": st.sampled_from((None, 0.7))})  # fmt: skip
@@ -327,6 +327,8 @@ def test_a_file_where_a_folder_is_meant_and_the_reverse(name: str, tmp_path: Pat
     for call in (load, load_tokenizer):
         refused(call, tmp_path / "file" / "below")
     refused(read_run_config, tmp_path / "file")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(train, trainer(), place, says="cannot be the folder of a run")
     folder = save(made(), tmp_path / "model")
     (folder / name).unlink()
     (folder / name).mkdir()
