@@ -28,7 +28,8 @@ from .config import ConfigError, ModelConfig, from_dict, replace, to_dict
 from .data import CharTokenizer, Corpus, cache_folders, from_url, from_wheel, keep, verify
 from .model import PCTransformer, convert
 from pc_transformer.training import (
-    CheckpointError, blueprint, check_finite, check_fit, check_savable, read_json, read_tensors, restore, whole_folder,
+    CheckpointError, blueprint, check_finite, check_fit, check_savable, read_json, read_tensors, restore,
+    whole_folder,
 )
 
 # %% ../nbs/32_interop.ipynb #a266929c
@@ -69,13 +70,14 @@ def plain_name(name: str) -> str:
 
 def is_plain(tensor: Any) -> bool:
     "Whether something read from a file is a tensor that has all its numbers in memory."
-    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" \
-        and not tensor.is_quantized and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized: return False
+    return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def named_tensors(saved: Any, source: Path) -> dict[str, Tensor]:
     "The parameters among saved tensors, by plain name. Raises CheckpointError for anything else, and for an untied output."
-    if not isinstance(saved, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in saved.items()):
+    whole = isinstance(saved, dict) and all(isinstance(n, str) and is_plain(t) for n, t in saved.items())
+    if not whole:
         raise CheckpointError(f"{source} should hold tensors by name, but holds something else")
     found: dict[str, Tensor] = {}
     for name, t in saved.items():
@@ -84,7 +86,7 @@ def named_tensors(saved: Any, source: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{source} holds {plain_name(name)!r} twice, once as {name!r}")
         found[plain_name(name)] = t
     head, table = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
-    if head is not None and table is not None and not (head.dtype == table.dtype and torch.equal(head, table)):
+    if head is not None and table is not None and (head.dtype != table.dtype or not head.equal(table)):
         raise CheckpointError(f"{source}: lm_head.weight is not the token table, and an output of its own is not supported")
     return found
 
@@ -100,7 +102,8 @@ def fill(
     source: Path,                  # for messages
     conv1d: bool,                  # linear maps are stored as (in, out)
 ) -> PCTransformer:                # in the precision of the tensors; the widest where they differ
-    "A model with a GPT's tensors. Raises CheckpointError, before it is built, unless names and shapes fit and all is finite."
+    """A model with a GPT's tensors. Raises CheckpointError, before it is built, unless names and
+    shapes fit and all is finite."""
     found = named_tensors(saved, source)
     own = dict(blueprint(config, found, source).named_parameters())
     names = gpt2_names(config)
@@ -160,7 +163,8 @@ def from_nanogpt(
 ) -> PCTransformer:
     "A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; never unpickles code."
     saved = read_pickle(Path(path), "model_args", "model")
-    return fill(nanogpt_config(saved["model_args"], Path(path), dropout), saved["model"], Path(path), conv1d=False)
+    config = nanogpt_config(saved["model_args"], Path(path), dropout)
+    return fill(config, saved["model"], Path(path), conv1d=False)
 
 # %% ../nbs/32_interop.ipynb #f2f98d5e
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
@@ -175,13 +179,16 @@ def huggingface_config(saved: dict[str, Any], source: Path, dropout: float) -> M
     "The configuration behind a `config.json`. Raises CheckpointError for what this library does not have."
     for key, value in FIXED.items():
         if (got := saved.get(key, value)) != value:
-            raise CheckpointError(f"{source}: {key} = {brief(got)} is not supported, only {value!r}")
+            raise CheckpointError(f"{source}: {key} = {brief(got)} is not supported, only "
+                                  f"{value!r}")
     inner, width = saved.get("n_inner"), saved["n_embd"]
     if inner is not None and isinstance(width, int) and inner != 4 * width:
-        raise CheckpointError(f"{source}: n_inner = {brief(inner)} is not supported, only 4 n_embd = {4 * width}")
+        raise CheckpointError(f"{source}: n_inner = {brief(inner)} is not supported, only 4 n_embd "
+                              f"= {4 * width}")
     act = saved.get("activation_function", "gelu_new")
     if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise CheckpointError(f"{source}: activation_function = {brief(act)} is not supported, only {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(f"{source}: activation_function = {brief(act)} is not supported, only "
+                              f"{', '.join(ACTIVATIONS)}")
     sizes = {ours: saved[theirs] for theirs, ours in HUGGINGFACE.items()}
     own = {"attention": "dot", "bias": True, "gelu": ACTIVATIONS[act], "dropout": dropout}
     try:
@@ -191,16 +198,19 @@ def huggingface_config(saved: dict[str, Any], source: Path, dropout: float) -> M
 
 # %% ../nbs/32_interop.ipynb #b37e1abc
 def read_parts(index: Path) -> dict[str, Tensor]:
-    "The tensors of a model in several files. Raises CheckpointError unless all are there and hold what the index says."
+    """The tensors of a model in several files. Raises CheckpointError unless all are there and
+    hold what the index says."""
     places = read_json(index, "weight_map")["weight_map"]
-    plain = isinstance(places, dict) and all(isinstance(p, str) and PART.fullmatch(p) for p in places.values())
-    if not plain:
-        raise CheckpointError(f"{index}: weight_map should name a safetensors file of this folder for each tensor")
+    files = places.values() if isinstance(places, dict) else [None]
+    if not all(isinstance(p, str) and PART.fullmatch(p) for p in files):
+        raise CheckpointError(f"{index}: weight_map should name a safetensors file of this folder "
+                              "for each tensor")
     found: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         part = read_tensors(index.with_name(name))
         if wrong := sorted(part.keys() ^ {n for n, place in places.items() if place == name}):
-            raise CheckpointError(f"{index.with_name(name)} and {index.name} disagree about {wrong[0]!r}")
+            raise CheckpointError(f"{index.with_name(name)} and {index.name} disagree about "
+                                  f"{wrong[0]!r}")
         found |= part
     return found
 
@@ -219,8 +229,8 @@ def from_huggingface(
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
         if not file.exists() and (other := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(f"{folder} has {other[0].name} but no model.safetensors: save it again as safetensors "
-                                  "(save_pretrained), because pickles are not read")
+            raise CheckpointError(f"{folder} has {other[0].name} but no model.safetensors: save it again as "
+                                  "safetensors (save_pretrained), because pickles are not read")
         return fill(config, read_tensors(file), file, conv1d=True)
     return fill(config, read_parts(index), index, conv1d=True)
 
@@ -255,8 +265,8 @@ def to_huggingface(
 ) -> Path:                       # the folder, for `GPT2LMHeadModel.from_pretrained`
     """Write a GPT-2 of Hugging Face, whole or not at all; absent biases become zeros.
 
-    Raises ValueError for other attention and for a model that could not be read back, FloatingPointError for weights that are
-    not finite.
+    Raises ValueError for other attention and for a model that could not be read back,
+    FloatingPointError for weights that are not finite.
     """
     from safetensors.torch import save_file
 
@@ -269,7 +279,8 @@ def to_huggingface(
     out = {names[n]: (t.mT if transposed(n) else t).contiguous() for n, t in whole.items()}
     with whole_folder(Path(folder)) as work:
         save_file(out, work / "model.safetensors", {"format": "pt"})
-        settings = huggingface_settings(c, reduce(torch.promote_types, (t.dtype for t in out.values())))
+        dtype = reduce(torch.promote_types, (t.dtype for t in out.values()))
+        settings = huggingface_settings(c, dtype)
         (work / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return Path(folder)
 
@@ -394,9 +405,11 @@ class BPETokenizer:
 
 # %% ../nbs/32_interop.ipynb #964023f2
 def refuse(given: dict[str, Any]) -> None:
-    "Raise ValueError, naming them, for arguments that ask a coat for something; None and False ask for nothing."
+    """Raise ValueError, naming them, for arguments that ask a coat for something; None and False
+    ask for nothing."""
     if extra := sorted(k for k, v in given.items() if v is not None and v is not False):
-        raise ValueError(f"{', '.join(extra)} cannot be given: this coat makes logits of token ids, without a cache")
+        raise ValueError(f"{', '.join(extra)} cannot be given: this coat makes logits of token ids, "
+                         "without a cache")
 
 
 @lru_cache(maxsize=1)
@@ -415,7 +428,8 @@ def transformers_classes() -> tuple[Any, Any]:
         _tied_weights_keys = {"model.output.weight": "model.predictors.0.token.weight"}  # noqa: RUF012
 
         def __init__(self, config: Any, model: PCTransformer | None = None):
-            if model is None: raise ValueError("a coat has no weights of its own: as_transformers(model) puts one on")
+            if model is None:
+                raise ValueError("a coat has no weights of its own: as_transformers(model) puts one on")
             super().__init__(config)
             self.model = model
             self.train(model.training)
@@ -423,18 +437,21 @@ def transformers_classes() -> tuple[Any, Any]:
         def _init_weights(self, module: Any) -> None: "The weights are the model's own."
 
         def forward(
-            self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **others: Any
+            self, input_ids: Tensor, attention_mask: Tensor | None = None,
+            return_dict: bool | None = None, **others: Any,
         ) -> Any:
             refuse(others)
             if attention_mask is not None and attention_mask.shape != input_ids.shape:
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, "
+                                 f"input_ids {tuple(input_ids.shape)}")
             if attention_mask is not None and not attention_mask.bool().all():
                 raise ValueError("padding is not supported: give prompts of one length, or one prompt at a time")
             out = CausalLMOutput(logits=self.model(input_ids))   # pyright: ignore[reportArgumentType]
             return out.to_tuple() if return_dict is False else out
 
         def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self, input_ids: Tensor, attention_mask: Tensor | None = None, next_sequence_length: Any = None,
+            self, input_ids: Tensor, attention_mask: Tensor | None = None,
+            next_sequence_length: Any = None,
             is_first_iteration: Any = None, cache_position: Any = None, **others: Any,
         ) -> Any:
             refuse(others)
@@ -442,11 +459,13 @@ def transformers_classes() -> tuple[Any, Any]:
             return {"input_ids": input_ids[:, -n:], "attention_mask": None if attention_mask is None else attention_mask[:, -n:]}
 
         def save_pretrained(self, *args: Any, **options: Any) -> None:
-            raise ValueError("a coat is not saved: pc_transformer.save writes the model in it, to_huggingface a GPT-2")
+            raise ValueError("a coat is not saved: pc_transformer.save writes the model in it, "
+                             "to_huggingface a GPT-2")
 
         @classmethod
         def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-            raise ValueError("a coat is not loaded: as_transformers(pc_transformer.load(folder)) makes one")
+            raise ValueError("a coat is not loaded: as_transformers(pc_transformer.load(folder)) "
+                             "makes one")
 
     AutoConfig.register("pc_transformer", PCTransformerConfig)
     AutoModelForCausalLM.register(PCTransformerConfig, PCTransformerForCausalLM)

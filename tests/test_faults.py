@@ -143,6 +143,26 @@ def before_step(number: int, event: Callable[[], Any]) -> None:
     training.Trainer.advance = eventful
 
 
+def twice(*names: str) -> None:
+    "Signals to this process, one after the other."
+    for name in names:
+        os.kill(os.getpid(), signal.Signals[name])
+
+
+def twice_in_a_checkpoint(number: int) -> None:
+    "Two signals while a tensor file is being written."
+    save_file, done = training.save_file, [0]
+
+    def interrupted(tensors: Any, path: Path) -> None:
+        done[0] += 1
+        save_file(tensors, path)
+        if done[0] == number:
+            os.truncate(path, path.stat().st_size // 2)
+            twice("SIGTERM", "SIGHUP")
+
+    training.save_file = interrupted
+
+
 def fill_disk() -> None:
     "From now on no file may grow beyond 7 kB: the model fits, the optimiser's state does not."
     resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
@@ -157,6 +177,13 @@ def child(args: list[str], log: Path, fate: str, number: int) -> None:
         dies_at(number)
     elif fate == "full":
         before_step(number, fill_disk)
+    elif fate == "twice":
+        before_step(number, lambda: twice("SIGINT", "SIGINT"))
+    elif fate == "twice in a checkpoint":
+        twice_in_a_checkpoint(number)
+    elif fate == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before_step(number, lambda: os.kill(os.getpid(), signal.SIGHUP))
     elif fate:
         before_step(number, lambda: os.kill(os.getpid(), signal.Signals[fate]))
     raise SystemExit(main(args))
@@ -202,7 +229,7 @@ def test_sigterm_in_a_real_process(text: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("algorithm", ["predictive_coding", "backprop"])
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGTERM", 2)])
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGTERM", 2), ("SIGHUP", 2)])
 def test_stopped_and_resumed(text: Path, tmp_path: Path, name: str, step: int, algorithm: str) -> None:
     "The step is finished, a checkpoint written although none was due, and the losses go on as if nothing had been."
     run, other = tmp_path / "run", tmp_path / "other"
@@ -215,6 +242,25 @@ def test_stopped_and_resumed(text: Path, tmp_path: Path, name: str, step: int, a
     assert history(run) == history(other)
     for name, p in load(checkpoints(run)[-1]).named_parameters():
         assert torch.equal(p, dict(load(checkpoints(other)[-1]).named_parameters())[name]), name
+
+
+@pytest.mark.parametrize(("fate", "number", "held"), [("twice", 2, 2), ("twice in a checkpoint", 3, 1),
+                                                       ("twice in a checkpoint", 6, 2)])  # fmt: skip
+def test_a_second_signal_ends_at_once(fate: str, number: int, held: int, text: Path, tmp_path: Path, whole: Path) -> None:
+    "One sentence, no traceback, nothing half-written; the run goes on from the checkpoint before."
+    run = tmp_path / "run"
+    status, said = elsewhere(command(run, text), tmp_path / "log", fate, number)
+    assert status == 130 and "second signal" in one_sentence(said)
+    assert check_whole(run) == held and not list(run.glob(".*"))
+    assert main(resumed(run)) == 0
+    assert history(run) == history(whole)
+
+
+def test_what_a_process_was_told_to_ignore_stays_ignored(text: Path, tmp_path: Path, whole: Path) -> None:
+    "Under nohup a closed terminal does not stop a run."
+    status, said = elsewhere(command(tmp_path / "run", text), tmp_path / "log", "nohup", 2)
+    assert status == 0, said
+    assert history(tmp_path / "run") == history(whole)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(text: Path, tmp_path: Path, whole: Path) -> None:

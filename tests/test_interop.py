@@ -34,7 +34,7 @@ from pc_transformer.interop import (
 )  # fmt: skip
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
 from pc_transformer.settling import ErrorSettling
-from pc_transformer.training import CheckpointError, load_tokenizer
+from pc_transformer.training import CheckpointError, digest, load_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": 31, "block_size": 12, "n_layer": 2, "n_head": 2, "d_model": 16}
 SMALL = ModelConfig(**SIZES, attention="dot", bias=True, gelu="tanh")
@@ -300,8 +300,8 @@ def test_other_layouts_of_the_same_weights(tmp_path: Path) -> None:
     assert torch.equal(from_huggingface(tmp_path)(TOKENS), want)
     save_file({n: t.half() for n, t in whole.items()}, file)
     half = from_huggingface(tmp_path)
-    assert next(half.parameters()).dtype == torch.float32
-    torch.testing.assert_close(half(TOKENS), theirs.half().float()(TOKENS).logits, rtol=0, atol=1e-4)
+    assert next(half.parameters()).dtype == torch.float16, "a model in another precision is another model"
+    torch.testing.assert_close(half.float()(TOKENS), theirs.half().float()(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -344,9 +344,9 @@ def test_damaged_huggingface_folders(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="no model.safetensors"):
         from_huggingface(folder)
-    for other in ("pytorch_model.bin", "model.safetensors.index.json"):
+    for other, says in (("pytorch_model.bin", "pickles are not read"), ("model.safetensors.index.json", "not complete JSON")):
         (folder / other).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-        with pytest.raises(CheckpointError, match="one safetensors file"):
+        with pytest.raises(CheckpointError, match=says):
             from_huggingface(folder)
     assert not (tmp_path / "ran").exists()
     (folder / "config.json").write_text("{")
@@ -354,6 +354,150 @@ def test_damaged_huggingface_folders(tmp_path: Path) -> None:
         from_huggingface(folder)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         from_huggingface(tmp_path / "absent")
+
+
+def in_parts(folder: Path, **changes: Any) -> Path:
+    "A model of Hugging Face in two files with an index, which may be changed."
+    from safetensors.torch import load_file, save_file
+
+    to_huggingface(stirred(), folder)
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, places = sorted(whole), {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({n: whole[n] for n in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places | changes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    assert torch.equal(from_huggingface(in_parts(tmp_path / "parts"))(TOKENS), stirred()(TOKENS))
+    transformers = pytest.importorskip("transformers")
+    theirs = gpt2(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10kB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2 and transformers
+    assert torch.equal(from_huggingface(tmp_path / "many")(TOKENS), from_huggingface(tmp_path / "one")(TOKENS))
+
+
+FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"transformer.wte.weight": "../secret.safetensors"}, "of this folder"),
+        ({"transformer.wte.weight": "/etc/secret.safetensors"}, "of this folder"),
+        ({"transformer.wte.weight": "C:\\secret.safetensors"}, "of this folder"),
+        ({"transformer.wte.weight": "part.bin"}, "of this folder"),
+        ({"transformer.wte.weight": 5}, "of this folder"),
+        ({"transformer.wte.weight": "model-00003-of-00002.safetensors"}, "disagree|no model-00003"),
+        ({"transformer.wte.weight": FIRST}, "disagree about 'transformer.wte.weight'"),
+        ({"transformer.h.7.ln_1.weight": SECOND}, "disagree about 'transformer.h.7.ln_1.weight'"),
+    ],
+)
+def test_an_index_that_lies(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    in_parts(tmp_path / "model", **changes)
+    (tmp_path / "secret.safetensors").write_bytes((tmp_path / "model" / SECOND).read_bytes())
+    with pytest.raises(CheckpointError, match=says) as error:
+        from_huggingface(tmp_path / "model")
+    one_sentence(error)
+
+
+def test_parts_that_are_missing_or_hold_a_tensor_twice(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = in_parts(tmp_path / "model")
+    first, second = (load_file(folder / name) for name in (FIRST, SECOND))
+    name = min(first)
+    save_file(second | {name: first[name] + 1}, folder / SECOND)
+    with pytest.raises(CheckpointError, match="disagree about") as error:
+        from_huggingface(folder)
+    assert name in one_sentence(error)
+    (folder / SECOND).unlink()
+    with pytest.raises(CheckpointError, match="there is no model-00002"):
+        from_huggingface(folder)
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(CheckpointError) as error:
+            from_huggingface(folder)
+        one_sentence(error)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_what_wrappers_put_before_names(prefix: str, tmp_path: Path) -> None:
+    "DistributedDataParallel, torch.compile, and both."
+    state = {prefix + n: t for n, t in STATE.items()}
+    checkpoint(tmp_path / "ckpt.pt", compiled=False, model=state)
+    torch.testing.assert_close(from_nanogpt(tmp_path / "ckpt.pt")(TOKENS), nanogpt(True)(TOKENS), rtol=0, atol=1e-4)
+    checkpoint(tmp_path / "ckpt.pt", compiled=False, model=state | {"transformer.ln_f.weight": torch.zeros(16)})
+    with pytest.raises(CheckpointError, match="'transformer.ln_f.weight' twice"):
+        from_nanogpt(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_precision_is_part_of_a_foreign_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = stirred(scale=3.0).to(dtype)
+    again = from_huggingface(to_huggingface(ours, tmp_path / "model"))
+    assert again(TOKENS).dtype == dtype and torch.equal(again(TOKENS), ours(TOKENS))
+    assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").dtype == dtype
+    checkpoint(tmp_path / "ckpt.pt", compiled=False, model={n: t.to(dtype) for n, t in STATE.items()})
+    assert {p.dtype for p in from_nanogpt(tmp_path / "ckpt.pt").parameters()} == {dtype}
+    mixed = {n: t.to(dtype) if "ln_" in n else t for n, t in STATE.items()}
+    checkpoint(tmp_path / "ckpt.pt", compiled=False, model=mixed)
+    widest = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in from_nanogpt(tmp_path / "ckpt.pt").parameters()} == {widest}, "no number may be rounded"
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "a hole": ({"model": STATE | {"transformer.h.1.ln_2.bias": torch.full((16,), math.nan)}}, "h.1.ln_2.bias.*finite"),
+    "infinity": ({"model": STATE | {"transformer.wpe.weight": torch.full((12, 16), math.inf)}}, "wpe.*finite"),
+    "integers": ({"model": STATE | {"transformer.ln_f.bias": torch.ones(16, dtype=torch.int64)}}, "int64"),
+    "a terabyte": ({"model_args": ARGS | {"vocab_size": 10**12}}, "too few .* vocab_size"),
+    "a billion layers": ({"model_args": ARGS | {"n_layer": 10**9}}, "too few .* n_layer"),
+    "one number, spread": (
+        {"model_args": ARGS | {"vocab_size": 10**10},
+         "model": STATE | {f"{n}.weight": torch.zeros(1).expand(10**10, 16) for n in ("transformer.wte", "lm_head")}},
+        "something else"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_foreign_file_is_compared_before_a_model_is_built(what: str, tmp_path: Path) -> None:
+    changes, says = HOSTILE[what]
+    checkpoint(tmp_path / "ckpt.pt", compiled=False, **changes)
+    with pytest.raises(CheckpointError, match=says) as error:
+        from_nanogpt(tmp_path / "ckpt.pt")
+    one_sentence(error)
+
+
+def test_settings_of_any_type(tmp_path: Path) -> None:
+    "Every value of a foreign config.json, replaced by every kind of JSON: loaded or one sentence."
+    folder = to_huggingface(stirred(), tmp_path / "model")
+    about = json.loads((folder / "config.json").read_text())
+    for key in about:
+        for value in (None, True, -1, 1e308, 10**30, "x", [], [1], {}, {"a": 1}):
+            (folder / "config.json").write_text(json.dumps(about | {key: value}))
+            try:
+                from_huggingface(folder)
+            except CheckpointError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400
+
+
+def test_what_cannot_be_read_back_is_not_exported(tmp_path: Path) -> None:
+    broken = stirred()
+    with torch.no_grad():
+        broken.predictors[1].norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"predictors\.1\.norm\.weight"):
+        to_huggingface(broken, tmp_path / "out")
+    untied = stirred()
+    untied.load_state_dict(untied.state_dict(), assign=True)
+    with pytest.raises(ValueError, match="embedding's table"):
+        to_huggingface(untied, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -451,7 +595,7 @@ def test_models_saved_before_these_settings_still_load(tmp_path: Path) -> None:
     file = save(ours, tmp_path / "model") / "config.json"
     about = json.loads(file.read_text())
     about["config"] = {k: v for k, v in about["config"].items() if k not in ("bias", "gelu")}
-    file.write_text(json.dumps(about))
+    file.write_text(json.dumps(about | {"sha256": digest(about)}))
     assert torch.equal(load(tmp_path / "model")(TOKENS), ours(TOKENS))
 
 
@@ -606,8 +750,33 @@ def test_what_the_coat_refuses() -> None:
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="padding"):
         coat(TOKENS, attention_mask=mask)
-    with pytest.raises(ValueError, match="labels"):
-        coat(TOKENS, labels=TOKENS)
+    for name in ("labels", "position_ids", "token_type_ids", "output_hidden_states", "use_cache", "past_key_values", "anything"):
+        with pytest.raises(ValueError, match=f"{name} cannot be given"):
+            coat(TOKENS, **{name: TOKENS})
+    with pytest.raises(ValueError, match="position_ids"):
+        coat.generate(TOKENS, position_ids=torch.zeros_like(TOKENS), max_new_tokens=1)
+    with pytest.raises(ValueError, match="cache"):
+        coat.generate(TOKENS, use_cache=True, max_new_tokens=1)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        coat(TOKENS, attention_mask=torch.ones(1, 1))
+    nothing = dict.fromkeys(("labels", "position_ids", "past_key_values")) | {"output_attentions": False}
+    assert torch.equal(coat(TOKENS, **nothing).logits, coat(TOKENS).logits)
+    assert torch.equal(coat(TOKENS, return_dict=False)[0], coat(TOKENS).logits)
+
+
+def test_a_coat_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    "What save_pretrained wrote could never be loaded; now it says what can."
+    transformers = pytest.importorskip("transformers")
+    coat = as_transformers(stirred())
+    with pytest.raises(ValueError, match=r"pc_transformer\.save"):
+        coat.save_pretrained(tmp_path / "coat")
+    assert not (tmp_path / "coat").exists()
+    coat.config.save_pretrained(tmp_path / "coat")
+    for make in (type(coat), transformers.AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="as_transformers"):
+            make.from_pretrained(tmp_path / "coat")
+    with pytest.raises(ValueError, match="as_transformers"):
+        transformers.AutoModelForCausalLM.from_config(coat.config)
 
 
 def test_pipeline_writes_our_text() -> None:
