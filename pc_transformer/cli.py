@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_text', 'read_data', 'place_of', 'chosen', 'fit_vocabulary', 'say', 'make_folder',
            'train', 'kept_checkpoint', 'stored_config', 'model_folder', 'data_of', 'anchors', 'evaluate', 'sample',
-           'as_utf8', 'data', 'refuse', 'need_some', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
-           'uncertainty', 'evidence', 'settled_reading', 'bench_generation', 'run', 'mute', 'sentence', 'main']
+           'as_utf8', 'data', 'refuse', 'own_runs', 'need_some', 'compare', 'study', 'settle', 'stress', 'bench',
+           'bench_attention', 'uncertainty', 'evidence', 'settled_reading', 'bench_generation', 'run', 'mute',
+           'too_big', 'sentence', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import contextlib
@@ -26,7 +27,7 @@ from .processes import join
 from .settling import SettlingError
 from pc_transformer.training import (
     CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_tokenizer, progress_bar,
-    read_run_config, start, write_run_config,
+    read_json, read_run_config, start, write_run_config,
 )
 from .training import resume as resume_run
 from .training import train as train_run
@@ -264,6 +265,12 @@ def refuse(command: str, own: tuple[str, ...], config: RunConfig, given: Collect
         raise ConfigError(f"{command} sets {', '.join(names)} itself: {instead}")
 
 
+def own_runs(out: Path) -> None:
+    "Raise CheckpointError when the results in `out` are another command's, so that no run can be added to them."
+    if (place := out / "results.json").exists() and not isinstance(read_json(place, "runs")["runs"], dict):
+        raise CheckpointError(f"{place} holds the results of another command: choose another folder")
+
+
 def need_some(**lists: Collection[Any] | None) -> None:
     "Raise ConfigError for a list that was given and is empty."
     for name, values in lists.items():
@@ -348,6 +355,7 @@ def study(
     own = ("train.seed", "model.attention", "model.precision_init")
     refuse("study", own, asked, _given, "use --seeds, --families and --sharpness")
     need_some(families=families, sharpness=sharpness, seeds=seeds)
+    own_runs(out)
     text = read_data(data)
     config = fit_vocabulary(replace(asked, learner=LearnerConfig(algorithm="backprop")), text, _given)
     make_folder(out)
@@ -376,6 +384,7 @@ def settle(
     """
     from pc_transformer.experiments import settling_study as page
 
+    own_runs(out)
     text = read_data(data)
     config = fit_vocabulary(RunConfig(model=model, train=train, data=data), text, _given)
     grid = grid or {}
@@ -584,12 +593,23 @@ def mute() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def too_big(mistake: BaseException) -> bool:
+    "Whether memory is short; PyTorch has a class for that on a GPU only."
+    words = ("allocate memory", "not enough memory", "out of memory", "size calculation overflowed")
+    return isinstance(mistake, MemoryError) or isinstance(mistake, RuntimeError) and any(w in str(mistake) for w in words)
+
+
 def sentence(mistake: BaseException) -> str:
-    "What went wrong, in one line."
+    "What went wrong, in one line that quotes no more than a reader can read."
     words = " ".join(str(mistake).split()) or type(mistake).__name__
+    words = words if len(words) < 1000 else f"{words[:500]} ... {words[-400:]}"
+    if isinstance(mistake, UnicodeError):
+        return f"a file or an option that should be text is not UTF-8 ({words})"
+    if isinstance(mistake, OverflowError):
+        return f"a number is too large ({words})"
     if isinstance(mistake, RecursionError):
         return f"an option or a file is nested too deeply ({words})"
-    if isinstance(mistake, MemoryError):
+    if too_big(mistake):
         return f"there is not enough memory ({words}): a smaller model, batch or context needs less"
     return words
 
@@ -608,7 +628,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:     # `pct ... | head` has read enough
         mute()
         return 141
-    except (*MISTAKES, MemoryError, RecursionError, OverflowError) as mistake:
+    except Exception as mistake:
+        if not isinstance(mistake, (*MISTAKES, RecursionError, OverflowError)) and not too_big(mistake):
+            raise
         mute()
         say(f"pct: {sentence(mistake)}")
         return 1
