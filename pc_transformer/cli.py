@@ -198,17 +198,17 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
 
 
 def sample(
-    model: Path, prompt: str | None = None, max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
+    model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = 0.95, seed: int = 1, sliding_window: bool = False, device: str = "auto",
     min_p: float | None = None, typical_p: float | None = None, repetition_penalty: float = 1.0,
     frequency_penalty: float = 0.0, presence_penalty: float = 0.0, stop: list[str] | None = None, cache: bool = True,
-    slide: int = 1, settle: str | None = None, settle_steps: int = 1,
+    slide: int = 1, settle: str | None = None, settle_steps: int = 1, _given: Collection[str] | None = None,
 ) -> None:
     """Continue a text.
 
     Args:
         model: folder of a saved model or of a run
-        prompt: text to continue; null: a line end, or the first symbol of a vocabulary that has none
+        prompt: text to continue; without it a line end, or the first symbol of a vocabulary that has none
         max_new_tokens: how many characters to add
         temperature: 0 is greedy, 1 the model's own distribution
         top_k: draw from the k likeliest characters only; null: from all
@@ -232,8 +232,9 @@ def sample(
 
     folder = model_folder(model)
     net, tokenizer = load(folder).to(pick_device(device)), load_tokenizer(folder)
-    prompt, stops = opening(tokenizer) if prompt is None else as_utf8(prompt), [as_utf8(w) for w in stop or ()]
-    print(generate_text(net, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
+    given = prompt != "\n" if _given is None else "prompt" in _given
+    begin, stops = as_utf8(prompt) if given else opening(tokenizer), [as_utf8(word) for word in stop or ()]
+    print(generate_text(net, tokenizer, begin, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
                         typical_p=typical_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
                         presence_penalty=presence_penalty, stop=stops, cache=cache, slide=slide, settle=settle,
                         settle_steps=settle_steps))
@@ -602,7 +603,7 @@ def too_big(mistake: BaseException) -> bool:
 def sentence(mistake: BaseException) -> str:
     "What went wrong, in one line that quotes no more than a reader can read."
     words = " ".join(str(mistake).split()) or type(mistake).__name__
-    words = words if len(words) < 1000 else f"{words[:500]} ... {words[-400:]}"
+    words = words if len(words) < 1000 else f"{words[:250]} ... {words[-200:]}"
     if isinstance(mistake, UnicodeError):
         return f"a file or an option that should be text is not UTF-8 ({words})"
     if isinstance(mistake, OverflowError):
