@@ -23,6 +23,7 @@ from pc_transformer.cache import (
     has_blocks,
     probe,
     quantise,
+    square,
 )
 from pc_transformer.config import ConfigError, ModelConfig, replace
 from pc_transformer.model import PCTransformer
@@ -190,6 +191,8 @@ def test_eight_bits(seed, size):
     code, scale = quantise(x)
     assert code.dtype == torch.int8 and ((code * scale - x).abs() <= scale / 2 * (1 + 1e-9)).all()
     assert torch.equal(quantise(-x)[0], -code)
+    torch.testing.assert_close(scale, x.abs().amax(-1, keepdim=True) / 127, rtol=1e-12, atol=0)    # all of the eight bits
+    assert torch.equal(code.abs().amax(-1), torch.full((5,), 127, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,6 +226,34 @@ def test_trim_select_expand(dtype):
     close(extend(model, tokens[[2, 0], 8:9], picked), expected[[2, 0]])
     close(extend(model, tokens[:, 8:9].repeat_interleave(2, 0), wide), expected.repeat_interleave(2, 0))
     close(extend(model, tokens[:, 8:9], cache), expected)          # copies share nothing with the original
+
+
+def test_trim_takes_from_long_rows_only():
+    model, tokens = make(replace(SMALL, attention="student_t")), random_tokens(3, 10)
+    cache = KVCache.allocate(model, 3)
+    extend(model, tokens[:, :8], cache, counts=[8, 3, 5])
+    cache.trim(5)
+    assert cache.lengths == [5, 3, 5] and cache.length == 5
+    expected = [extend(model, torch.cat([tokens[i, :n], tokens[i, 8:9]])[None], KVCache.allocate(model))[:, -1:]
+                for i, n in enumerate(cache.lengths)]
+    close(extend(model, tokens[:, 8:9], cache), torch.cat(expected))
+    assert cache.lengths == [6, 4, 6]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("option", ["plain", "per key", "diagonal"])
+def test_columns_are_of_the_keys_as_they_are_stored(option, dtype, ragged):
+    "Otherwise a distance is the difference of two keys that are not the same, and may be negative."
+    model, tokens = make(configs("student_t", option)), random_tokens(2, 9)
+    cache = KVCache.allocate(model, 2, dtype=dtype)
+    extend(model, tokens[:, :4], cache, counts=[4, 2] if ragged else None)
+    extend(model, tokens[:, 4:], cache)
+    for layer, reader in enumerate(cache.readers):
+        stored, n = cache.keys(layer, cache.length), min(cache.lengths)
+        lam = cache.column["lam"][layer][..., : cache.length] if reader.own else None
+        kappa = square(reader, stored, lam)
+        torch.testing.assert_close(cache.column["kappa"][layer][..., :n], kappa[..., :n], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("option", ["plain", "norm", "per key", "diagonal", "prior by token", "everything"])

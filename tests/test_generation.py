@@ -82,6 +82,16 @@ def test_top_p_is_the_smallest_set(z, p):
     assert n == 1 or q[order[: n - 1]].sum() < p + 1e-12  # and one token fewer would not do
 
 
+@pytest.mark.parametrize("cut", [top_p_filter, typical_filter])
+@pytest.mark.parametrize(("masses", "p", "stay"), [
+    ([1, 1, 1, 1], 0.5, 2), ([1, 1, 1, 1], 0.25, 1), ([1, 1, 1, 1], 0.75, 3), ([1, 1, 1, 1], 0.75 + 1e-12, 4),
+    ([1] * 8, 0.5, 4), ([1, 1, 0, 0], 0.5, 1),
+])  # fmt: skip
+def test_a_set_whose_mass_is_exactly_p_is_large_enough(cut, masses, p, stay):
+    z = torch.tensor(masses, dtype=torch.float64).log()
+    assert kept(cut(z, p)) == list(range(stay))
+
+
 @given(logits_1d)
 def test_limits_of_the_filters(z):
     greedy = temperature_scale(z, 0)
@@ -174,7 +184,7 @@ def test_output_can_be_trained_on(model):
     """The tokens are ordinary tensors, not inference tensors."""
     out = generate(model, PROMPT, 4, seed=0)
     model(out).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- rules, each with a mutant that the check catches

@@ -250,7 +250,8 @@ def test_schedule_of_the_cpu_run() -> None:
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_optimizer_groups(family: str) -> None:
     "Matrices and embeddings decay, gains do not; precisions have their own rate; each parameter is in one group."
-    model, c = PCTransformer(ModelConfig(attention=family)), TrainConfig(weight_decay=0.3)
+    model = PCTransformer(ModelConfig(attention=family))
+    c = TrainConfig(weight_decay=0.3, precision_lr_scale=0.25, beta1=0.8, beta2=0.95)
     optimizer = make_optimizer(model, c)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert (
@@ -259,9 +260,9 @@ def test_optimizer_groups(family: str) -> None:
     for name, p in model.named_parameters():
         g, precision = groups[id(p)], name.endswith(LEARNED)
         decay = 0.3 if p.dim() >= 2 and not precision else 0.0
-        assert (g["weight_decay"], g["scale"]) == (decay, c.precision_lr_scale if precision else 1.0), name
+        assert (g["weight_decay"], g["scale"]) == (decay, 0.25 if precision else 1.0), name
     for g in optimizer.param_groups:
-        assert g["betas"] == (0.9, 0.99) and g["eps"] == 1e-8 and not g["amsgrad"]
+        assert g["betas"] == (0.8, 0.95) and g["eps"] == 1e-8 and not g["amsgrad"]
 
 
 def nanogpt_run(model: GPT, trainer: Trainer, c: TrainConfig, steps: int) -> list[float]:

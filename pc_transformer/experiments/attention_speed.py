@@ -101,10 +101,12 @@ def peak_bytes(
     return int(text) if text else None
 
 # %% ../../nbs/49_performance.ipynb #8fcd848a
-def precisions(B: int, H: int, T: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def precisions(
+    B: int, H: int, T: int, d: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
     "One precision of each kind, around 1/sqrt(d)."
     shapes = {"head": (1, H, 1, 1), "key": (B, H, T, 1), "diagonal": (B, H, T, d)}
-    near_one = {name: 0.8 + 0.4 * torch.rand(shape, device=device) for name, shape in shapes.items()}
+    near_one = {name: 0.8 + 0.4 * torch.rand(shape, device=device, generator=generator) for name, shape in shapes.items()}
     return {name: p.div(d**0.5).to(dtype).requires_grad_() for name, p in near_one.items()}
 
 
@@ -168,9 +170,10 @@ def measure(
     memory: bool = True,
 ) -> list[dict[str, Any]]:              # one row per case
     "Time and peak memory of all cases at one length, causal, beside `scaled_dot_product_attention`."
-    torch.manual_seed(seed)
-    q, k, v = (torch.randn(B, H, T, d, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    every, dout = precisions(B, H, T, d, device, dtype), torch.randn(B, H, T, d, device=device, dtype=dtype)
+    g = torch.Generator(device).manual_seed(seed)
+    normal = lambda: torch.randn(B, H, T, d, device=device, dtype=dtype, generator=g)
+    q, k, v = (normal().requires_grad_() for _ in range(3))
+    every, dout = precisions(B, H, T, d, device, dtype, g), normal()
     runs: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "sdpa": (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])}
     for name, (backend, function, link, kind) in {**CASES, **(GPU_CASES if device.type == "cuda" else {})}.items():

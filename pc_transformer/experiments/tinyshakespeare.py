@@ -339,15 +339,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def table(results: dict[str, Any]) -> str:
     "The comparison as a Markdown table: baselines first, then each variant (mean ± largest deviation over seeds)."
-    heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "training time (s)", "seeds")
-    rows = ["| " + " | ".join(heads) + " |", "|---|" + 6 * "---:|"]
+    heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "seeds")
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + 5 * "---:|"]
     for name, b in results["baselines"].items():
-        rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | | |")
+        rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | |")
     for name in dict.fromkeys(r["variant"] for r in results["runs"]):
         runs = [r for r in results["runs"] if r["variant"] == name]
         cells = [spread([r["valid_loss"] for r in runs]), spread([r["bits_per_byte"] for r in runs])]
-        cells += [f"{runs[0]['tokens']:,}", f"{runs[0]['parameters']:,}"]
-        cells += [f"{statistics.mean(r['seconds'] for r in runs):.0f}", str(len(runs))]
+        cells += [f"{runs[0]['tokens']:,}", f"{runs[0]['parameters']:,}", str(len(runs))]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -1,0 +1,193 @@
+"""What a study says of its numbers: verdicts, choices, spreads and tables, by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pc_transformer import ModelConfig, PCTransformer, evidence, uncertainty
+from pc_transformer.attention import initial_precision
+from pc_transformer.config import RunConfig, replace
+from pc_transformer.data import Batches
+from pc_transformer.experiments.components import (
+    best_sharpness,
+    changes_of,
+    loss_at,
+    run_config,
+    run_name,
+    select,
+    verdict,
+)
+from pc_transformer.experiments.settled_reading import best_of, judge_rule, paired_difference, read_text, tune
+from pc_transformer.experiments.settling_study import InOrder, expand, part_step, settle_config
+from pc_transformer.experiments.settling_study import select as select_by_seed
+from pc_transformer.experiments.tinyshakespeare import RATIOS, cost_table, ratio, spread, variant_config
+from pc_transformer.generation import SamplingConfig
+
+
+@pytest.mark.parametrize(("a", "b", "word"), [
+    ([1.0, 1.1, 1.0], [2.0, 2.1, 2.0], "better"),
+    ([2.0, 2.1, 2.0], [1.0, 1.1, 1.0], "worse"),
+    ([1.00, 1.50, 1.10], [1.01, 1.52, 1.12], "no clear difference"),     # always below, by less than seeds differ
+    ([1.00, 1.02, 1.10], [1.20, 1.30, 1.05], "no clear difference"),     # far below on the whole, not always
+    ([1.0, 1.0], [2.0, 2.0], "too few seeds"),
+    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no clear difference"),
+])  # fmt: skip
+def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
+    difference, said = verdict(a, b)
+    assert said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    other = {"better": "worse", "worse": "better"}
+    assert verdict(b, a)[1] == other.get(word, word)
+    with pytest.raises(ValueError):
+        verdict(a, b[1:])
+
+
+def fake(family: str, sharpness: float, seed: int, clean: float, hurt: float, **changes: Any) -> dict[str, Any]:
+    return {"family": family, "sharpness": sharpness, "seed": seed, "changes": changes, "valid_loss": clean,
+            "damaged": {"0.1": hurt}}  # fmt: skip
+
+
+def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
+    runs = [fake("dot", s, n, clean, hurt)
+            for s, clean, hurt in ((0.1, 1.0, 9.0), (0.5, 2.0, 1.0), (1.0, 3.0, 3.0)) for n in (3, 1, 2)]  # fmt: skip
+    runs += [fake("dot", 2.0, 1, 0.1, 0.1), fake("dot", 2.0, 2, 0.1, 0.1)]                  # the best, with two seeds
+    runs += [fake("dot", 0.7, n, 0.1, 0.1, iters=4000) for n in (1, 2, 3)]                  # trained differently
+    runs += [fake("laplace", 0.3, n, 0.1, 0.1) for n in (1, 2, 3)]                          # another family
+    assert best_sharpness(runs, "dot") == 0.1 and best_sharpness(runs, "dot", 0.1) == 0.5
+    assert best_sharpness(runs, "dot", seeds=2) == 2.0 and best_sharpness(runs, "laplace") == 0.3
+    assert [r["seed"] for r in select(runs, "dot", 0.5)] == [1, 2, 3] and len(select(runs, "dot", 0.7, iters=4000)) == 3
+    assert [loss_at(runs[0], f) for f in (0.0, 0.1)] == [1.0, 9.0]
+    with pytest.raises(ValueError, match="no sharpness of mixture was run with 3 seeds"):
+        best_sharpness(runs, "mixture")
+
+
+def test_runs_of_a_study_are_told_apart() -> None:
+    base = replace(RunConfig(), **{"train.iters": 4000})
+    assert changes_of(base) == {"train.iters": 4000}
+    names = {run_name(f, s, n, c) for f in ("dot", "laplace") for s in (None, 0.5) for n in (1, 2) for c in ({}, {"iters": 3})}
+    assert len(names) == 16
+    c = run_config("student_t", 0.25, 7, base)
+    assert (c.train.seed, c.learner.algorithm, c.model.attention, c.train.iters) == (7, "backprop", "student_t", 4000)
+    sharper = run_config("student_t", 0.5, 7, base).model.precision_init
+    assert sharper is not None and c.model.precision_init is not None and sharper > c.model.precision_init
+
+
+@pytest.mark.parametrize(("changes", "size"), [
+    ({}, 1.0), ({"learner.steps": 2}, 0.7), ({"learner.steps": 3}, 0.5), ({"learner.steps": 16}, 0.5),
+    ({"learner.steps": 4, "learner.step_size": 0.9}, 0.9), ({"learner.steps": 4, "learner.algorithm": "backprop"}, 1.0),
+    ({"learner.steps": 4, "learner.solver": "state"}, 1.0), ({"learner.steps": 2, "learner.steps_end": 8}, 0.5),
+    ({"learner.steps": 8, "learner.steps_end": 1}, 1.0), ({"label_noise": 0.2, "learner.steps": 2}, 0.7),
+])  # fmt: skip
+def test_part_steps(changes: dict[str, Any], size: float) -> None:
+    assert settle_config(changes, RunConfig()).learner.step_size == size
+    assert [part_step(k) for k in (1, 2, 3, 100)] == [1.0, 0.7, 0.5, 0.5]
+
+
+def test_a_grid_and_the_runs_of_one_kind() -> None:
+    grid = expand({"learner.steps": [1, 4], "train.seed": [1, 2, 3], "label_noise": 0.1})
+    assert len(grid) == 6 and grid[1] == {"learner.steps": 1, "train.seed": 2, "label_noise": 0.1}
+    runs = [{"changes": c | {"train.eval_interval": 7}} for c in grid]
+    assert list(select_by_seed(runs, steps=4, label_noise=0.1)) == [1, 2, 3]
+    found = select_by_seed(reversed(runs), steps=4, label_noise=0.1)
+    assert list(found) == [1, 2, 3] and all(r["changes"]["learner.steps"] == 4 for r in found.values())
+    assert not select_by_seed(runs, steps=4) and not select_by_seed(runs, steps=4, label_noise=0.1, iters=1)
+
+
+def test_windows_in_the_order_of_the_text() -> None:
+    row = torch.arange(26)      # five whole windows of five, and one target more
+    batches = InOrder(**vars(Batches(row, 5, 2, 3)))
+    read = torch.cat([batches[i][0] for i in range(5)])
+    assert torch.equal(read[:5].flatten(), row[:25]) and torch.equal(read[5:].flatten(), row[:25])
+    assert torch.equal(batches[4][1], batches[4][0] + 1)
+
+
+def test_where_variants_start() -> None:
+    base = RunConfig()
+    d, D = base.model.d_head, base.model.d_model
+    soft, sharp = 1 / math.sqrt(d), initial_precision("gaussian", D, d)
+    starts = {
+        "GPT, backprop": ("dot", None), "ours, backprop": ("gaussian", None),
+        "ours from 1/sqrt(d), backprop": ("gaussian", soft), "GPT with learned scale, backprop": ("dot", soft),
+        "GPT with learned scale from sharp, backprop": ("dot", sharp), "ours, predictive coding": ("gaussian", None),
+    }  # fmt: skip
+    for name, (family, start) in starts.items():
+        c = variant_config(name, base)
+        assert (c.model.attention, c.model.precision_init) == (family, start), name
+        assert c.learner.algorithm == ("predictive_coding" if "predictive" in name else "backprop")
+    assert sharp != pytest.approx(soft, rel=0.1)
+
+
+def test_spreads_and_ratios() -> None:
+    assert spread([1.0, 2.0, 6.0]) == "3.000 ± 3.000" and spread([2.0], 1) == "2.0"
+    times = [{"a": 2.0, "b": 1.0}, {"a": 9.0, "b": 3.0}, {"a": 40.0, "b": 10.0}]
+    found = ratio(times, {"a": 6, "b": 2}, {"a": 10, "b": 2}, "a", "b")
+    assert found == {"time": 3.0, "memory": 3.0, "memory_with_resident": 4.0}
+
+
+def test_the_cost_table_names_the_worst() -> None:
+    entry = lambda c, r: {"cosine": c, "residual": r}
+    runs = [{"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
+            {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
+            {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]}]  # fmt: skip
+    costs = {f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0} for i, (a, b) in enumerate(RATIOS)}
+    text = cost_table({"runs": runs, "costs": costs})
+    assert "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
+    for i, (a, b) in enumerate(RATIOS):
+        assert f"| {a} / {b} | {i + 0.5:.2f} | 2.00 | 3.00 |" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settled reading, uncertainty and evidence
+
+
+def test_a_difference_is_of_a_minus_b_over_windows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, 5, generator=draw).double().log_softmax(-1) for _ in range(2))
+    y = torch.randint(5, (10, 4), generator=draw)
+    found = paired_difference(a, b, y, 50, 0)
+    loss = lambda p: -p.gather(-1, y.flatten()[:, None]).mean().item()
+    assert found["difference"] == pytest.approx(loss(a) - loss(b))
+    low, high = found["interval"]
+    assert low < found["difference"] < high
+    assert paired_difference(a, b, y, 50, 1)["interval"] != found["interval"], "the bootstrap does not know its seed"
+
+
+def test_the_rule_with_the_least_loss_of_equal_ones_the_flattest() -> None:
+    rule = lambda a: SamplingConfig(energy_slope=a)
+    assert best_of({a: (rule(a), loss) for a, loss in ((-0.4, 2.0), (0.1, 1.0), (0.4, 3.0))}).energy_slope == 0.1
+    assert best_of({a: (rule(a), 1.0) for a in (-0.4, 0.1, 0.4)}).energy_slope == 0.1
+
+
+def test_a_rule_is_judged_against_the_fixed_one() -> None:
+    "A rule beside itself gains nothing; a worse one loses what its own loss says."
+    model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0).eval()
+    tokens = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
+    tests = {"clean": read_text(model, tokens, tokens.flip(0))}
+    z, y, e = tests["clean"].flat("energy")
+    fixed = tune(z, y, e)[0.0][0]
+    hot = SamplingConfig(temperature=5.0)
+    same, worse = (judge_rule(how, fixed, tests, "energy", 20, 0)["clean"] for how in (fixed, hot))
+    assert same["against one temperature"] == {"difference": 0.0, "interval": (0.0, 0.0)}
+    assert worse["against one temperature"]["difference"] == pytest.approx(worse["nll"] - same["nll"], abs=1e-9)
+    assert worse["nll"] != same["nll"]
+
+
+def test_a_summary_is_of_every_model() -> None:
+    def model(x: float) -> dict[str, Any]:
+        numbers = {n: x for n in ("nll", "brier", "ece_equal_width", "ece_equal_mass", "aurc")}
+        found = {n: {"auroc": x} for n in (*uncertainty.SCORES, "combination", "gain over surprisal")} | {"weights": {}}
+        return {"before": numbers, "after": {n: 2 * v for n, v in numbers.items()}, "temperature": x,
+                "detection": {"replaced characters": {"window": found, "token": found}}}  # fmt: skip
+
+    found = uncertainty.summary([model(x) for x in (1.0, 2.0, 6.0)])
+    assert found["temperature"] == found["before"]["nll"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
+    assert found["after"]["aurc"] == {"mean": 6.0, "min": 2.0, "max": 12.0}
+    assert found["auroc"]["replaced characters, token"]["combination"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
+
+
+def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:
+    x, y = evidence.some_windows(torch.arange(101), 10, 4)
+    assert x[:, 0].tolist() == [0, 30, 60, 90] and torch.equal(y, x + 1) and x.shape == (4, 10)
+    with pytest.raises(ValueError, match="10 windows of 10, so not 11"):
+        evidence.some_windows(torch.arange(101), 10, 11)
