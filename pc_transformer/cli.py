@@ -23,7 +23,7 @@ import torch
 
 from . import data as corpora
 from .config import ConfigError, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace, to_dict
-from .processes import join
+from .processes import ProcessError, join
 from .settling import SettlingError
 from pc_transformer.training import (
     CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_tokenizer, progress_bar,
@@ -567,7 +567,7 @@ COMMANDS: dict[str, Any] = {
     f.__name__.replace("_", "-"): f
     for f in (train, evaluate, sample, data, compare, study, settle, stress, bench, bench_attention,
               bench_generation, uncertainty, evidence, settled_reading)}
-MISTAKES = (ValueError, OSError, SettlingError, FloatingPointError)
+MISTAKES = (ValueError, OSError, SettlingError, ProcessError, FloatingPointError)
 
 
 def run(args: list[str] | None = None) -> None:
