@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MISTAKES', 'read_text', 'read_data', 'place_of', 'chosen', 'fit_vocabulary', 'say', 'make_folder',
            'train', 'kept_checkpoint', 'stored_config', 'model_folder', 'data_of', 'anchors', 'evaluate', 'sample',
-           'as_utf8', 'data', 'refuse', 'need_some', 'compare', 'study', 'settle', 'stress', 'bench', 'bench_attention',
-           'uncertainty', 'evidence', 'settled_reading', 'bench_generation', 'run', 'mute', 'sentence', 'main']
+           'as_utf8', 'data', 'refuse', 'own_runs', 'need_some', 'compare', 'study', 'settle', 'stress', 'bench',
+           'bench_attention', 'uncertainty', 'evidence', 'settled_reading', 'bench_generation', 'run', 'mute',
+           'too_big', 'sentence', 'main']
 
 # %% ../nbs/34_cli.ipynb #58763a77
 import contextlib
@@ -26,7 +27,7 @@ from .processes import ProcessError, join
 from .settling import SettlingError
 from pc_transformer.training import (
     CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_tokenizer, progress_bar,
-    read_run_config, start, write_run_config,
+    read_json, read_run_config, start, write_run_config,
 )
 from .training import resume as resume_run
 from .training import train as train_run
@@ -197,17 +198,17 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
 
 
 def sample(
-    model: Path, prompt: str | None = None, max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
+    model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = 0.95, seed: int = 1, sliding_window: bool = False, device: str = "auto",
     min_p: float | None = None, typical_p: float | None = None, repetition_penalty: float = 1.0,
     frequency_penalty: float = 0.0, presence_penalty: float = 0.0, stop: list[str] | None = None, cache: bool = True,
-    slide: int = 1, settle: str | None = None, settle_steps: int = 1,
+    slide: int = 1, settle: str | None = None, settle_steps: int = 1, _given: Collection[str] | None = None,
 ) -> None:
     """Continue a text.
 
     Args:
         model: folder of a saved model or of a run
-        prompt: text to continue; null: a line end, or the first symbol of a vocabulary that has none
+        prompt: text to continue; without it a line end, or the first symbol of a vocabulary that has none
         max_new_tokens: how many characters to add
         temperature: 0 is greedy, 1 the model's own distribution
         top_k: draw from the k likeliest characters only; null: from all
@@ -231,8 +232,9 @@ def sample(
 
     folder = model_folder(model)
     net, tokenizer = load(folder).to(pick_device(device)), load_tokenizer(folder)
-    prompt, stops = opening(tokenizer) if prompt is None else as_utf8(prompt), [as_utf8(w) for w in stop or ()]
-    print(generate_text(net, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
+    given = prompt != "\n" if _given is None else "prompt" in _given
+    begin, stops = as_utf8(prompt) if given else opening(tokenizer), [as_utf8(word) for word in stop or ()]
+    print(generate_text(net, tokenizer, begin, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
                         typical_p=typical_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
                         presence_penalty=presence_penalty, stop=stops, cache=cache, slide=slide, settle=settle,
                         settle_steps=settle_steps))
@@ -262,6 +264,12 @@ def refuse(command: str, own: tuple[str, ...], config: RunConfig, given: Collect
     "Raise ConfigError for settings that a command sets itself."
     if names := [name for name in chosen(config, given) if name in own]:
         raise ConfigError(f"{command} sets {', '.join(names)} itself: {instead}")
+
+
+def own_runs(out: Path) -> None:
+    "Raise CheckpointError when the results in `out` are another command's, so that no run can be added to them."
+    if (place := out / "results.json").exists() and not isinstance(read_json(place, "runs")["runs"], dict):
+        raise CheckpointError(f"{place} holds the results of another command: choose another folder")
 
 
 def need_some(**lists: Collection[Any] | None) -> None:
@@ -348,6 +356,7 @@ def study(
     own = ("train.seed", "model.attention", "model.precision_init")
     refuse("study", own, asked, _given, "use --seeds, --families and --sharpness")
     need_some(families=families, sharpness=sharpness, seeds=seeds)
+    own_runs(out)
     text = read_data(data)
     config = fit_vocabulary(replace(asked, learner=LearnerConfig(algorithm="backprop")), text, _given)
     make_folder(out)
@@ -376,6 +385,7 @@ def settle(
     """
     from pc_transformer.experiments import settling_study as page
 
+    own_runs(out)
     text = read_data(data)
     config = fit_vocabulary(RunConfig(model=model, train=train, data=data), text, _given)
     grid = grid or {}
@@ -584,12 +594,23 @@ def mute() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def too_big(mistake: BaseException) -> bool:
+    "Whether memory is short; PyTorch has a class for that on a GPU only."
+    words = ("allocate memory", "not enough memory", "out of memory", "size calculation overflowed")
+    return isinstance(mistake, MemoryError) or isinstance(mistake, RuntimeError) and any(w in str(mistake) for w in words)
+
+
 def sentence(mistake: BaseException) -> str:
-    "What went wrong, in one line."
+    "What went wrong, in one line that quotes no more than a reader can read."
     words = " ".join(str(mistake).split()) or type(mistake).__name__
+    words = words if len(words) < 1000 else f"{words[:250]} ... {words[-200:]}"
+    if isinstance(mistake, UnicodeError):
+        return f"a file or an option that should be text is not UTF-8 ({words})"
+    if isinstance(mistake, OverflowError):
+        return f"a number is too large ({words})"
     if isinstance(mistake, RecursionError):
         return f"an option or a file is nested too deeply ({words})"
-    if isinstance(mistake, MemoryError):
+    if too_big(mistake):
         return f"there is not enough memory ({words}): a smaller model, batch or context needs less"
     return words
 
@@ -608,7 +629,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:     # `pct ... | head` has read enough
         mute()
         return 141
-    except (*MISTAKES, MemoryError, RecursionError, OverflowError) as mistake:
+    except Exception as mistake:
+        if not isinstance(mistake, (*MISTAKES, RecursionError, OverflowError)) and not too_big(mistake):
+            raise
         mute()
         say(f"pct: {sentence(mistake)}")
         return 1

@@ -52,6 +52,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     "`value` as the plain type that `hint` names; raises `ConfigError` if it is of another type."
     if not _fits(value, hint): raise ConfigError(f"{name} must be {_words(hint)}, got {_short(value)}")
     if value is None: return None
+    if hint is int or int in get_args(hint):
+        _check(abs(value) < 2**63, f"{name} must be below 2**63, got {_short(value)}")
     plain = float if float in (hint, *get_args(hint)) else int if hint is int else None
     return plain(value) if plain else str(value) if isinstance(value, str) else value
 

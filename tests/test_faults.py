@@ -676,3 +676,278 @@ def test_sentences_of_configurations() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             ModelConfig(**given)
+
+
+# ---- what was given, and where it lies
+
+
+def test_an_option_that_equals_its_default_is_an_option(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "2000 iterations, 65 symbols, the default learner: given is given, on the command line and in a file."
+    said = fails([*resumed(whole), "--train.iters=2000"], capsys)
+    assert "train.iters (2000, the run's is 4)" in said
+    (tmp_path / "more.yaml").write_text("train: {iters: 2000, seed: 1}\n", encoding="utf-8")
+    assert "train.iters (2000, the run's is 4) differ" in fails([*resumed(whole), f"--config={tmp_path / 'more.yaml'}"], capsys)
+    assert "train.iters" in fails([*resumed(whole), '--train={"iters": 2000}'], capsys)
+    assert main([*resumed(whole), "--train.iters=4", "--train.seed=1", f"--data={text}"]) == 0  # what the run has anyway
+    small = command(tmp_path / "run", text, **{"model.vocab_size": 65})
+    assert "vocab_size is 65, but the corpus has 10 characters: leave it out" in fails(small, capsys)
+    for option in ("--train.iters=2000", "--train.eval_interval=250", "--train.seed=1", "--learner.algorithm=predictive_coding"):
+        said = fails(["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys)
+        assert option[2:].partition("=")[0] in said and "use --iters" in said
+    said = fails(["study", f"--out={tmp_path / 's'}", f"--data={text}", "--model.attention=gaussian"], capsys)
+    assert "study sets model.attention itself" in said
+    for option in ("--seeds=[]", "--variants=[]"):
+        assert "must name at least one" in fails(["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys)
+    assert not any((tmp_path / name).exists() for name in ("run", "c", "s"))
+
+
+def test_a_run_without_its_configuration_file(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "Every checkpoint has a copy: resuming writes the file anew, and evaluation reads the run's own text."
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "config.yaml").unlink()
+    capsys.readouterr()
+    for place in (run, run / "step-000004"):
+        assert main(["evaluate", str(place)]) == 0
+        out, err = capsys.readouterr()
+        assert f"{math.log(10):.4f}" in out and str(text) in err  # the uniform loss of ten characters
+    assert main(resumed(run)) == 0
+    assert (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+
+
+def test_a_run_is_resumed_from_another_folder(
+    text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "A relative path is kept from the root; a text that has moved is named anew, and its content compared."
+    shutil.copy(text, tmp_path / "own.txt")
+    monkeypatch.chdir(tmp_path)
+    assert elsewhere(command(Path("run"), Path("own.txt")), tmp_path / "log", "SIGTERM", 1)[0] == 130
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    assert main(["evaluate", "../run"]) == 0
+    assert main(resumed(Path("../run"))) == 0 and history(tmp_path / "run") == history(whole)
+    shutil.move(tmp_path / "own.txt", "moved.txt")
+    assert "own.txt' is neither" in fails(resumed(Path("../run")), capsys)
+    assert main([*resumed(Path("../run")), "--data=moved.txt"]) == 0
+    assert "moved.txt" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    Path("other.txt").write_text("abcdefgh \n" * 60)
+    assert "other data" in fails([*resumed(Path("../run")), "--data=other.txt"], capsys)
+
+
+def test_a_folder_that_is_removed_while_its_run_trains(
+    text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    "What was learned is not lost, the folder is whole again, and it is said; removed at the very end it is a failure."
+    run, advance, save_last = tmp_path / "run", training.Trainer.advance, training.save_checkpoint
+
+    def advanced(trainer: training.Trainer) -> float:
+        if trainer.step == 2:
+            shutil.rmtree(run)
+        return advance(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "advance", advanced)
+        assert main(command(run, text)) == 0
+    assert "was removed while the run trained" in capsys.readouterr().err
+    assert check_whole(run) == 4 and history(run) == history(whole) and main(resumed(run)) == 0
+
+    def removed(*args: Any) -> Path:
+        place = save_last(*args)
+        shutil.rmtree(run) if args[0].step == 4 else None
+        return place
+
+    shutil.rmtree(run)
+    monkeypatch.setattr(training, "save_checkpoint", removed)
+    assert main(command(run, text)) == 1
+    assert "nothing of it is left" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- texts and encodings
+
+PLATFORMS = {
+    "C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "cp1252": {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> None:
+    "Train on, evaluate and sample letters that the platform does not know; no file is opened in its encoding."
+    (tmp_path / "тест.txt").write_text("жук и été, straße ✓\n" * 40, encoding="utf-8")
+    ours = "import warnings; warnings.filterwarnings('error', category=EncodingWarning, module='pc_transformer'); "
+    python = [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning", "-c", ours + PROGRAM]
+    run = tmp_path / ("run" if platform == "C locale" else "été")  # a folder's name is in the file system's encoding
+    for args in (
+        command(run, tmp_path / "тест.txt"),
+        ["evaluate", str(run)],
+        ["data", str(tmp_path / "тест.txt")],
+        ["sample", str(run), "--prompt=жук", "--max_new_tokens=60", "--sliding_window=true", "--temperature=3"],
+        ["sample", str(run), "--prompt=#ё"],
+    ):
+        done = subprocess.run([*python, *args], env=os.environ | PLATFORMS[platform], capture_output=True, timeout=120)
+        out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+        if args[-1] == "--prompt=#ё":
+            assert done.returncode == 1 and "'#' at position 0" in one_sentence(err)
+        else:
+            assert done.returncode == 0 and "Traceback" not in err, err
+        if "--temperature=3" in args:
+            assert out.startswith("жук") and len(out) >= 63 and set(out) & set("éß✓и")
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        training.write_text(tmp_path / "note", "half \ud800")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_token_files_are_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    (tmp_path / "train.bin").write_bytes(np.arange(62).repeat(40).astype(np.uint16).tobytes())
+    assert "NUL" in fails(command(tmp_path / "run", tmp_path / "train.bin"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+def test_a_text_of_one_line(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "Its closing line end is no part of it; it is trained on, evaluated, and sampled without a prompt."
+    (tmp_path / "line.txt").write_bytes(("so it goes " * 40 + ending).encode())
+    assert main(command(tmp_path / "run", tmp_path / "line.txt")) == 0 and main(["evaluate", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run"), "--max_new_tokens=5"]) == 0
+    assert len(capsys.readouterr().out) == 7  # a first symbol, five more, and print's own line end
+
+
+def test_no_side_result_kills_the_main_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "7,000 characters: no 5-gram fits in 64 bits. A character that only the last tenth has, but the tokenizer knows."
+    alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 7000)))
+    (tmp_path / "large.txt").write_text(alphabet * 2, encoding="utf-8")
+    run = tmp_path / "large"
+    assert main(command(run, tmp_path / "large.txt", 1, **{"train.eval_interval": 1})) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "5-gram" in out and f"{math.log(7000):.4f}" in out and "this model" in out
+    (tmp_path / "late.txt").write_text(alphabet[:50] * 20 + alphabet[60:70] * 5, encoding="utf-8")
+    assert main(["evaluate", str(run), f"--data={tmp_path / 'late.txt'}"]) == 0
+    out = capsys.readouterr().out
+    assert "5-gram" in out and f"{math.log(7000):.4f}" in out  # the model's alphabet: every character is possible
+
+
+def test_an_evaluation_that_is_no_number_is_a_failure(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "One sentence, and no table that shows nan as a result."
+    model = load(checkpoints(whole)[-1])
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    monkeypatch.setattr("pc_transformer.cli.load", lambda folder: model)
+    capsys.readouterr()
+    assert main(["evaluate", str(whole)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "nan" in one_sentence(err)
+
+
+def test_a_padded_vocabulary_is_sampled(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = data.CharTokenizer.fit(text.read_text())
+    save(PCTransformer(ModelConfig(64, 8, 1, 1, 8)), tmp_path / "model", tokenizer)
+    args = ["sample", str(tmp_path / "model"), "--max_new_tokens=200", "--sliding_window=true", "--top_p=null"]
+    assert main(args) == 0
+    out = capsys.readouterr().out.removesuffix("\n")
+    assert len(out) == 201 and set(out) <= set(tokenizer.vocabulary)
+
+
+def test_a_checkpoint_file_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": {}}, tmp_path / "ckpt.pt")
+    for use in (["sample", str(tmp_path / "ckpt.pt")], ["evaluate", str(tmp_path / "ckpt.pt")]):
+        said = fails(use, capsys)
+        assert "ckpt.pt is a file" in said and "folder" in said
+
+
+# ---- the door: nothing that a file or an option can cause ends in a traceback
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "compare", "uncertainty"])
+def test_hostile_options(verb: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "Status 1 with one sentence, or 2 with the usage; never a traceback, never a page of a message."
+    (tmp_path / "deep.yaml").write_text("train: " + "[" * 5000)
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "folder.yaml").mkdir()
+    base = {
+        "train": command(tmp_path / "run", text),
+        "evaluate": ["evaluate", str(whole)],
+        "sample": ["sample", str(whole)],
+        "compare": ["compare", f"--out={tmp_path / 'c'}", f"--data={text}", "--iters=1"],
+        "uncertainty": ["uncertainty", f"[{whole}]", f"--out={tmp_path / 'u'}", f"--data={text}"],
+    }[verb]
+    hostile = [f"--config={tmp_path / name}.yaml" for name in ("deep", "binary", "list", "folder", "missing")]
+    hostile += ["--device=meta", "--device=", "--device=" + "9" * 5000]
+    hostile += ["--model.window=" + "9" * 30, "--model.d_model=4611686018427387904", f"--train.batch_size={9 * 10**18}"]
+    hostile += ["--train.seed=1" + "0" * 25, "--train.iters=1e400", "--data=/", "--data=\udcff", "--data=" + "a" * 300]
+    hostile += ["--out=/dev/null/x", "--seeds=[[]]", '--seeds=["a"]', "--max_new_tokens=[]", "--windows=-1", "--models=1"]
+    for option in hostile:
+        try:
+            status = main([*base, option])
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr().err
+        assert status in (1, 2) and "Traceback" not in said, (option, said)
+        if status == 1:
+            one_sentence(said[said.index("pct: ") :].partition("\n")[0] if verb == "compare" else said)  # beside bars
+        elif not option.startswith("--config"):
+            assert len(said) < 12000, option
+
+
+def test_large_numbers_are_refused_by_name() -> None:
+    for name in ("window", "n_component", "d_model"):
+        with pytest.raises(ConfigError, match=f"{name} must be below 2"):
+            ModelConfig(**{name: 2**63})
+
+
+def test_nobody_reads_the_output(whole: Path) -> None:
+    "A closed pipe is silent, a full disk is one sentence, and Python adds nothing of its own when it ends."
+    args = [sys.executable, "-c", PROGRAM, "sample", str(whole), "--max_new_tokens=3", "--prompt=ab"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(args, stdout=write, stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
+    assert done.returncode == 1 and "No space left" in one_sentence(done.stderr)
+
+
+def test_ctrl_c_outside_of_training(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "evaluate", interrupt)
+    assert main(["evaluate", str(whole)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "pct: interrupted"
+
+
+def test_files_that_may_not_be_read(
+    whole: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert f"Permission denied: '{text}'" in fails(["data", str(text)], capsys)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert "config.yaml" in fails(["evaluate", str(whole)], capsys)
+
+
+def test_a_bug_keeps_its_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(training, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["evaluate", str(whole)])

@@ -1,9 +1,11 @@
 """The scripts in tools/: what they keep, what they skip, and how they fail."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def tool(name: str, *args: str, cwd: Path = ROOT, stdin: str = "") -> subprocess
     """Run a script of tools/."""
     env = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
     cmd = [sys.executable, str(ROOT / "tools" / name), *args]
-    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, input=stdin, check=False, env=env)
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, encoding="utf-8", input=stdin, check=False, env=env)
 
 
 def write(path: Path, *cells: nbformat.NotebookNode) -> Path:
@@ -122,3 +124,92 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text + "edited", encoding="utf-8")
     done = tool("make_readme.py", "--check", *root)
     assert done.returncode == 1 and "README.md" in done.stderr
+
+
+def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path) -> None:
+    """One that fails, one that hangs, one that dies: each is named with what it said, and the others are tested."""
+    paths = {
+        "bad": write(tmp_path / "bad.ipynb", new_code_cell("print('so far')"), new_code_cell("assert 1 == 2, 'odd'")),
+        "dead": write(tmp_path / "dead.ipynb", new_code_cell("import os; os.kill(os.getpid(), 9)")),
+        "hangs": write(tmp_path / "hangs.ipynb", new_code_cell("def wait(): time.sleep(600)\nimport time; wait()")),
+        "good": write(tmp_path / "good.ipynb", new_code_cell("x = 1"), new_code_cell("#| slow\nraise ValueError")),
+        "after": write(tmp_path / "after.ipynb", new_code_cell("assert 'x' not in globals()")),
+    }
+    report, begin = tmp_path / "failed", time.monotonic()
+    names = (*map(str, paths.values()), "--timeout", "8", "--failed", str(report))
+    done = tool("check_notebooks.py", *names)
+    assert done.returncode == 1 and time.monotonic() - begin < 120, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if " s  " in line]
+    assert {(line[3], line[0]) for line in lines if line[0] in ("ok", "FAIL")} == {
+        (f"{name}.ipynb", "ok" if name in ("good", "after") else "FAIL") for name in paths
+    }
+    assert "AssertionError: odd" in done.stdout and "in wait" in done.stdout, "the cause, and where it hung"
+    assert sorted(report.read_text(encoding="utf-8").splitlines()) == [
+        "bad.ipynb failed", "dead.ipynb killed by signal 9", "hangs.ipynb took more than 8 s"]  # fmt: skip
+    assert "2 of 5 notebooks passed" in done.stdout
+    done = tool("check_notebooks.py", str(paths["good"]))
+    assert done.returncode == 0 and "1 of 1 notebooks passed" in done.stdout
+
+
+def test_a_failing_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All checks run, the last line names those that failed, the exit status is 1; no check has a limit on the whole."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import check
+
+    done: list[str] = []
+
+    def notebooks() -> str:
+        "Fails."
+        done.append("notebooks")
+        raise check.Failed("a.ipynb failed")
+
+    def tests() -> str:
+        "Passes."
+        done.append("tests")
+        return "12 tests"
+
+    monkeypatch.setattr(check, "CHECKS", [notebooks, tests, notebooks])
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 1 and done == ["notebooks", "tests", "notebooks"]
+    out = capsys.readouterr().out
+    assert "FAIL  notebooks" in out and "a.ipynb failed" in out and "ok    tests" in out and "FAILED: notebooks" in out
+    monkeypatch.setattr(check, "CHECKS", [tests])
+    assert check.main() == 0 and "All checks passed" in capsys.readouterr().out
+    with pytest.raises(check.Failed, match="ended with exit 3"):
+        check.sh(sys.executable, "-c", "raise SystemExit(3)")
+    assert "timeout" not in (ROOT / "tools" / "check.py").read_text(encoding="utf-8")
+
+
+def unnamed(path: Path) -> list[str]:
+    """Calls that read or write text in whatever encoding the platform has."""
+    found = []
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        keys = {k.arg: k.value for k in call.keywords}
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        modes = [a.value for a in [*call.args, *keys.values()] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        binary = any("b" in m and set(m) <= set("rwxab+") for m in modes)
+        text = name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") and not binary and call.args
+        text = text or name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
+        text = text or any(k in keys for k in ("text", "universal_newlines"))
+        ours = ast.unparse(call.func) in ("corpora.read_text", "os.open")
+        if text and "encoding" not in keys and not ours:
+            found.append(f"{path.name}:{call.lineno} {ast.unparse(call)[:80]}")
+    return found
+
+
+def test_every_text_has_its_encoding_by_name() -> None:
+    """A file that is right here is wrong under Windows or the C locale, unless its encoding is written down."""
+    paths = [*sorted((ROOT / "pc_transformer").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+    assert len(paths) > 30 and [line for path in paths for line in unnamed(path)] == []
+
+
+def test_the_search_for_unnamed_encodings_finds_them(tmp_path: Path) -> None:
+    """Each kind of call, with and without."""
+    bad = ["open('x')", "open('x', 'w')", "Path('x').read_text()", "p.write_text(t)", "os.fdopen(3)", "run(c, text=True)"]
+    good = ["open('x', 'rb')", "open('x', encoding='utf-8')", "p.read_text(encoding='utf-8')", "p.read_bytes()",
+            "run(c, text=True, encoding='utf-8')", "corpora.read_text(name)", "write_text(p, t)"]  # fmt: skip
+    (tmp_path / "a.py").write_text("\n".join(bad), encoding="utf-8")
+    (tmp_path / "b.py").write_text("\n".join(good), encoding="utf-8")
+    assert len(unnamed(tmp_path / "a.py")) == len(bad) and unnamed(tmp_path / "b.py") == []
