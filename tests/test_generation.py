@@ -17,7 +17,6 @@ from pc_transformer.generation import (
     SamplingConfig,
     Texts,
     distribution,
-    evaluating,
     generate,
     generate_text,
     min_p_filter,
@@ -262,13 +261,6 @@ def test_rule_4_catches_models(mutant):
 @pytest.mark.parametrize("mutant", [leaves_eval, seeds_globally, writes_into_the_prompt])
 def test_rule_4_catches_loops(mutant):
     assert not only_reads(PCTransformer(CONFIG), mutant)
-
-
-def test_modes_are_restored_after_a_failure(model):
-    model.train()
-    with pytest.raises(RuntimeError), evaluating(model):
-        raise RuntimeError
-    assert all(m.training for m in model.modules()) and torch.is_grad_enabled()
 
 
 def ignores_the_global_seed(model: nn.Module) -> bool:
