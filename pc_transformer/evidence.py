@@ -264,13 +264,13 @@ class Past:
     tokens: Int[Tensor, "B T"]                      # all that have been read
     memories: list[Memory | None]                   # of the columns before the newest
     predictions: list[Float[Tensor, "B 1 D"]]       # of the newest column, without errors
-    log_weights: Float[Tensor, " B"]                # of sampled columns, since the last `pick`; modes have none: zero
+    log_weights: Float[Tensor, " B"]                # of sampled columns since `pick`, on the CPU; of modes: 0
     trace: list[Tensor] = field(default_factory=list)    # energies `(B, 1)` of the column that settled last, after 0..K steps
 
     def pick(self, rows: Int[Tensor, " B"]) -> "Past":
         "Some of the rows, whose weights start anew."
         memories = [None if m is None else m.pick(rows) for m in self.memories]
-        fresh = torch.zeros(len(rows), dtype=torch.float64, device=self.log_weights.device)
+        fresh = self.log_weights.new_zeros(len(rows))
         return Past(self.tokens[rows], memories, [mu[rows] for mu in self.predictions], fresh)
 
 
@@ -278,10 +278,15 @@ Settle = Callable[..., tuple[list[Tensor], list[Tensor], Tensor]]     # as `at_t
 
 
 def at_the_mode(
-    energy: Energy, errors: Sequence[Tensor], variances: Sequence[Tensor], steps: int, step_size: float
-) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:           # errors, energies, log-weights
-    "What is done with a column by default: `settle_columns`. It draws nothing, so the log-weight is zero."
-    return *settle_columns(energy, errors, variances, steps, step_size), errors[0].new_zeros(errors[0].shape[:2])
+    energy: Energy,
+    errors: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    steps: int,
+    step_size: float,
+) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:       # errors, energies, log-weights
+    "What is done with a column by default: `settle_columns`. Nothing is drawn: log-weights of zero."
+    settled, trace = settle_columns(energy, errors, variances, steps, step_size)
+    return settled, trace, errors[0].new_zeros(errors[0].shape[:2])
 
 
 def read_token(
@@ -293,7 +298,7 @@ def read_token(
     "Settle the waiting column on this token, then predict the next from an unsettled column over the settled past."
     model, t = evidence.model, 0 if past is None else past.tokens.shape[1]
     nothing: list[Memory | None] = [None] * evidence.config.n_layer
-    memories, trace, log_weights = nothing, [], torch.zeros(len(token), dtype=torch.float64, device=token.device)
+    memories, trace, log_weights = nothing, [], torch.zeros(len(token), dtype=torch.float64)
     if past is not None: memories, trace, log_weights = finish(evidence, past, token, settle)
     with torch.no_grad():
         predictions, states, _ = climb(model, token, memories, start=t)
@@ -305,7 +310,7 @@ def read_token(
 def finish(
     evidence: EvidenceTransformer, past: Past, token: Int[Tensor, "B 1"], settle: Settle
 ) -> tuple[list[Memory | None], list[Tensor], Float[Tensor, " B"]]:
-    "The memories, now with the column that waited; its energies; the log-weights, now with its own."
+    "The memories, now with the column that waited; its energies; log-weights, now with its own."
     model, last, start = evidence.model, past.tokens[:, -1:], past.tokens.shape[1] - 1
     variances = evidence.variances(past.predictions)
     energy = column_energy(model, last, token, past.memories, variances, start)
@@ -313,8 +318,9 @@ def finish(
     errors, trace, log_weights = settle(energy, zero, variances, evidence.steps, evidence.step_size)
     with torch.no_grad():
         _, _, new = climb(model, last, past.memories, errors, start)
-    memories = [n if m is None else m.append(n) for m, n in zip(past.memories, new, strict=True)]
-    return memories, trace, past.log_weights + log_weights[:, 0]
+    pairs = zip(past.memories, new, strict=True)
+    memories: list[Memory | None] = [n if m is None else m.append(n) for m, n in pairs]
+    return memories, trace, past.log_weights + log_weights[:, 0].cpu().double()
 
 
 def read_in_order(evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
@@ -330,16 +336,21 @@ def read_in_order(evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]) -> 
 # %% ../nbs/29_evidence.ipynb #5692d0af
 def sample_columns(
     energy: Energy,
-    errors: Sequence[Float[Tensor, "B T D"]],               # of this shape; the values are not looked at
+    errors: Sequence[Float[Tensor, "B T D"]],               # of this shape; values are not read
     variances: Sequence[Float[Tensor, "B T 1"]],
-    steps: int,                                             # K; 0: draws from the prior, and their weights
+    steps: int,                                             # K; 0: weighted draws from the prior
     step_size: float = 0.5,                                 # eta, in (0, 1]
     temperature: float = 1.0,                               # tau; 1 samples the posterior
     generator: torch.Generator | None = None,
-) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:   # errors, energies after 0..K steps, log-weights
+) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:
+    # errors, energies after 0..K steps, log-weights
     "A draw of each column with its importance weight, equations (2), (3). Raises SettlingError."
-    prior = lambda x: torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in zip(x, variances, strict=True)]).sum(0)
     spread = step_size * (2 - step_size)
+
+    def prior(x: Sequence[Tensor]) -> Tensor:
+        "Half of the squared errors in units of their variances."
+        parts = zip(x, variances, strict=True)
+        return torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in parts]).sum(0)
 
     def noise() -> list[Tensor]:
         "A draw from the prior."
@@ -374,27 +385,29 @@ def sample_columns(
         trace.append(now)
     return place, trace, log_weights
 
-# %% ../nbs/29_evidence.ipynb #9a26a784
+# %% ../nbs/29_evidence.ipynb #d660a24b
 def resample(
-    log_weights: Float[Tensor, "S B"],                      # of S draws, for each of B rows
+    log_weights: Float[Tensor, "S B"],              # of S draws, for each of B rows; on the CPU
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "S B"]:
-    "Which draw goes on in each place; draw s in S W_s places on average, rounded up or down (systematic; Kitagawa 1996)."
-    edges = log_weights.cpu().double().softmax(0).cumsum(0).T.contiguous()
+    "Which draw goes on in each place, draw s in S W_s of them, up or down (Kitagawa 1996)."
+    edges = log_weights.double().softmax(0).cumsum(0).T.contiguous()
     start = torch.rand(len(edges), 1, generator=generator, dtype=torch.float64)
     at = (torch.arange(len(log_weights)) + start) / len(log_weights)
-    return torch.searchsorted(edges, at).clamp(max=len(log_weights) - 1).T.to(log_weights.device)
+    return torch.searchsorted(edges, at).clamp(max=len(log_weights) - 1).T
 
 # %% ../nbs/29_evidence.ipynb #aa161192
 @dataclass
 class EvidenceSettler:
     """Next-token logits over a past that settles on evidence; with a temperature, over several sampled pasts.
 
-    Several sampled pasts are draws of equation (2) with their weights, resampled when half their worth is lost: weighted means
-    tend to the posterior's as their number grows, for any number of steps. A single one has nothing to be weighed against and
-    is no draw from the posterior: each column, given those before it, lies between its prior and its own posterior, nearer to
-    the latter with more steps, and no token speaks about columns before its own. The newest column predicts without errors in
-    either case. Noise is drawn for the whole batch: with a temperature, a row's samples depend on which rows it is read with.
+    Several sampled pasts are draws of equation (2) with their weights, resampled when half their
+    worth is lost: weighted means tend to the posterior's as their number grows, for any number of
+    steps. A single one has nothing to be weighed against and is no draw from the posterior: each
+    column, given those before it, lies between its prior and its own posterior, nearer to the
+    latter with more steps, and no token speaks about columns before its own. The newest column
+    predicts without errors in either case. Noise is drawn for the whole batch: with a temperature,
+    a row's samples depend on which rows it is read with.
     """
 
     steps: int = 1                              # K, of every column
@@ -427,36 +440,43 @@ class EvidenceSettler:
         if not self.temperature: return at_the_mode(energy, errors, variances, steps, step_size)
         return sample_columns(energy, errors, variances, steps, step_size, self.temperature, self.generator)
 
-    def known(self, model: nn.Module, evidence: EvidenceTransformer, rows: Int[Tensor, "SB T"]) -> Past | None:
+    def known(
+        self, model: nn.Module, evidence: EvidenceTransformer, rows: Int[Tensor, "SB T"]
+    ) -> Past | None:
         "The past that was read, if these tokens go on from it and nothing else has changed."
-        key = (model, self.relative_precision, self.steps, evidence.step_size, self.temperature, self.samples, self.seed)
-        past, done = self.past, 0 if self.past is None else self.past.tokens.shape[1]
-        same = self.key == key and self.weights is not None and self.weights.holds()
-        if past is not None and same and done < rows.shape[1] and torch.equal(past.tokens, rows[:, :done]): return past
+        key = (model, evidence.step_size, self.relative_precision, self.steps, self.temperature,
+               self.samples, self.seed)
+        past, same = self.past, self.key == key and self.weights is not None and self.weights.holds()
+        if past is not None and same:
+            done = past.tokens.shape[1]
+            if done < rows.shape[1] and torch.equal(past.tokens, rows[:, :done]): return past
         self.key, self.weights = key, Snapshot(model)
         self.generator.manual_seed(self.seed)
         return None
 
     def thin(self, past: Past) -> Past:
-        "Resample the pasts of each row in which they are worth less than half their number, (sum W)^2 / sum W^2."
+        "Resample the pasts of each row where they are worth less than half, (sum W)^2 / sum W^2."
         W = past.log_weights.view(self.samples, -1).softmax(0)
         poor = 1 / W.square().sum(0) < self.samples / 2
         if not poor.any(): return past
-        drawn, same = resample(W.log(), self.generator), torch.arange(self.samples, device=W.device)[:, None]
-        chosen = torch.where(poor, drawn, same) * W.shape[1] + torch.arange(W.shape[1], device=W.device)
-        found = past.pick(chosen.flatten())
+        drawn, same = resample(W.log(), self.generator), torch.arange(self.samples)[:, None]
+        chosen = torch.where(poor, drawn, same) * W.shape[1] + torch.arange(W.shape[1])
+        found = past.pick(chosen.flatten().to(past.tokens.device))
         found.log_weights = torch.where(poor, 0.0, past.log_weights.view_as(W)).flatten()
         return found
 
     def log_probabilities(
         self, model: nn.Module, tokens: Int[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "S B V"], Float[Tensor, "S B"]]:       # of the next token, for each past; log-weights of the pasts
-        "Read what is new of the tokens, then predict. Raises TypeError, ValueError, SettlingError."
+    ) -> tuple[Float[Tensor, "S B V"], Float[Tensor, "S B"]]:
+        """Read what is new of the tokens, then predict. Raises TypeError, ValueError, SettlingError.
+
+        Returns the log-probabilities of the next token for each past, and the pasts' log-weights.
+        """
         evidence = self.evidence(model)
         window = tokens[:, -evidence.config.block_size :]
         check_tokens(window, evidence.config)
         rows = window.repeat(self.samples, 1)
-        past, self.past = self.known(model, evidence, rows), None       # lost if an error comes between
+        past, self.past = self.known(model, evidence, rows), None   # lost if an error comes between
         logits = torch.empty(0)
         with evaluating(evidence) as still:
             for t in range(0 if past is None else past.tokens.shape[1], rows.shape[1]):
@@ -465,7 +485,7 @@ class EvidenceSettler:
         assert past is not None
         self.past = past
         by_past = lambda x: x.view(self.samples, len(tokens), *x.shape[1:])
-        return by_past(logits.log_softmax(-1)), by_past(past.log_weights).log_softmax(0).to(logits.dtype)
+        return by_past(logits.log_softmax(-1)), by_past(past.log_weights).log_softmax(0).to(logits)
 
     def logits(self, model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
         "Log of the mean predicted distribution, weighted."
@@ -476,19 +496,22 @@ class EvidenceSettler:
 def check_settler(s: EvidenceSettler) -> None:
     "Raise ValueError, one sentence, for numbers that no settler can have."
     whole = lambda x, least: is_int(x) and x >= least
-    if not (whole(s.steps, 0) and (s.step_size is None or is_real(s.step_size) and 0 < s.step_size <= 1)):
-        raise ValueError(f"a settler needs whole steps >= 0 and step_size in (0, 1], got {s.steps!r} and {s.step_size!r}")
-    if not (is_real(s.relative_precision) and s.relative_precision > 0 and whole(s.seed, 0) and s.seed < 2**63):
-        raise ValueError("a settler needs a finite relative_precision > 0 and a whole seed >= 0 below 2**63, "
-                         f"got {s.relative_precision!r} and {s.seed!r}")
+    size = s.step_size is None or is_real(s.step_size) and 0 < s.step_size <= 1
+    if not (whole(s.steps, 0) and size):
+        raise ValueError("a settler needs whole steps >= 0 and step_size in (0, 1], "
+                         f"got {s.steps!r} and {s.step_size!r}")
+    stiff = is_real(s.relative_precision) and s.relative_precision > 0
+    if not (stiff and whole(s.seed, 0) and s.seed < 2**63):
+        raise ValueError("a settler needs a finite relative_precision > 0 and a whole seed >= 0 "
+                         f"below 2**63, got {s.relative_precision!r} and {s.seed!r}")
     good = whole(s.samples, 1) and is_real(s.temperature) and s.temperature >= 0
     if not good or (s.samples > 1 and not s.temperature):
-        raise ValueError("a settler needs samples >= 1 and temperature >= 0, and several samples need a temperature above 0, "
-                         f"got {s.samples!r} and {s.temperature!r}")
+        raise ValueError("a settler needs samples >= 1 and temperature >= 0, and several samples need a "
+                         f"temperature above 0, got {s.samples!r} and {s.temperature!r}")
 
 
 def make_settler(name: str, steps: int = 1) -> EvidenceSettler:
-    "`evidence`, or `langevin`: eight weighted draws of the past. Raises ValueError for another name."
+    "`evidence`, or `langevin`: eight weighted pasts. Raises ValueError for another name."
     if name == "evidence": return EvidenceSettler(steps)
     if name == "langevin": return EvidenceSettler(steps, temperature=1.0, samples=8)
     raise ValueError(f"there is no way to settle called {name!r}: choose 'evidence' or 'langevin'")
@@ -545,7 +568,8 @@ def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[I
     "Windows spread evenly over a text, and their targets. Raises ValueError for a text too short."
     most = (len(ids) - 1) // block_size
     if not is_int(count) or not 1 <= count <= most:
-        raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, so not {count!r} of them")
+        raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, "
+                         f"so not {count!r} of them")
     starts = torch.linspace(0, most - 1, count).round().long() * block_size
     x = torch.stack([ids[s : s + block_size + 1] for s in starts.tolist()])
     return x[:, :-1], x[:, 1:]

@@ -6,8 +6,9 @@
 __all__ = ['Link', 'NEAR', 'LONG', 'per_coordinate', 'log_key_prior', 'additive_mask', 'responsibilities', 'split_prior', 'both',
            'window_mask', 'squares', 'augment', 'dropped', 'centre', 'centred', 'hi_lo', 'carry', 'augment_short',
            'first_order', 'flash_agrees', 'poison', 'poison_prior', 'first_row', 'log_total', 'blind_rows',
-           'needs_grad', 'check', 'sdpa', 'affine', 'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes', 'shape_tensors',
-           'with_shape', 'AnyLink', 'as_step', 'is_sharp', 'Near', 'Blocks', 'Plan', 'chunked', 'merge', 'choose']
+           'needs_grad', 'check_tensors', 'check', 'sdpa', 'affine', 'Straight', 'Power', 'Root', 'Bell', 'TwoSlopes',
+           'shape_tensors', 'with_shape', 'AnyLink', 'as_step', 'is_sharp', 'Near', 'Blocks', 'Plan', 'chunked',
+           'merge', 'choose']
 
 # %% ../nbs/13_kernels.ipynb #0ea61fce
 import copy
@@ -23,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.energies import (
-    FAMILIES, Contaminated, Elliptical, Gaussian, GeneralizedGaussian, Laplace, Logistic, StudentT,
+    FAMILIES, Contaminated, Elliptical, Gaussian, GeneralizedGaussian, Laplace, Logistic, StudentT, check_whole,
+    shown,
 )
 from .isolation import generator
 
@@ -287,8 +289,15 @@ def needs_grad(*args: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
+def check_tensors(q: Any, k: Any, v: Any, precision: Any) -> None:
+    "Raise TypeError, one sentence, unless these are tensors: a backend takes what `attend` has made of its arguments."
+    for what, x in (("q", q), ("k", k), ("v", v), ("precision", precision)):
+        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, link: Link, precision: Tensor, is_causal: bool, window: int | None) -> None:
-    "Raise one clear sentence for arguments that no backend can mean."
+    "Raise one clear sentence for arguments that no backend can mean; numbers are looked at by `attend`."
+    check_tensors(q, k, v, precision)
     if link != "dot" and not isinstance(link, Elliptical):
         raise TypeError(f"link must be 'dot' or an elliptical family of pc_transformer.energies, not {link!r}")
     if not (q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
@@ -299,7 +308,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, link: Link, precision: Tensor, is_cau
         raise ValueError(f"is_causal needs as many queries as keys, not {q.shape[-2]} and {k.shape[-2]}: pass a mask")
     if link == "dot" and precision.shape[-2] > 1:
         raise ValueError("dot products have one scale for all keys: a precision per key needs a distance")
-    if window is not None and window < 1: raise ValueError(f"window must be at least 1, got {window}")
+    if window is not None: check_whole("window", window, 1)
 
 # %% ../nbs/13_kernels.ipynb #2b8d0473
 def _lanes(

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from .learning import Report, accumulate
 from .model import PCTransformer
 from pc_transformer.settling import (
-    Chain, ErrorSettling, Reduce, SettlingError, check_batch, normalisers, output_energy, relative_precisions, step_errors,
+    Chain, ErrorSettling, Reduce, SettlingError, check_batch, in_reach, no_errors, normalisers, output_energy,
+    relative_precisions, step_errors,
 )
 
 # %% ../nbs/28_processes.ipynb #176a7195
@@ -41,7 +42,7 @@ class ProcessError(RuntimeError):
     "The process of a node failed, ended or did not answer."
 
 
-AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2,     # while training; everything else is one number
+AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2, "reach": 2,     # while training; everything else is one number
         "error": 1, "log": 1, "weights": 1}                      # to the parent, about or after training, as plain bytes
 KINDS = "numbers, tokens (B, T) and states and messages (B, T, {D}) may"
 
@@ -142,6 +143,7 @@ class Node:
     parent: Wire
     count: float = 1.0                        # n, predicted tokens in the batch
     beta: float = 1e4                         # relative precision
+    reach: Tensor | None = None               # positions that count, `(B, T)`; `None`: all
     mu: Tensor = field(init=False)            # `mu_l (B, T, D)`, with the graph of this layer
     read: Tensor = field(init=False)          # what it was predicted from
     error: Tensor = field(init=False)         # `eps_l` of the last accepted step
@@ -159,18 +161,18 @@ class Node:
         self.mu = self.f(self.read)
         mu = self.mu.detach()
         if eta is None:
-            self.trial, self.precision = torch.zeros_like(mu), self.stiff(mu)
+            (self.trial,), self.precision = no_errors([mu]), self.stiff(mu)
         elif again:
             self.trial = self.error.lerp(self.trial, 0.5)
         else:
             (self.trial,) = step_errors([self.error], [self.delta], [self.precision], eta)
-        self.above.send("state", mu + self.trial)
+        self.above.send("state", (mu + self.trial).to(mu.dtype))
         self.parent.send("energy", self.precision * self.trial.square().sum(dtype=torch.float64) / 2)
 
     def stiff(self, state: Tensor) -> Tensor:
         "`Pi_l`, equation (3) of chapter 20. Raises SettlingError, naming the node."
         try:
-            return relative_precisions([state], self.beta)[0]
+            return relative_precisions([state], self.beta, reach=self.reach)[0]
         except SettlingError as error:
             raise SettlingError(str(error).replace("node 0", f"node {self.l}")) from None
 
@@ -183,7 +185,7 @@ class Node:
     def gradients(self) -> None:
         "Fill `p.grad` from this node's own energy."
         parameters = [p for p in self.f.parameters() if p.requires_grad]
-        message = -self.precision * self.trial / self.count
+        message = (-self.precision * self.trial / self.count).to(self.mu.dtype)
         accumulate(parameters, torch.autograd.grad(self.mu, parameters, message))
 
     def learn(self) -> None:
@@ -245,12 +247,13 @@ def build(l: int, ends: Sequence[Connection]) -> Node:
 
 def obey(node: Node, word: str, number: float) -> None:
     "Do what the parent says."
-    if word == "begin":
+    if word in ("begin", "padded"):
+        node.reach = node.parent.expect("reach").bool() if word == "padded" else None
         node.count, node.beta = number, node.parent.expect("beta").item()
         if isinstance(node, Ends):
             node.tokens, node.targets = node.parent.expect("tokens"), node.parent.expect("targets")
         node.up()
-        node.parent.send("resting", normalisers([node.mu.detach()], [node.precision])[0])
+        node.parent.send("resting", normalisers([node.mu.detach()], [node.precision], live=node.reach)[0])
     elif word in ("down", "again"):
         if word == "down":
             node.down()
@@ -472,7 +475,11 @@ class LayerProcesses:
             raise ProcessError("the processes have ended: start new ones")
         count = check_batch(self.model, tokens, targets)
         with self.or_end():
-            self.tell("begin", count)
+            if (reach := in_reach(targets)) is None:
+                self.tell("begin", count)
+            else:       # every node must know which positions count (chapter 20)
+                self.tell("padded", count)
+                self.tell("reach", reach.long())
             self.tell("beta", self.solver.relative_precision)
             self.tell("tokens", tokens, [0])
             self.tell("targets", targets, [0])

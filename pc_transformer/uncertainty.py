@@ -30,9 +30,10 @@ from .config import to_dict
 from .data import CharTokenizer, Corpus, cache_folders, read_text, verify
 from .energies import Gaussian
 from .experiments.components import damage as replace_some
-from .isolation import evaluating
+from .generation import is_int, is_real
+from .isolation import check_seed, evaluating
 from .layers import AttentionLayer
-from .model import PCTransformer, convert
+from .model import PCTransformer, check_tokens, convert
 from .training import TextData, load, load_tokenizer, pick_device, write_text
 
 # %% ../nbs/24_uncertainty.ipynb #009351f6
@@ -66,8 +67,10 @@ def decompose(
 # %% ../nbs/24_uncertainty.ipynb #d9de29cc
 def ensemble_log_probs(models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "S B T V"]:
     "Target-free predictions of several models, whatever their mode."
+    if not models: raise ValueError("an ensemble needs one model or more")
     out = []
     for model in models:
+        check_tokens(tokens, model.config)
         with evaluating(model) as still: out.append(still(tokens).log_softmax(-1))
     return torch.stack(out)
 
@@ -79,8 +82,11 @@ def noisy_log_probs(
     samples: int,                # S
     seed: int = 0,
 ) -> Float[Tensor, "S B T V"]:
-    "Predictions with Gaussian noise on every node, from a generator of their own."
-    draw, out = torch.Generator().manual_seed(seed), []
+    "Predictions with Gaussian noise on every node, from a generator of their own. Raises TypeError, ValueError."
+    if not is_real(noise) or noise < 0 or not is_int(samples) or samples < 1:
+        raise ValueError(f"noise must be a number >= 0 and samples a whole number >= 1, got {noise!r} and {samples!r}")
+    check_tokens(tokens, model.config)
+    draw, out = torch.Generator().manual_seed(check_seed(seed)), []
     with evaluating(model) as still:
         for _ in range(samples):
             s: Tensor = tokens
@@ -118,6 +124,7 @@ def head_energies(a: PCAttention, x: Float[Tensor, "B T D"], settle_steps: int =
 # %% ../nbs/24_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
     "The feed-forward states of every node, target-free."
+    check_tokens(tokens, model.config)
     states: list[Tensor] = []
     for f in model.predictors: states.append(f(states[-1] if states else tokens))
     return states
@@ -197,10 +204,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     "Percentile interval (Efron 1979) over independent observations. Raises ValueError for fewer than two of them."
     n = len(parts[0])
-    if n < 2 or any(len(p) != n for p in parts) or draws < 2 or not 0 < level < 1:
+    fine = is_int(draws) and draws >= 2 and is_real(level) and 0 < level < 1
+    if n < 2 or any(len(p) != n for p in parts) or not fine:
         raise ValueError(f"a bootstrap needs two or more observations, as many in each part, two draws and a level "
                          f"in (0, 1); got {[len(p) for p in parts]}, {draws}, {level}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     found = [statistic(*(p[i] for p in parts)) for i in (torch.randint(n, (n,), generator=generator) for _ in range(draws))]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -280,8 +288,9 @@ def reliability(
     equal_mass: bool = False,              # groups of equal size instead of equal width
 ) -> Reliability:
     "Group predictions by their confidence. Raises ValueError for other shapes or confidences outside [0, 1]."
+    if not is_int(bins) or bins < 1: raise ValueError(f"bins must be a whole number >= 1, got {bins!r}")
     c = confidence.double()
-    if c.dim() != 1 or c.shape != correct.shape or not len(c) or bins < 1 or not ((c >= 0) & (c <= 1)).all():
+    if c.dim() != 1 or c.shape != correct.shape or not len(c) or not ((c >= 0) & (c <= 1)).all():
         raise ValueError(f"confidences in [0, 1] and as many answers are needed, got {tuple(c.shape)} and {tuple(correct.shape)}")
     rank = torch.argsort(torch.argsort(c, stable=True), stable=True)
     group = rank * bins // len(c) if equal_mass else (c * bins).long().clamp(max=bins - 1)
@@ -378,6 +387,8 @@ def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> 
 
 def even_windows(ids: Int[Tensor, " N"], length: int, count: int) -> Int[Tensor, "n T"]:
     "At most `count` windows that do not overlap, spread evenly. Raises ValueError when not two fit."
+    if not is_int(length) or length < 1 or not is_int(count):
+        raise ValueError(f"windows have a whole length >= 1 and number, got {length!r} and {count!r}")
     if count < 2 or len(ids) < 2 * length:
         raise ValueError(f"at least two windows of {length} tokens are needed, but {count} of {len(ids)} tokens were asked for")
     n = min(count, len(ids) // length)

@@ -524,6 +524,10 @@ def test_a_mixture_needs_its_own_number_of_coordinates_and_enough_errors() -> No
         GaussianMixture.fit(torch.tensor([[0.0], [1.0], [1.0]]), 3)
     with pytest.raises(ValueError, match="M must be at least 1, got 0"):
         GaussianMixture.fit(torch.randn(5, 2), 0)
+    with pytest.raises(ValueError, match="restarts must be at least 1, got 0"):
+        GaussianMixture.fit(torch.randn(5, 2), 1, restarts=0)
+    with pytest.raises(TypeError, match="M must be a whole number, got '2'"):
+        GaussianMixture.fit(torch.randn(5, 2), "2")
     with pytest.raises(ValueError, match="errors that are all the same"):
         GaussianMixture.fit(torch.ones(5, 2), 1)
     with pytest.raises(ValueError, match="errors that are missing or not finite"):

@@ -18,6 +18,7 @@ from pc_transformer.experiments.settled_reading import (
     log_choices,
     query_looks,
     read_text,
+    temperature_study,
     tune,
 )
 from pc_transformer.generation import SamplingConfig
@@ -76,6 +77,25 @@ def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTrans
     assert all(rules[best.energy_slope][1] <= loss for _, loss in rules.values())
     fixed = rules[0.0][0]
     assert torch.equal(log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log())
+
+
+def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:
+    """Rule 15. Halves without a common symbol: slopes and temperatures follow the first, losses and intervals the second."""
+    net = PCTransformer(ModelConfig(**SIZES, attention="gaussian"), seed=0).eval().requires_grad_(False)
+    stir(net, seed=0, scale=8.0)
+
+    def study(fit: int, test: int) -> dict[str, Any]:
+        halves = [torch.randint(6, (200,), generator=torch.Generator().manual_seed(seed)) for seed in (fit, test)]
+        return temperature_study(net, torch.cat([halves[0], halves[1] + 6]), 10, 4, 0)
+
+    base, other_test, other_fit = study(1, 2), study(1, 3), study(4, 2)
+    chosen = lambda m: {name: {k: r[k] for k in ("slope", "temperature", "mean", "sd")} for name, r in m["rules"].items()}
+    on_fit = lambda m: [c["fit"] for curve in m["curves"].values() for c in curve.values()]
+    assert chosen(base) == chosen(other_test) and on_fit(base) == on_fit(other_test)
+    assert chosen(base) != chosen(other_fit) and on_fit(base) != on_fit(other_fit)
+    plain = [m["rules"]["temperature 1"] for m in (base, other_test, other_fit)]
+    for name in ("clean", "10 % replaced"):
+        assert plain[0][name]["nll"] == plain[2][name]["nll"] != plain[1][name]["nll"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

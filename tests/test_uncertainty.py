@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.data import CharTokenizer
-from pc_transformer.training import TextData
+from pc_transformer.training import TextData, load
 from pc_transformer.uncertainty import (
     DAMAGES,
     SCORES,
@@ -43,6 +44,8 @@ from pc_transformer.uncertainty import (
     risk_coverage,
     scaled_nll,
     shuffle_words,
+    study_ensemble,
+    study_one,
     token_scores,
     uncertainty_study,
 )  # fmt: skip
@@ -395,6 +398,78 @@ def test_the_study_from_the_command_line(world: tuple[Path, TextData], capsys: p
     folders = [folder / "seed-1", folder / "seed-2"]
     again = uncertainty_study(folders, data, folder / "again", folder / "other.txt", 10, 10, device="cpu")
     assert json.loads(json.dumps(again["models"])) == results["models"]
+
+
+def test_what_makes_no_sense_is_one_sentence() -> None:
+    net = PCTransformer(ModelConfig(**SIZES), seed=0)
+    nets, row = [net], torch.rand(9)
+    for call, words in (
+        (lambda: ensemble_log_probs([], TOKENS), "one model or more"),
+        (lambda: ensemble_log_probs(nets, TOKENS + 13), "must lie in 0..12"),
+        (lambda: noisy_log_probs(net, TOKENS, math.nan, 2), "noise must be"),
+        (lambda: noisy_log_probs(net, TOKENS, -0.1, 2), "noise must be"),
+        (lambda: noisy_log_probs(net, TOKENS, 0.1, 0), "samples a whole number"),
+        (lambda: noisy_log_probs(net, TOKENS, 0.1, 2, seed=2**70), "a seed must lie"),
+        (lambda: noisy_log_probs(net, [1, 2], 0.1, 2), "must be an int64 tensor"),  # type: ignore[arg-type]
+        (lambda: node_states(net, TOKENS.float()), "tokens must be int64"),
+        (lambda: bootstrap_interval(lambda x: 0.0, row, draws="9"), "two draws"),  # type: ignore[arg-type]
+        (lambda: bootstrap_interval(lambda x: 0.0, row, seed=1.5), "whole number"),  # type: ignore[arg-type]
+        (lambda: reliability(row, row > 0, bins=1.5), "bins must be"),  # type: ignore[arg-type]
+        (lambda: even_windows(torch.arange(99), 0, 3), "whole length >= 1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+
+
+def sentinel_halves(fit: int, test: int) -> Tensor:
+    "A text whose halves share no symbol: the first has 0..5, the second 6..11; the numbers are seeds."
+    halves = [torch.randint(6, (300,), generator=torch.Generator().manual_seed(seed)) for seed in (fit, test)]
+    return torch.cat([halves[0], halves[1] + 6])
+
+
+def found_in(m: dict[str, Any], *names: str) -> list[Any]:
+    "What every detector of a study has under these names."
+    return [found[name] for levels in m["detection"].values() for found in levels.values() for name in names]
+
+
+def test_what_is_fitted_is_judged_on_other_text(
+    world: tuple[Path, TextData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 15. Temperature and detectors come from the first half alone, every number that judges them from the second."""
+    folder, data = world
+    model, foreign = load(folder / "seed-1"), torch.randint(12, (900,), generator=torch.Generator().manual_seed(9))
+    seen: dict[str, list[Tensor]] = {"temperature": [], "states": []}
+    fit, known = fit_temperature, StateGaussians.fit
+
+    def spy(z: Tensor, y: Tensor) -> float:
+        seen["temperature"].append(y)
+        return fit(z, y)
+
+    def spy_states(model: Any, tokens: Tensor) -> StateGaussians:
+        seen["states"].append(tokens)
+        return known(model, tokens)
+
+    monkeypatch.setattr("pc_transformer.uncertainty.fit_temperature", spy)
+    monkeypatch.setattr(StateGaussians, "fit", spy_states)
+
+    def study(fit: int, test: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        train = 12 + torch.randint(len(data.tokenizer.vocabulary) - 12, (600,), generator=torch.Generator().manual_seed(0))
+        text = replace(data, train_ids=train, valid_ids=sentinel_halves(fit, test))
+        return study_one(model, text, foreign, 12, 4, 0), study_ensemble([model, model], text, foreign, 12, 4, 0)
+
+    (base, group), (other_test, _), (other_fit, same_group) = study(1, 2), study(1, 3), study(4, 2)
+    assert all(y.max() < 6 for y in seen["temperature"]) and len(seen["temperature"]) == 3
+    assert all(x.min() >= 12 for x in seen["states"]) and len(seen["states"]) == 3
+    assert base["temperature"] == other_test["temperature"] != other_fit["temperature"]
+    assert found_in(base, "weights") == found_in(other_test, "weights")
+    assert all(a != b for a, b in zip(found_in(base, "weights"), found_in(other_fit, "weights"), strict=True))
+    assert base["before"] == other_fit["before"] != other_test["before"]
+    assert base["after"] != other_fit["after"] and base["after"] != other_test["after"]
+    assert found_in(base, "surprisal") != found_in(other_test, "surprisal")
+    drawn = "replaced characters"  # as many random numbers for any text, so the second half is damaged alike
+    scores = [[m["detection"][drawn]["window"][n] for n in SCORES] for m in (base, other_fit)]
+    assert scores[0] == scores[1]
+    assert group == same_group
 
 
 def test_the_study_refuses(world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
