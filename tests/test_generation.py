@@ -82,7 +82,6 @@ def test_top_p_is_the_smallest_set(z, p):
 
 
 @pytest.mark.parametrize("cut", [top_p_filter, typical_filter])
-<<<<<<< HEAD
 @pytest.mark.parametrize(("masses", "p", "stay"), [
     ([1, 1, 1, 1], 0.5, 2), ([1, 1, 1, 1], 0.25, 1), ([1, 1, 1, 1], 0.75, 3), ([1, 1, 1, 1], 0.75 + 1e-12, 4),
     ([1] * 8, 0.5, 4), ([1, 1, 0, 0], 0.5, 1),
@@ -90,14 +89,6 @@ def test_top_p_is_the_smallest_set(z, p):
 def test_a_set_whose_mass_is_exactly_p_is_large_enough(cut, masses, p, stay):
     z = torch.tensor(masses, dtype=torch.float64).log()
     assert kept(cut(z, p)) == list(range(stay))
-=======
-def test_a_set_with_exactly_the_mass_is_enough(cut):
-    "`p` is reached, not passed: of eight equal tokens, n have the mass n/8 exactly, and no token more is kept."
-    for n in range(1, 9):
-        assert kept(cut(torch.zeros(8), n / 8)) == list(range(n))
-    halves = torch.tensor([[1.0, 1, -math.inf, -math.inf], [0.0, 0, 0, 0]])
-    assert (cut(halves, 0.5) > -math.inf).sum(-1).tolist() == [1, 2]
->>>>>>> wF
 
 
 @given(logits_1d)
