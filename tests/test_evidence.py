@@ -333,6 +333,34 @@ def test_sampled_columns_have_the_posterior_of_a_linear_chain(steps: int | None,
     assert abs(found - log_z) < 0.05
 
 
+def test_a_temperature_widens_prior_and_noise_alike() -> None:
+    "A quadratic at temperature two: the same mean, twice the variance, and the integral of the tempered likelihood."
+    n, tau, v, c, x = 60_000, 2.0, 0.7, 1.5, 2.0
+    zero, variances = torch.zeros(n, 1, 1, dtype=torch.float64), [torch.full((n, 1, 1), v, dtype=torch.float64)]
+    energy = lambda e: e[0].square()[..., 0] / (2 * v) + (x - c * e[0][..., 0]).square() / 2
+    posterior = 1 / (1 / v + c * c)
+    z = (1 + c * c * v) ** -0.5 * math.exp(-x * x / (2 * tau * (1 + c * c * v)))
+    for steps in (0, 1, 3):
+        g = torch.Generator().manual_seed(0)
+        (e,), _, log_w = sample_columns(energy, [zero], variances, steps, temperature=tau, generator=g)
+        W = log_w[:, 0].softmax(0)
+        mean = W @ e[:, 0, 0]
+        assert mean.item() == pytest.approx(posterior * c * x, abs=0.03)
+        assert (W @ (e[:, 0, 0] - mean).square()).item() == pytest.approx(tau * posterior, rel=0.05)
+        assert log_w.exp().mean().item() == pytest.approx(z, rel=0.03)
+
+
+def test_a_step_leaves_the_prior_exactly_as_it_is() -> None:
+    "Without evidence every step of any size is taken, nothing is weighed, and the spread stays."
+    zero, variances = torch.zeros(5000, 1, 4, dtype=torch.float64), [torch.full((5000, 1, 1), 0.5, dtype=torch.float64)]
+    for size in (0.1, 0.5, 1.0):
+        prior = lambda e: (e[0].square() / (2 * 0.5)).sum(-1)
+        g = torch.Generator().manual_seed(0)
+        (e,), trace, log_w = sample_columns(prior, [zero], variances, 3, size, generator=g)
+        assert (torch.stack(trace).diff(dim=0) != 0).all() and log_w.abs().max() < 1e-12
+        assert e.var().item() == pytest.approx(0.5, rel=0.04)
+
+
 def test_without_weights_the_past_is_not_the_posterior() -> None:
     "The walk that is known: means .25 and .5 and a variance of .625 where Kalman has .2, .6 and .6."
     one = torch.ones(2, dtype=torch.float64)
@@ -383,9 +411,11 @@ def test_the_weights_are_used_and_kept_apart_by_row() -> None:
     assert past is not None
     past.log_weights = torch.zeros(24, dtype=torch.float64).view(8, 3)
     past.log_weights[:, 1] = torch.tensor([0.0] + [-50.0] * 7)  # row 1 has one past left; the others are even
+    past.log_weights[:, 2] = torch.linspace(0, 1.5, 8).double()  # row 2 is uneven, and good enough
     past.log_weights = past.log_weights.flatten()
     thinned = settler.thin(past)
-    assert torch.equal(thinned.log_weights, torch.zeros(24, dtype=torch.float64))
+    left = thinned.log_weights.view(8, 3)
+    assert (left[:, :2] == 0).all() and torch.equal(left[:, 2], past.log_weights.view(8, 3)[:, 2])
     keys, new = past.memories[0], thinned.memories[0]
     assert keys is not None and new is not None
     before, after = keys.k.view(8, 3, *keys.k.shape[1:]), new.k.view(8, 3, *keys.k.shape[1:])
