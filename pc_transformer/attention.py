@@ -347,7 +347,7 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../nbs/12_attention.ipynb #959da18a
+# %% ../nbs/12_attention.ipynb #62d8bde4
 def seen_in(
     bad: Bool[Tensor, "B H M Tk"],            # keys
     log_mix: Tensor | None,                   # to `(B, H, M, Tk)`
@@ -490,7 +490,7 @@ def attend(
         out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
         found = (out,) if lse is None or not return_lse else (out, lse)
     if factor is not None: found = tuple(x * (factor if x.dim() == 3 else factor[..., None]).to(x.dtype) for x in found)
-    return found if len(found) > 1 else found[0]
+    return found[0] if len(found) == 1 else found
 
 
 def read_visibly(
