@@ -360,8 +360,8 @@ def study(
     text = read_data(data)
     config = fit_vocabulary(replace(asked, learner=LearnerConfig(algorithm="backprop")), text, _given)
     make_folder(out)
-    families, sharpness = tuple(page.FAMILIES) if families is None else families, [0.5] if sharpness is None else sharpness
-    page.study(config, text, out, families, sharpness, list(seeds), train_damage, device)
+    names, spreads = page.FAMILIES if families is None else families, [0.5] if sharpness is None else sharpness
+    page.study(config, text, out, tuple(names), spreads, list(seeds), train_damage, device)
     print(f"results  {out / 'results.json'}")
 
 
