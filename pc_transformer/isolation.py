@@ -26,9 +26,11 @@ CPU = torch.device("cpu")
 def check_seed(seed: Any) -> int:
     "A seed that torch can take. Raises TypeError or ValueError, one sentence."
     try:
-        whole = operator.index(None if isinstance(seed, bool) else seed)
+        whole = operator.index(seed)
     except TypeError:
-        raise TypeError(f"a seed must be a whole number, but got {seed!r}") from None
+        whole = None
+    if whole is None or isinstance(seed, bool):
+        raise TypeError(f"a seed must be a whole number, but got {seed!r}")
     if not -(2**63) <= whole < 2**64:
         raise ValueError(f"a seed must lie between -2**63 and 2**64 - 1, but got {whole}")
     return whole
@@ -90,7 +92,7 @@ class Dropout(nn.Dropout):
 # %% ../nbs/19_isolation.ipynb #59685430
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     "`nn.Linear`, its first weights drawn from `generator`."
-    made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+    made: Any = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
     own, bound = generator(made.weight.device), 1 / math.sqrt(inputs)
     nn.init.kaiming_uniform_(made.weight, a=math.sqrt(5), generator=own)
     if bias:
@@ -100,7 +102,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 def table(rows: int, width: int) -> nn.Embedding:
     "`nn.Embedding`, its first weights drawn from `generator`."
-    made = nn.utils.skip_init(nn.Embedding, rows, width, device=torch.get_default_device())
+    made: Any = nn.utils.skip_init(nn.Embedding, rows, width, device=torch.get_default_device())
     nn.init.normal_(made.weight, generator=generator(made.weight.device))
     return made
 
@@ -130,18 +132,21 @@ def view(
         return seen[id(x)]
 
     def of(x: Any) -> Any:
+        "What stands for an attribute: the same thing, unless there is a module (or tensor) in it."
         if isinstance(x, nn.Module):
             return module(x)
         if isinstance(x, Tensor) and tensor is not None:
             return once(x, tensor)
         if isinstance(x, MethodType) and isinstance(x.__self__, nn.Module):
             return MethodType(x.__func__, module(x.__self__))
-        if type(x) in HOLDS and len(x):
-            items = list(x.values() if isinstance(x, dict) else x)
-            new = [of(y) for y in items]
-            if any(a is not b for a, b in zip(new, items, strict=True)):
-                return dict(zip(x, new, strict=True)) if isinstance(x, dict) else type(x)(new)
-        return x
+        if type(x) not in HOLDS or not x:
+            return x
+        held: Any = x
+        items = list(held.values() if isinstance(x, dict) else held)
+        new = [of(y) for y in items]
+        if all(a is b for a, b in zip(new, items, strict=True)):
+            return x
+        return dict(zip(x, new, strict=True)) if isinstance(x, dict) else tuple(new) if isinstance(x, tuple) else new
 
     def module(m: nn.Module) -> nn.Module:
         m = getattr(m, "_orig_mod", m)
