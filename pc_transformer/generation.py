@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'PAYS', 'top_k_filter', 'temperature_scale', 'top_p_filter', 'min_p_filter', 'typical_filter', 'penalise',
-           'check_logits', 'distribution', 'sample', 'evaluating', 'check_prompt', 'is_int', 'is_real', 'check_options',
+           'check_logits', 'distribution', 'sample', 'Still', 'check_prompt', 'is_int', 'is_real', 'check_options',
            'SamplingConfig', 'window_start', 'NextToken', 'Recompute', 'Texts', 'Memory', 'block', 'recompute', 'Step',
-           'read_prompts', 'make_generators', 'draw', 'stream', 'read_choices', 'check_loop', 'start_texts',
-           'make_source', 'run', 'count', 'generate', 'collect', 'Tokenizer', 'generate_text']
+           'read_prompts', 'make_generators', 'draw', 'stream', 'check_types', 'read_choices', 'check_loop',
+           'start_texts', 'make_source', 'run', 'count', 'generate', 'collect', 'Tokenizer', 'generate_text', 'opening']
 
 # %% ../nbs/23_generation.ipynb #73f37c33
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, advance, cacheable
 from .config import Config, ConfigError
+from .isolation import check_seed, evaluating, view
 
 # %% ../nbs/23_generation.ipynb #636ad1c6
 def top_k_filter(
@@ -141,18 +141,17 @@ def sample(
     return torch.multinomial(q, 1, generator=generator).squeeze(-1)
 
 # %% ../nbs/23_generation.ipynb #afa01219
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    "Eval mode and no gradients inside; afterwards every module is in the mode it was in before."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
+class Still:
+    "`still()` is the model in eval mode: the same view each time, until modules or their modes have changed."
+
+    def __init__(self, model: nn.Module):
+        self.model, self.modes, self.seen = model, None, model
+
+    def __call__(self) -> nn.Module:
+        modes = [(m, m.training) for m in self.model.modules()]
+        if modes != self.modes:
+            self.modes, self.seen = modes, view(self.model, training=False)
+        return self.seen
 
 # %% ../nbs/23_generation.ipynb #f728c8b3
 def check_prompt(
@@ -192,8 +191,8 @@ def check_options(
     vocab_size: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     "Raise `ValueError` for options that mean nothing."
-    if not is_int(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or a positive integer, but got {max_new_tokens!r}.")
+    if not is_int(max_new_tokens) or not 0 <= max_new_tokens < 2**31:
+        raise ValueError(f"max_new_tokens must be 0 or a positive integer below 2**31, but got {max_new_tokens!r}.")
     if not is_real(temperature) or temperature < 0:
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, but got {temperature!r}.")
     if top_k is not None and (not is_int(top_k) or not 1 <= top_k <= vocab_size):
@@ -345,7 +344,7 @@ def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor
     for width in {b - a for a, b in spans}:
         places = [i for i, (a, b) in enumerate(spans) if b - a == width]
         rows = torch.stack([texts.tokens[texts.rows[i], spans[i][0] : spans[i][1]] for i in places])
-        with evaluating(model): found = source.logits(model, rows)
+        with evaluating(model) as still: found = source.logits(still, rows)
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 
@@ -378,10 +377,10 @@ def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
     "One generator for the batch, or one for each row if `seed` is a sequence. Raises `ValueError`."
     one = torch.Generator()
     if seed is None: one.seed()
-    if seed is None or is_int(seed): return [one if seed is None else one.manual_seed(seed)]
-    if not isinstance(seed, Sequence) or len(seed) != batch or not all(map(is_int, seed)):
+    if seed is None or is_int(seed): return [one if seed is None else one.manual_seed(check_seed(seed))]
+    if not isinstance(seed, Sequence) or isinstance(seed, bytes) or len(seed) != batch or not all(map(is_int, seed)):
         raise ValueError(f"seed must be an integer, or {batch} of them (one a row), but got {seed!r}.")
-    return [torch.Generator().manual_seed(s) for s in seed]
+    return [torch.Generator().manual_seed(check_seed(s)) for s in seed]
 
 
 def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[int], batch: int) -> Int64[Tensor, " b"]:
@@ -413,18 +412,39 @@ def stream(
     settle: str | NextToken | None = None,  # "attention", "evidence", "langevin", or an object with `logits`
     settle_steps: int = 1,
     log_probs: bool = False,  # with the log-probability of each new token
+    symbols: int | None = None,  # only the first of them are drawn: the rest pads the vocabulary; None: all
     **choices: Any,  # further fields of `SamplingConfig`
 ) -> Iterator[Step]:
     "Continue prompts, equation (7), one `Step` at a time. Raises `TypeError`, `ValueError`, before the first step."
+    flags = {"sliding_window": sliding_window, "cache": cache, "log_probs": log_probs}
+    flags |= {} if copy_weights is None else {"copy_weights": copy_weights}
+    check_types(model, sampling, stop_tokens, cache_dtype, flags)
     limits: Any = model.config
     prompts = read_prompts(prompt, limits, sliding_window)
     check_options(limits.vocab_size, max_new_tokens, temperature, top_k, top_p)
     single = choices | {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     how = read_choices(sampling, single, limits.vocab_size)
     check_loop(limits, stop_tokens, slide, settle_steps)
+    if symbols is not None and (not is_int(symbols) or not 1 <= symbols <= limits.vocab_size):
+        raise ValueError(f"symbols must be an integer from 1 to {limits.vocab_size} (the vocabulary), but got {symbols!r}.")
     texts = start_texts(model, prompts, max_new_tokens, limits.block_size, slide)
     source = make_source(model, texts, how, cache, cache_dtype, settle, settle_steps, max_new_tokens, copy_weights)
-    return run(texts, source, make_generators(seed, len(prompts)), how, max_new_tokens, set(stop_tokens), log_probs)
+    generators = make_generators(seed, len(prompts))
+    return run(texts, source, generators, how, max_new_tokens, set(stop_tokens), log_probs, symbols)
+
+
+def check_types(model: Any, sampling: Any, stop_tokens: Any, cache_dtype: Any, flags: dict[str, Any]) -> None:
+    "Raise `TypeError`, one sentence, for arguments of `stream` that are of another kind than they should be."
+    if not all(hasattr(getattr(model, "config", None), name) for name in ("block_size", "vocab_size")):
+        raise TypeError(f"model must have a config with block_size and vocab_size, but a {type(model).__name__} has none.")
+    if not isinstance(sampling, SamplingConfig | None):
+        raise TypeError(f"sampling must be a SamplingConfig, but is a {type(sampling).__name__}.")
+    if not isinstance(stop_tokens, Collection) or isinstance(stop_tokens, str | bytes):
+        raise TypeError(f"stop_tokens must be a list of tokens, but got {stop_tokens!r}.")
+    if not isinstance(cache_dtype, str | None):
+        raise TypeError(f"cache_dtype must be a name or None, but is a {type(cache_dtype).__name__}.")
+    if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
+        raise TypeError(f"{wrong[0]} must be True or False, but got {flags[wrong[0]]!r}.")
 
 
 def read_choices(sampling: SamplingConfig | None, single: dict[str, Any], vocab_size: int) -> SamplingConfig:
@@ -483,12 +503,13 @@ def make_source(
     if isinstance(settle, str):
         settle = importlib.import_module("pc_transformer.evidence").make_settler(settle, steps)
     source = settle if isinstance(settle, NextToken) else Recompute()
-    return lambda texts: (recompute(source, model, texts), None)
+    still = Still(model)
+    return lambda texts: (recompute(source, still(), texts), None)
 
 
 def run(
     texts: Texts, source: Memory | Callable[[Texts], tuple[Tensor, Tensor | None]], generators: list[torch.Generator],
-    how: SamplingConfig, new: int, stop: set[int], log_probs: bool,
+    how: SamplingConfig, new: int, stop: set[int], log_probs: bool, symbols: int | None = None,
 ) -> Iterator[Step]:
     "The steps; nothing is held open between them."
     batch, counts = len(texts.rows), None
@@ -499,7 +520,9 @@ def run(
             z = z.to("cpu", torch.float64, copy=True)
             if how.counting and counts is None: counts = count(texts, z.shape[-1])
             energy = None if energy is None else energy.cpu().double()
-            tokens = draw(how.choices(z, None if counts is None else counts[texts.rows], energy), generators, texts.rows, batch)
+            drawable = z if symbols is None else z.index_fill(-1, torch.arange(symbols, z.shape[-1]), -math.inf)
+            seen = None if counts is None else counts[texts.rows]
+            tokens = draw(how.choices(drawable, seen, energy), generators, texts.rows, batch)
             chosen = z.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] if log_probs else None
         rows = texts.rows
         texts.append(tokens)
@@ -554,6 +577,7 @@ def collect(steps: list[Step], batch: int) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.cat(t) for t in tokens], [torch.cat(x) for x in logs]
 
 # %% ../nbs/23_generation.ipynb #e238e844
+@runtime_checkable
 class Tokenizer(Protocol):
     "What `generate_text` needs of a tokenizer."
 
@@ -578,11 +602,16 @@ def generate_text(
     **options: Any,  # of `stream`
 ) -> str:  # prompt and continuation
     "Continue a text. Raises what `encode` and `stream` raise, and `ValueError` for another model's tokenizer."
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must have vocab_size, encode and decode, but a {type(tokenizer).__name__} has not.")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a text, but is a {type(prompt).__name__}.")
     config: Any = model.config
-    if tokenizer.vocab_size != config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+    if (known := tokenizer.vocab_size) > config.vocab_size:
+        sizes = f"{known} tokens, the model {config.vocab_size}"
         raise ValueError(f"the tokenizer knows {sizes}: use the tokenizer that the model was trained with.")
-    if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+    if known < config.vocab_size: options["symbols"] = known     # a padded vocabulary: nobody can read the rest
+    if not isinstance(stop, list | tuple) or not all(isinstance(word, str) and word for word in stop):
         raise ValueError(f"stop must be a list of texts that are not empty, but got {stop!r}.")
     ids, new, text = tokenizer.encode(prompt), [], ""
     for step in stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, **options):
@@ -591,3 +620,12 @@ def generate_text(
         text = tokenizer.decode(torch.cat(new))
         if found := [text.index(word) for word in stop if word in text]: return prompt + text[: min(found)]
     return tokenizer.decode(torch.cat([ids, *new]))
+
+# %% ../nbs/23_generation.ipynb #ae003486
+def opening(tokenizer: Tokenizer) -> str:
+    "A line end, or the first symbol of a vocabulary that has none: a prompt where there is none."
+    try:
+        tokenizer.encode("\n")
+    except ValueError:
+        return tokenizer.decode(torch.zeros(1, dtype=torch.int64))
+    return "\n"

@@ -25,6 +25,7 @@ from torch import Tensor
 from pc_transformer.energies import (
     FAMILIES, Contaminated, Elliptical, Gaussian, GeneralizedGaussian, Laplace, Logistic, StudentT,
 )
+from .isolation import generator
 
 # %% ../nbs/13_kernels.ipynb #516c0ee3
 def per_coordinate(
@@ -894,7 +895,7 @@ def chunked(
     factor = None if link == "dot" else scale if isinstance(scale, float) else 1.0
     plan = Plan(blocks, step, factor, isinstance(link, Gaussian), inside,
                 link.eps**2 if isinstance(step, Root) and isinstance(link, Laplace) else 0.0, is_sharp(link), dropout_p,
-                int(torch.randint(2**62, ())) if dropout_p else 0, need_lse)
+                int(torch.randint(2**62, (), generator=generator())) if dropout_p else 0, need_lse)
     prior = None if prior is None else prior.expand(*prior.shape[:-1], Tk)
     out, lse = _Chunked.apply(plan, q, five(k), v, five(Lam) * five(scale) if isinstance(scale, Tensor) else five(Lam), c,
                               prior, mask, lam, *(x.to(full) for x in shape))

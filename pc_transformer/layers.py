@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import PCAttention
 from .config import Attention
+from .isolation import Dropout, linear, table
 
 # %% ../nbs/14_layers.ipynb #787187cb
 class LayerNorm(nn.Module):
@@ -34,9 +35,9 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, block_size: int, d_model: int, dropout: float = 0.0):
         super().__init__()
-        self.token = nn.Embedding(vocab_size, d_model)
-        self.position = nn.Embedding(block_size, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.token = table(vocab_size, d_model)
+        self.position = table(block_size, d_model)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return self.dropout(self.token(tokens) + self.position.weight[: tokens.shape[1]])
@@ -54,7 +55,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.norm = LayerNorm(d_model, bias)
         self.attention = PCAttention(d_model, n_head, family, precision_init, dropout=dropout, bias=bias, **options)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return s + self.dropout(self.attention(self.norm(s)))
@@ -70,9 +71,9 @@ class FeedForwardLayer(nn.Module):
     ):
         super().__init__()
         self.norm = LayerNorm(d_model, bias)
-        self.up = nn.Linear(d_model, 4 * d_model, bias)
-        self.down = nn.Linear(4 * d_model, d_model, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.up = linear(d_model, 4 * d_model, bias)
+        self.down = linear(4 * d_model, d_model, bias)
+        self.dropout = Dropout(dropout)
         self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

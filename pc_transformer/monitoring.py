@@ -22,7 +22,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -35,27 +34,17 @@ from torch import Tensor, nn
 
 from .attention import TAILS, attend
 from .config import to_dict
-from .generation import evaluating
+from .isolation import M, private, view
 from .layers import AttentionLayer, Embedding, FeedForwardLayer
-from .learning import Backprop, Learner, PredictiveCoding, gradients, scratch_gradients
+from .learning import Backprop, Learner, PredictiveCoding, gradients
 from .model import PCTransformer
 from .settling import ErrorSettling, Settled, SettlingError, errors_down, predict_up, stiffness
 from .training import CheckpointError, Trainer, read_json, write_text
 
 # %% ../nbs/22_monitoring.ipynb #d70ca3d8
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    "Eval mode, empty `p.grad` and a forked random state inside; afterwards everything, weights too, is what it was."
-    kept = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers())]
-    devices = [d for d in {x.device for x, _ in kept} if d.type == "cuda"]
-    try:
-        with torch.random.fork_rng(devices=devices), scratch_gradients(model), evaluating(model), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for x, before in kept:
-                if not torch.equal(x, before):
-                    x.copy_(before)
+def undisturbed(model: M) -> M:
+    "A copy of a model in eval mode, with weights and an empty `p.grad` of its own: what is done to it disturbs nobody."
+    return view(model, training=False, tensor=private)
 
 # %% ../nbs/22_monitoring.ipynb #70d88d02
 KINDS = {Embedding: "embedding", AttentionLayer: "attention", FeedForwardLayer: "feed-forward"}
@@ -354,17 +343,17 @@ def take_snapshot(
     step: int = 0,                # training steps done, for the record
     products: int = 8,            # Hessian products for the curvature; 0: not measured
 ) -> Snapshot:
-    "Look at everything once. The model, `p.grad`, the learner and the random state are left as they were."
-    learner = stand_in(learner, model)
-    look = Snapshot(step, node_names(model), learner=described(learner))
-    with undisturbed(model):
-        look.broken = broken_node(model, tokens)
-        if look.broken is None:
-            try:
-                for name, value in measured(model, learner, tokens, targets, products):
+    "Look at everything once. The model, `p.grad` and the learner are not touched; nothing is drawn from torch's random state."
+    still = undisturbed(model)
+    learner = stand_in(learner, still)
+    look = Snapshot(step, node_names(still), learner=described(learner), broken=broken_node(still, tokens))
+    if look.broken is None:
+        try:
+            with torch.enable_grad():
+                for name, value in measured(still, learner, tokens, targets, products):
                     setattr(look, name, value)
-            except SettlingError as error:
-                look.stuck = str(error)
+        except SettlingError as error:
+            look.stuck = str(error)
     return look
 
 

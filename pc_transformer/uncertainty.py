@@ -30,7 +30,7 @@ from .config import to_dict
 from .data import CharTokenizer, Corpus, cache_folders, read_text, verify
 from .energies import Gaussian
 from .experiments.components import damage as replace_some
-from .generation import evaluating
+from .isolation import evaluating
 from .layers import AttentionLayer
 from .model import PCTransformer, convert
 from .training import TextData, load, load_tokenizer, pick_device, write_text
@@ -65,10 +65,10 @@ def decompose(
 
 # %% ../nbs/24_uncertainty.ipynb #d9de29cc
 def ensemble_log_probs(models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "S B T V"]:
-    "Target-free predictions of several models; their modes are restored."
+    "Target-free predictions of several models, whatever their mode."
     out = []
     for model in models:
-        with evaluating(model): out.append(model(tokens).log_softmax(-1))
+        with evaluating(model) as still: out.append(still(tokens).log_softmax(-1))
     return torch.stack(out)
 
 
@@ -81,13 +81,13 @@ def noisy_log_probs(
 ) -> Float[Tensor, "S B T V"]:
     "Predictions with Gaussian noise on every node, from a generator of their own."
     draw, out = torch.Generator().manual_seed(seed), []
-    with evaluating(model):
+    with evaluating(model) as still:
         for _ in range(samples):
             s: Tensor = tokens
-            for f in model.predictors:
+            for f in still.predictors:
                 mu = f(s)
                 s = mu + noise * mu.square().mean(-1, keepdim=True).sqrt() * torch.randn(mu.shape, generator=draw).to(mu)
-            out.append(model.output(s).log_softmax(-1))
+            out.append(still.output(s).log_softmax(-1))
     return torch.stack(out)
 
 # %% ../nbs/24_uncertainty.ipynb #1bc0db38
@@ -133,7 +133,7 @@ class StateGaussians:
     @classmethod
     def fit(cls, model: PCTransformer, tokens: Int[Tensor, "N T"]) -> "StateGaussians":
         "Maximum likelihood on these tokens. Raises ValueError when a coordinate never varies."
-        with evaluating(model): chunks = [node_states(model, x) for x in tokens.split(64)]
+        with evaluating(model) as still: chunks = [node_states(still, x) for x in tokens.split(64)]
         nodes = [torch.cat([c[l].flatten(0, 1).double() for c in chunks]) for l in range(len(chunks[0]))]
         if flat := [l for l, s in enumerate(nodes) if (s.var(0, unbiased=False) == 0).any()]:
             raise ValueError(f"a coordinate of node {flat[0]} never varies on {tuple(tokens.shape)} tokens: use more text")
@@ -156,7 +156,7 @@ def token_scores(
     "Four scores of every token but the first, higher for stranger; all from what has been read up to that token."
     own = convert(model, "gaussian") if model.config.attention == "dot" else model
     found: dict[str, list[Tensor]] = {name: [] for name in SCORES}
-    with evaluating(own):
+    with evaluating(own) as own:
         for x in tokens.split(64):
             states = node_states(own, x)
             log_p = own.output(states[-1]).double().log_softmax(-1)
@@ -439,7 +439,7 @@ def judge(
 # %% ../nbs/24_uncertainty.ipynb #0fdc4577
 def flat_predictions(model: PCTransformer, windows: Int[Tensor, "N T"]) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
     "Target-free logits and the tokens that came, of all windows, on the CPU."
-    with evaluating(model): z = torch.cat([model(x[:, :-1]).cpu() for x in windows.split(64)])
+    with evaluating(model) as still: z = torch.cat([still(x[:, :-1]).cpu() for x in windows.split(64)])
     return z.flatten(0, 1), windows[:, 1:].flatten().cpu()
 
 

@@ -22,6 +22,7 @@ from pc_transformer.attention import (
 )
 from pc_transformer.energies import FAMILIES, Gaussian, GeneralizedGaussian
 from pc_transformer.model import convert
+from common import FAULTS, SEEN, answers_alike
 
 close = torch.testing.assert_close
 CASES: dict[str, dict[str, Any]] = {name: {} for name in ("dot", *FAMILIES)} | {
@@ -430,9 +431,12 @@ def test_a_later_query_that_is_no_number_changes_no_earlier_row(family: Any, bad
     k, v = (draw(i, 1, 2, 40, 8, dtype=torch.float32) for i in range(2))
     lam, q = torch.ones(40), k.clone()
     want = attend(q, k, v, family, is_causal=True, query_precision=lam)
-    lam[30], q[:, :, 35] = bad, bad
+    q[:, :, 35] = bad
     got = attend(q, k, v, family, is_causal=True, query_precision=lam)
-    assert torch.equal(got[:, :, :30], want[:, :, :30])
+    assert torch.equal(got[:, :, :35], want[:, :, :35]) and got[:, :, 35].isnan().all()
+    lam[30] = bad
+    with pytest.raises(ValueError, match="query_precision must be positive and finite in float32"):
+        attend(q, k, v, family, is_causal=True, query_precision=lam)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -459,13 +463,165 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "independent coordinates settle": ({"family": "independent_laplace", "settle_steps": 1}, "does not settle"),
     "independent coordinates with a tail": ({"family": "independent_laplace", "nu": 1.0}, "no parameter 'nu'"),
     "gpu kernel here": ({"backend": "triton"}, "riton"),
+    "a word for a mask": ({"attn_mask": "causal"}, "attn_mask must be a tensor, bool"), "a list for a mask": (
+        {"attn_mask": [True] * 4}, "attn_mask must be a tensor"), "no queries": ({"q": None}, "q must be a tensor, not None"),
+    "keys are a list": ({"k": [1.0]}, "k must be a tensor"), "no values": ({"v": None}, "v must be a tensor"),
+    "a word for a tail": ({"family": "student_t", "nu": "1"}, "nu must be a number"),
+    "a whole tensor for a tail": ({"family": "student_t", "nu": torch.tensor(2)}, "nu must be a number"),
+    "a truth value for a tail": ({"family": "student_t", "nu": True}, "nu must be a number"),
+    "a tail for other heads": ({"family": "student_t", "nu": torch.ones(5, 1)}, "nu of shape (5, 1)"),
+    "half a key": ({"window": 1.5}, "window must be a whole number, got 1.5"),
+    "a truth value for a window": ({"window": True}, "window must be a whole number, got True"),
+    "half a step": ({"settle_steps": 1.0}, "settle_steps must be a whole number"),
+    "a truth value for steps": ({"settle_steps": True}, "settle_steps must be a whole number"),
+    "a word for dropout": ({"dropout_p": "0.1"}, "dropout_p must be a number"), "a tensor for dropout": (
+        {"dropout_p": torch.tensor(0.1)}, "dropout_p must be a number"), "dropout nan": ({"dropout_p": math.nan}, "dropout_p"),
+    "a word for a precision": ({"precision": "1"}, "precision of gaussian attention must be a number"),
+    "a truth value for a precision": ({"precision": True}, "must be a number or a tensor of numbers"),
+    "truth values for precisions": ({"precision": torch.tensor(True)}, "must be a number or a tensor of numbers"),
+    "a word for a prior": ({"log_mix": "equal"}, "log_mix must be a number or a tensor of numbers"),
+    "truth values for a prior": ({"log_mix": torch.ones(4).bool()}, "log_mix must be a number or a tensor of numbers"),
+    "one for is_causal": ({"is_causal": 1}, "is_causal must be True or False"),
+    "a list for a component": ({"family": "mixture", "component": [], "k": torch.zeros(1, 2, 2, 4, 4)}, "unknown component []"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_one_sentence(case: str) -> None:
     options, words = BAD[case]
-    q, k, v = (draw(i, 1, 2, 4, 4, dtype=torch.float32) for i in range(3))
+    x = {n: draw(i, 1, 2, 4, 4, dtype=torch.float32) for i, n in enumerate("qkv")}
     with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
-        attend(q, k, v, **options)
+        attend(**x | options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# One rule for numbers, whatever the backend
+
+
+def backends(family: str) -> list[str]:
+    return ["reference", "chunked", "auto", *(["sdpa"] if family in ("dot", "gaussian") else [])]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("family", ["dot", *FAMILIES, "mixture"])
+def test_what_is_no_number_has_one_outcome(family: str, fault: str) -> None:
+    for seen in SEEN:
+        for backend in backends(family):
+            answers_alike(family, fault, seen, backend)
+
+
+@pytest.mark.parametrize("seen", ["causal", "rows", "no prior"])
+@pytest.mark.parametrize("fault", ["q nan", "k inf", "v -inf", "k 1e30"])
+def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str) -> None:
+    "Also in short dtypes, for other precisions, for settling queries and in the attention matrix."
+    key, query = torch.ones(2, 2, 9) / 2, torch.full((9,), 0.5)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        value = 1e200 if dtype == torch.float64 and "1e30" in fault else FAULTS[fault][1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(FAULTS, fault, (fault[0], value))
+            answers_alike("student_t", fault, seen, "auto", dtype)
+    for backend in ("reference", "chunked"):
+        answers_alike("laplace", fault, seen, backend, precision=key)
+        answers_alike("gaussian", fault, seen, backend, precision=key[..., None].expand(2, 2, 9, 8))
+        answers_alike("student_t", fault, seen, backend, precision=key, query_precision=query, nu=torch.ones(2, 1))
+        answers_alike("gaussian", fault, seen, backend, settle_steps=2)
+        answers_alike("dot", fault, seen, backend, query_precision=query)
+        answers_alike("independent_laplace", fault, seen, "auto")
+    (what, value), x = FAULTS[fault], [draw(i, 2, 2, 9, 8).float() for i in range(3)]
+    x["qkv".index(what)][1, 1, 4, 3] = value
+    out, r, lse = attend(*x, "huber", return_attention=True, return_lse=True, **SEEN[seen])
+    again = attend(*x, "huber", return_lse=True, **SEEN[seen])
+    assert torch.equal(r.isnan().any(-1), lse.isnan()) and torch.equal(out.isnan(), again[0].isnan())
+
+
+@every_case
+def test_scores_that_overflow_are_nan_and_no_mask(case: str) -> None:
+    "Keys that are all too far give NaN, in every backend; a light tail reaches that end much sooner."
+    far: dict[str, dict[str, Any]] = {"plain": {}, "masked": {"attn_mask": torch.arange(9) != 3}, "causal": {"is_causal": True}}
+    for size, more in [(1e25, {}), *([(1e8, {"p": 12.0})] if case == "generalized_gaussian" else [])]:
+        q, k, v = (draw(i, 1, 2, 9, 4).float() for i in range(3))
+        for options in far.values():
+            for backend in backends(family_of(case)):
+                out, lse = attend(
+                    q, size * k, v, family_of(case), 1.0, backend=backend, return_lse=True, **options, **(CASES[case] | more))
+                assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("gap", [30.0, 3e3])
+def test_far_keys_that_do_not_overflow_are_far(gap: float) -> None:
+    "What is only large stays as it was: the nearest key wins, and a score of -1e30 is a score."
+    q, k, v = torch.zeros(1, 1, 1, 1), torch.tensor([1.0, 1 + gap]).view(1, 1, 2, 1), torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    for backend in ("reference", "chunked", "sdpa"):
+        assert attend(q, k, v, "gaussian", 1e12, backend=backend).item() == 1
+
+
+LAWLESS: dict[str, dict[str, Any]] = {
+    "precision nan": {"precision": torch.tensor(math.nan)}, "precision inf": {"precision": math.inf},
+    "precision overflows in the cast": {"precision": 1e300}, "a tensor that does": {"precision": torch.tensor(1e300).double()},
+    "precision vanishes in the cast": {"precision": 1e-300}, "one head's": {"precision": torch.tensor([[1.0], [math.nan]])},
+    "one key's": {"precision": torch.ones(1, 2, 4).index_fill(2, torch.tensor(3), math.inf)},
+    "one coordinate's": {"precision": torch.ones(1, 2, 4, 4).index_fill(3, torch.tensor(3), math.nan)},
+    "zero": {"precision": torch.zeros(())}, "a query's": {"query_precision": torch.tensor([1.0, 1.0, math.nan, 1.0])},
+    "a query's, overflowing": {"query_precision": 1e300}, "prior nan": {"log_mix": torch.tensor([0.0, math.nan, 0.0, 0.0])},
+    "prior inf": {"log_mix": torch.tensor([0.0, math.inf, 0.0, 0.0])}, "prior number": {"log_mix": math.nan},
+    "prior overflows": {"log_mix": torch.tensor([0.0, 1e300, 0.0, 0.0]).double()},
+    "mask nan": {"attn_mask": torch.zeros(4, 4).index_fill(1, torch.tensor(2), math.nan)},
+    "mask inf": {"attn_mask": torch.full((4,), math.inf)},
+    "nu nan": {"nu": math.nan}, "nu overflows": {"nu": 1e300}, "nu vanishes": {"nu": 1e-300},
+    "nu tensor": {"nu": torch.tensor([[1.0], [math.nan]])}, "nu tensor overflows": {"nu": torch.tensor([[1.0], [1e300]]).double()},
+    "delta": {"delta": math.nan}, "delta overflows": {"delta": 1e300}, "p": {"p": torch.tensor([[math.inf]])},
+    "eps": {"eps": math.nan}, "share": {"share": math.nan}, "ratio": {"ratio": torch.tensor(math.nan)},
+}  # fmt: skip
+OWNERS = {"nu": "student_t", "delta": "huber", "p": "generalized_gaussian", "eps": "laplace", "share": "contaminated",
+          "ratio": "contaminated"}
+
+
+@pytest.mark.parametrize("case", LAWLESS)
+def test_numbers_that_are_none_are_refused_by_every_backend(case: str) -> None:
+    "With the same sentence, whichever computes, and in every dtype that float32 computes."
+    options = LAWLESS[case]
+    owner = OWNERS.get(next(iter(options)))
+    families = [owner] if owner else [f for f in ("gaussian", "student_t", "dot") if f != "dot" or "one" not in case]
+    for family in families:
+        said = set()
+        for backend in [*backends(family), "flex", "triton"]:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for more in ({}, {"settle_steps": 1}):
+                    x = [draw(i, 1, 2, 4, 4).to(dtype) for i in range(3)]
+                    with pytest.raises(ValueError) as error:
+                        attend(*x, family, backend=backend, **options, **more)
+                    said.add(str(error.value))
+        (sentence,) = said
+        assert "\n" not in sentence and any(w in sentence for w in (
+            "positive and finite in float32", "a number or minus infinity in float32", "must lie in", "not vanish there"))
+    with pytest.raises(ValueError):
+        attention_energy(*(draw(i, 1, 2, 4, 4).float() for i in range(2)), family=families[0], **options)
+
+
+def test_minus_infinity_is_a_mask_and_a_weight_of_zero() -> None:
+    "Also one that becomes so in the cast; all of them hide everything."
+    q, k, v = (draw(i, 1, 2, 4, 4).float() for i in range(3))
+    keep = torch.tensor([True, False, True, True])
+    want = attend(q, k, v, "student_t", attn_mask=keep)
+    for low in (-math.inf, -1e300):
+        weight = torch.zeros(4, dtype=torch.float64).masked_fill(~keep, low)
+        for backend in ("reference", "chunked"):
+            close(attend(q, k, v, "student_t", log_mix=weight, backend=backend), want, rtol=1e-5, atol=1e-6)
+            close(attend(q, k, v, "student_t", attn_mask=weight, backend=backend), want, rtol=1e-5, atol=1e-6)
+    for backend in backends("gaussian"):
+        assert attend(q, k, v, log_mix=-math.inf, backend=backend).eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["dot", "gaussian", "student_t"])
+def test_nobody_looks_in_vmap_and_while_compiling(family: Any) -> None:
+    "What worked there still does, and what would be refused is NaN."
+    q, k, v = (draw(i, 3, 1, 2, 5, 4).float() for i in range(3))
+    precision = torch.tensor([1.0, 2.0, math.nan])
+    call = lambda q, k, v, p: attend(q, k, v, family, p, backend="reference", is_causal=True)
+    found = torch.vmap(call)(q, k, v, precision)
+    for i in range(2):
+        close(found[i], call(q[i], k[i], v[i], precision[i]), rtol=1e-5, atol=1e-6)
+    assert found[2].isnan().all()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    close(compiled(q[0], k[0], v[0], precision[0]), found[0], rtol=1e-5, atol=1e-6)
+    assert compiled(q[0], k[0], v[0], precision[2]).isnan().all()

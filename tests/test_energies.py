@@ -1,11 +1,14 @@
 """Properties of the energies, against PyTorch's distributions and autograd; and a mutant that each must catch."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import mpmath
+import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -533,3 +536,191 @@ def test_a_component_can_be_switched_off() -> None:
     close(pair.log_prob(error), Gaussian().log_prob(error, 1.0))
     (slope,) = torch.autograd.grad(pair.log_prob(error).sum(), error)
     close(slope, -error.detach())
+
+
+# Short dtypes and extreme errors: against the same formulas in many digits.
+
+
+def truth(family: Any, error: float, dim: int, precision: float) -> tuple[Any, Any]:
+    "Log density and slope of `dim` equal errors, in 60 digits."
+    e, Pi = mpmath.mpf(error), mpmath.mpf(precision)
+    u = dim * Pi * e**2
+    shape = {f.name: mpmath.mpf(getattr(family, f.name)) for f in fields(family)}
+    a = next(iter(shape.values()), None)
+    if isinstance(family, IndependentLaplace):
+        return dim * (mpmath.log(Pi) / 2 - mpmath.sqrt(Pi) * abs(e) - mpmath.log(2)), -mpmath.sqrt(Pi) * mpmath.sign(e)
+    if isinstance(family, Gaussian):
+        g, w = -u / 2, mpmath.mpf(1)
+    elif isinstance(family, StudentT):
+        g, w = -(a + dim) / 2 * mpmath.log1p(u / a), (a + dim) / (a + u)
+    elif isinstance(family, Laplace):
+        g, w = -mpmath.sqrt(u + a**2), 1 / mpmath.sqrt(u + a**2)
+    elif isinstance(family, Huber):
+        r = mpmath.sqrt(u)
+        g, w = (-u / 2, mpmath.mpf(1)) if r <= a else (a * (a / 2 - r), a / r)
+    elif isinstance(family, GeneralizedGaussian):
+        g, w = -(u ** (a / 2)) / 2, a / 2 * u ** (a / 2 - 1)
+    elif isinstance(family, Logistic):
+        r = mpmath.sqrt(u)
+        g, w = 2 * mpmath.log(2) - r - 2 * mpmath.log1p(mpmath.exp(-r)), mpmath.tanh(r / 2) / r
+    else:
+        share, ratio = shape["share"], shape["ratio"]
+        near = (1 - share) * mpmath.exp(-u / 2)
+        far = share * ratio ** (mpmath.mpf(dim) / 2) * mpmath.exp(-ratio * u / 2)
+        g, w = mpmath.log(near + far), (near + ratio * far) / (near + far)
+    return dim * mpmath.log(Pi) / 2 + g - mpmath.mpf(family.log_normaliser(dim)), -w * Pi * e
+
+
+SHORT = [torch.float16, torch.bfloat16, torch.float32]
+EVERY = [*ELLIPTICAL, Contaminated(0.1, 1e-8), IndependentLaplace()]
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("family", EVERY, ids=str)
+@settings(quick, max_examples=15)
+@given(st.floats(-30, 30).map(lambda x: 10**x), st.sampled_from([1, 64]), st.sampled_from([1.0, 1e-3, 1e6]))
+@example(40.0, 64, 1.0)
+@example(1e4, 64, 1.0)
+@example(1e30, 1, 1.0)
+@example(1e-30, 64, 1.0)
+@example(1e-22, 1, 1e6)
+def test_extreme_errors_in_short_dtypes(family: Any, dtype: torch.dtype, size: float, dim: int, precision: float) -> None:
+    "Density and slope are those of the formula, wherever the result itself fits: what is rounded is the result alone."
+    info = torch.finfo(dtype)
+    error = torch.full((2, dim), size).to(dtype)
+    error[1] = 1.0                                                  # a row of its own: not touched by the other
+    assume(0 < error[0, 0] < math.inf)
+    with mpmath.workdps(60):
+        log_p, slope = truth(family, error[0, 0].item(), dim, precision)
+        found = family.log_prob(error, precision), family.score(error, precision)
+        assert found[0].dtype == found[1].dtype == dtype
+        tolerance = 4 * info.eps + 1e-5
+        for have, want, scale in ((found[0][0], log_p, max(1, dim)), (found[1][0, 0], slope, 0)):
+            if abs(want) > info.max * 0.99:
+                assert have.item() in (-math.inf, -info.max)
+            else:
+                assert abs(have.item() - want) <= tolerance * abs(want) + scale * 2e-6 + info.smallest_normal * info.eps, want
+    for have, want in zip(found, (family.log_prob(error[1:], precision), family.score(error[1:], precision)), strict=True):
+        assert torch.equal(have[1:], want)
+    assert torch.equal(family.energy(error, precision), -found[0])
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("family", [f for f in EVERY if isinstance(f, Elliptical)], ids=str)
+@settings(quick, max_examples=15)
+@given(st.floats(-38, 38).map(lambda x: 10**x), st.sampled_from([1, 64]))
+@example(0.0, 64)
+@example(6e-8, 1)
+def test_links_and_weights_in_short_dtypes(family: Elliptical, dtype: torch.dtype, u: float, dim: int) -> None:
+    "Both are computed in float32 and rounded once; a weight is finite everywhere."
+    at, info = torch.tensor([u], dtype=dtype), torch.finfo(dtype)
+    assume(at < math.inf)
+    want_w, want_g = (f(at.double(), dim).item() for f in (family.weight, family.link))
+    assert family.weight(at, dim).dtype == family.link(at, dim).dtype == dtype
+    assert family.weight(at, dim).isfinite() or want_w > torch.finfo(torch.float32).max
+    if at > torch.finfo(torch.float32).tiny:
+        tolerance = 2 * info.eps + (1e-3 if dtype == torch.float32 else 0)
+        assert min(family.weight(at, dim).item(), info.max) == pytest.approx(min(want_w, info.max), rel=tolerance, abs=info.tiny)
+    if abs(want_g) < info.max:
+        assert family.link(at, dim).item() == pytest.approx(want_g, rel=4 * info.eps + 1e-5, abs=dim * 1e-6 + info.tiny)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
+    "Widened before the square: far errors keep a density and a slope, huge ones a slope."
+    pair = GaussianMixture(*(x.to(dtype) for x in (tensor(0, (2,)), tensor(1, (2, 64)), tensor(2, (2,)).exp())))
+    wide = GaussianMixture(*(x.double() for x in (pair.log_mix, pair.means, pair.precisions)))
+    for size in (1e-30, 1e-3, 1.0, 20.0, 40.0, 1e4, 1e30):
+        error = torch.full((3, 64), size).to(dtype)
+        if error.isinf().any():
+            continue
+        for name in ("log_prob", "score", "responsibilities"):
+            have, want = getattr(pair, name)(error, 1.0), getattr(wide, name)(error.double(), 1.0)
+            fits = want.abs() < torch.finfo(dtype).max
+            assert have.dtype == dtype and have[fits].isfinite().all() and have[~fits].isinf().all()
+            close(have[fits].double(), want[fits], rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-4)
+
+
+def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
+    "A precision of a million serves errors of 16 bits; what overflows, or a tail that does, is refused after the cast."
+    small = torch.full((3, 4), 1e-3, dtype=torch.float16)
+    close(Gaussian().log_prob(small, 1e6).float(), Gaussian().log_prob(small.float(), 1e6), rtol=1e-3, atol=1e-3)
+    for family in (*ELLIPTICAL[:5], IndependentLaplace(), mixture(0, 2, 4, False)):
+        for bad in (1e300, torch.tensor(1e300, dtype=torch.float64), torch.tensor(math.nan), 1e-300):
+            for method in (family.log_prob, family.energy, family.score):
+                with pytest.raises(ValueError, match="precision must be positive and finite in torch.float32"):
+                    method(small, bad)
+    for make, bad in ((StudentT, 1e300), (StudentT, 1e-300), (Huber, 1e300), (Laplace, 1e300), (GeneralizedGaussian, 1e300),
+                      (StudentT, torch.tensor([2.0, 1e300], dtype=torch.float64))):  # fmt: skip
+        make(bad).log_normaliser(1)
+        for method in (make(bad).log_prob, make(bad).score):
+            with pytest.raises(ValueError, match="must be a number in torch.float32 and not vanish there, got"):
+                method(torch.zeros(2, 4), 1.0)
+    far = GaussianMixture(torch.zeros(1), torch.zeros(1, 4), torch.tensor([1e300], dtype=torch.float64))
+    with pytest.raises(ValueError, match="precision must be positive and finite in torch.float32, got inf"):
+        far.log_prob(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("family", [*ELLIPTICAL, IndependentLaplace()], ids=str)
+def test_a_fit_of_short_errors(family: Any) -> None:
+    "Fitted in float64; a precision that the dtype cannot hold is refused, not infinite."
+    errors = (300 * tensor(0, (200, 3))).half()
+    more = {"max_iters": 20_000} if isinstance(family, Elliptical) else {}
+    close(family.fit(errors, **more).double(), family.fit(errors.double(), **more), rtol=1e-3, atol=6e-8)
+    with pytest.raises(ValueError, match="precision must be positive and finite in torch.float16, got inf"):
+        family.fit(torch.full((9, 3), 1e-6, dtype=torch.float16), **more)
+
+
+@elliptical
+def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
+    "Densities work in vmap, also with a precision per sample; there what is no precision gives NaN."
+    error, precision = tensor(0, (3, 2, 4)).float(), torch.tensor([1.0, 2.0, -1.0])
+    for method in (family.log_prob, family.score):
+        found = torch.vmap(method)(error, precision)
+        close(found[:2], torch.stack([method(error[i], precision[i]) for i in range(2)]), rtol=1e-5, atol=1e-5)
+        assert found[2].isnan().all()
+
+
+def test_slopes_of_extreme_errors() -> None:
+    "Autograd goes the way of the values: the slope of the energy is the score, and NaN reaches nobody else."
+    for family in ELLIPTICAL:
+        error = torch.tensor([[1e-30], [3.0], [1e25]], requires_grad=True)
+        (slope,) = torch.autograd.grad(family.log_prob(error, 1.0).sum(), error)
+        want = family.score(error.detach(), 1.0)
+        fits = want.isfinite()
+        close(slope[fits], want[fits], rtol=1e-4, atol=1e-30)
+        assert fits[1] and fits[0]
+
+
+@pytest.mark.parametrize(("call", "kind", "says"), [
+    (lambda: Gaussian().log_prob(None, 1.0), TypeError, "an error must be a tensor, got None"),
+    (lambda: Gaussian().log_prob([1.0], 1.0), TypeError, "an error must be a tensor"),
+    (lambda: Gaussian().log_prob(torch.zeros(2, dtype=torch.int64), 1.0), TypeError, "floating dtype, got torch.int64"),
+    (lambda: Gaussian().score(torch.zeros(2), "1"), TypeError, "a precision must be a number or a tensor of numbers, got '1'"),
+    (lambda: Laplace().energy(torch.zeros(2), None), TypeError, "a precision must be a number"),
+    (lambda: Laplace().energy(torch.zeros(2), True), TypeError, "a precision must be a number"),
+    (lambda: IndependentLaplace().weight(torch.zeros(2), torch.tensor(True)), TypeError, "a precision must be a number"),
+    (lambda: Gaussian().sample((2, 3), "1"), TypeError, "a precision must be a number"),
+    (lambda: Gaussian().fit(None), TypeError, "errors must be a tensor"),
+    (lambda: Gaussian().fit(torch.tensor(1.0)), ValueError, "errors need a last axis"),
+    (lambda: StudentT().fit_shape([1.0]), TypeError, "errors must be a tensor"),
+    (lambda: StudentT("1"), TypeError, "nu must be a number"),
+    (lambda: GaussianMixture([0.0], torch.zeros(1, 1), torch.ones(1)), TypeError, "log_mix must be a tensor"),
+    (lambda: GaussianMixture.fit(torch.randn(5, 2), 1.5), TypeError, "M must be a whole number, got 1.5"),
+    (lambda: GaussianMixture.fit(torch.randn(5, 2), True), TypeError, "M must be a whole number, got True"),
+    (lambda: GaussianMixture.fit(torch.randn(5, 2), 1, restarts=0), ValueError, "restarts must be at least 1, got 0"),
+    (lambda: Categorical().energy(None, torch.zeros(1, 3)), TypeError, "targets must be an int64 tensor, got None"),
+    (lambda: Categorical().energy(torch.zeros(1).long(), None), TypeError, "logits must be a tensor"),
+    (lambda: Categorical().fit(torch.zeros(3).long(), 2.0), TypeError, "V must be a whole number"),
+    (lambda: Categorical().fit(torch.zeros(3).long(), 2, "1"), TypeError, "smoothing must be a number"),
+    (lambda: Categorical().fit(torch.zeros(3).long(), 2, math.nan), ValueError, "smoothing must be finite"),
+])  # fmt: skip
+def test_types_are_looked_at_first(call: Any, kind: type, says: str) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    error = torch.ones(2, 3)
+    close(StudentT(np.float64(4.0)).log_prob(error, np.float32(2.0)), StudentT(4.0).log_prob(error, 2.0))

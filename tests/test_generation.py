@@ -363,8 +363,33 @@ def test_text(model):
         generate_text(model, tokenizer, "az", 1)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate_text(model, tokenizer, "", 1)
-    with pytest.raises(ValueError, match="the tokenizer knows 3 tokens, the model 11"):
-        generate_text(model, CharTokenizer("abc"), "a", 1)
+    with pytest.raises(ValueError, match="the tokenizer knows 12 tokens, the model 11"):
+        generate_text(model, CharTokenizer("abcdefghijkl"), "a", 1)
+
+
+CHOICES = ({}, {"temperature": 0}, {"top_k": 9}, {"top_p": 0.5}, {"typical_p": 0.3}, {"min_p": 0.01},
+           {"repetition_penalty": 1.3, "presence_penalty": 0.1}, {"cache": False}, {"settle": "attention"})  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_a_padded_vocabulary_is_sampled_without_its_padding(model, options):
+    """Surplus tokens, however likely, are never drawn; the others are drawn as if there were no surplus."""
+    with torch.no_grad():
+        model.predictors[0].token.weight[3:] *= 30  # of all logits these are now the largest
+    tokens = generate(model, PROMPT[0, :1].clamp(max=2), 40, seed=1, **({"sliding_window": True} | options))
+    assert (tokens >= 3).any(), "the test draws no surplus token"
+    text = generate_text(model, CharTokenizer("abc"), "a", 40, seed=1, **({"sliding_window": True} | options))
+    assert len(text) == 41 and set(text) <= set("abc")
+
+
+def test_symbols_are_checked_and_share_the_whole_probability(model):
+    for bad in (0, 12, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="symbols must be an integer from 1 to 11"):
+            generate(model, PROMPT, 1, symbols=bad)
+    for few in (1, 3):
+        q = model(PROMPT)[:, -1, :few].double().softmax(-1)
+        drawn = [int(t) for s in range(400) for t in generate(model, PROMPT[:1], 1, seed=s, symbols=few)[:, -1]]
+        assert torch.allclose(torch.bincount(torch.tensor(drawn), minlength=few).double() / 400, q[0], atol=0.08)
 
 
 @pytest.mark.cuda

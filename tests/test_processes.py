@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from pc_transformer.config import ModelConfig
 from pc_transformer.learning import PredictiveCoding
 from pc_transformer.model import PCTransformer
-from pc_transformer.processes import LayerProcesses, ProcessError
+from pc_transformer.processes import DataParallel, LayerProcesses, ProcessError
 from pc_transformer.settling import ErrorSettling, SettlingError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
@@ -71,6 +72,49 @@ def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProces
     with pytest.raises(ProcessError, match="the process of node 0 stopped: IndexError: index out of range"):
         processes.step(tokens + 9, targets)
     assert all(p.poll() is not None for p in processes.processes)
+
+
+def test_the_start_has_a_time_of_its_own() -> None:
+    "Importing PyTorch takes longer than this time-out, everywhere."
+    with LayerProcesses(PCTransformer(CONFIG, seed=1), RULE, timeout=0.01) as made:
+        made.timeout = 60.0
+        assert made.step(*batch()).loss > 0
+    with pytest.raises(ProcessError, match="no answer from nodes 0, 1, 2 within 0.01 s"):
+        LayerProcesses(PCTransformer(CONFIG, seed=1), RULE, start_timeout=0.01)
+
+
+def test_a_failing_start_is_one_error_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    "Every process refuses its optimiser; one is quoted, and none prints."
+    with pytest.raises(ProcessError, match=r"the process of node \d stopped: ValueError: Invalid learning rate: -1.0"):
+        LayerProcesses(PCTransformer(CONFIG, seed=1), partial(torch.optim.SGD, lr=-1.0))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_ended_is_named_and_nothing_is_printed(
+    number: signal.Signals, processes: LayerProcesses, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.kill(processes.processes[1].pid, number)
+    with pytest.raises(ProcessError, match=rf"the process of node 1 ended \(killed by {number.name}\)"):
+        processes.step(*batch())
+    assert all(p.poll() is not None for p in processes.processes) and capfd.readouterr() == ("", "")
+
+
+def test_wrong_types_are_said_before_anything_starts() -> None:
+    model = PCTransformer(CONFIG, seed=1)
+    for wrong, sentence in (
+        ({"timeout": "long"}, "timeout must be a positive number of seconds, got 'long'"),
+        ({"start_timeout": 0}, "start_timeout must be a positive number of seconds, got 0"),
+        ({"solver": "error"}, "layers in processes follow an ErrorSettling, not a str"),
+        ({"optimizer": lambda p: None}, "layers and optimiser must be importable"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            LayerProcesses(**{"model": model, "optimizer": RULE, **wrong})
+    with pytest.raises(TypeError, match="needs a model with predictors and output, not a Linear"):
+        LayerProcesses(torch.nn.Linear(2, 2), RULE)  # pyright: ignore[reportArgumentType]
+    for rank, size in ((0.0, 2), ("0", 1), (True, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank and size must be whole numbers"):
+            DataParallel(rank, size)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_stopped_process_is_late_and_is_ended(processes: LayerProcesses) -> None:
@@ -134,7 +178,8 @@ with join(timeout=2.0) as team: pass
 def test_a_rank_whose_partner_never_comes_gives_up() -> None:
     env = os.environ | {"PYTHONPATH": SOURCE, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     found = subprocess.run([sys.executable, "-c", LONELY], env=env, capture_output=True, text=True, timeout=120)
-    assert found.returncode != 0 and "DistNetworkError" in found.stderr
+    assert found.returncode == 1 and found.stderr.count("Traceback") == 1  # the script's own: it caught nothing
+    assert "ProcessError: torch.distributed could not bring the processes together (" in found.stderr
 
 
 HALF = """
@@ -153,6 +198,37 @@ def test_when_one_of_a_team_dies_the_other_fails_and_does_not_hang() -> None:
     env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([*command, sys.executable, "-c", HALF], env=env, capture_output=True, text=True, timeout=180)
     assert found.returncode != 0 and "ChildFailedError" in found.stderr
+
+
+DYING = """
+import os, signal, sys
+from pc_transformer import training
+from pc_transformer.cli import main
+backward = training.Trainer.backward
+def fragile(self):
+    if self.team.rank == 1 and self.step == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return backward(self)
+training.Trainer.backward = fragile
+sys.exit(main())
+"""
+
+
+def test_the_survivor_of_a_team_says_one_sentence_and_ends_with_one(tmp_path: Path) -> None:
+    "Two processes as torchrun starts them, one of which is killed in the middle of a step."
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question: " * 60)
+    small = ["--model.n_layer", "1", "--model.n_head", "2", "--model.d_model", "16", "--model.block_size", "8",
+             "--train.iters", "50", "--train.batch_size", "4", "--data", str(tmp_path / "text.txt"), "--progress", "false"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    env = os.environ | meet | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", DYING, "train", str(tmp_path / "run"), *small]
+    team = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True) for r in "01"]
+    said = [p.communicate(timeout=240)[1] for p in team]
+    assert [p.returncode for p in team] == [1, -signal.SIGKILL] and said[1] == ""
+    (line,) = said[0].splitlines()
+    assert line.startswith("pct: torch.distributed could not add up over the processes (")
+    assert line.endswith("one of them has ended or is late, look for its own message")
 
 
 def test_pct_train_shares_batches_under_torchrun(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The honesty rules for every solver, node density and pathway, and that nothing diverges silently."""
 
 import dataclasses
+import itertools
 import math
+import warnings
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +25,14 @@ from pc_transformer.learning import (
     gradients,
     local_gradient,
 )
-from pc_transformer.settling import ErrorSettling, Pathway, SettlingError, errors_down, predict_up
+from pc_transformer.settling import (
+    ErrorSettling,
+    Pathway,
+    SettlingError,
+    errors_down,
+    predict_up,
+    relative_precisions,
+)
 from pc_transformer.solvers import (
     ENERGIES,
     HighwaySettling,
@@ -30,7 +40,10 @@ from pc_transformer.solvers import (
     StateSettling,
     StateWalk,
     SweepSettling,
+    UnsettledWarning,
+    errors_of,
     make_learner,
+    state_gradients,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 
@@ -61,7 +74,7 @@ SOLVERS: dict[str, Solver] = {
 
 def build(seed: int = 1, **changes: Any) -> PCTransformer:
     "A random model in float64 in which every part matters."
-    model = PCTransformer(ModelConfig(**SIZES, **changes), seed).double()
+    model = PCTransformer(ModelConfig(**(SIZES | changes)), seed).double()
     stir(model, seed, 5.0)
     return model
 
@@ -372,3 +385,319 @@ def test_make_learner_knows_every_solver() -> None:
         made = make_learner(LearnerConfig(solver=name, steps=steps))
         assert isinstance(made, PredictiveCoding)
     assert make_learner(LearnerConfig(algorithm="backprop")) == Backprop()
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_adam_is_adam(memory: float) -> None:
+    "Both moments are corrected for their start at zero, as torch's are; after a rejected step they start anew."
+    model, (tokens, targets) = build(), batch()
+    solver = StateSettling(relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40)
+    walk, noise = StateWalk.begin(solver, model, tokens, targets), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        moved = [torch.zeros_like(s) for s in walk.up.states]
+        theirs = torch.optim.Adam(moved, lr=1.0, betas=(memory, 0.999), eps=1e-12)
+        for _ in range(4):
+            slopes = [torch.randn(s.shape, generator=noise, dtype=s.dtype) for s in moved]
+            before = [s.clone() for s in moved]
+            for s, g, bound in zip(moved, slopes, walk.bounds, strict=True):
+                s.grad = g / bound
+            theirs.step()
+            steps = zip(walk.direction(slopes), before, moved, walk.up.states, strict=True)
+            for ours, old, new, state in steps:
+                torch.testing.assert_close(ours, (old - new) * 0.01 * state.square().mean().sqrt())
+            walk.sizes.append(1.0)
+        walk.step()  # ten thousand times too long: halved, and what was remembered is lost
+        assert walk.sizes[-1] < 1e4
+
+
+def test_bounds_are_those_of_each_nodes_own_block() -> None:
+    "Equation (2): a node's block of the Hessian has its own precision and that of the node above, never another's."
+    model, (tokens, targets) = build(n_layer=1), batch(B=1)
+    given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
+    walk = StateWalk.begin(StateSettling(weigh=lambda *_: given), model, tokens, targets)
+
+    def energy(states: list[Tensor]) -> Tensor:
+        below = [tokens, *states[:-1]]
+        trios = zip(states, model.predictors, below, given, strict=True)
+        logits = model.output(states[-1])
+        judged = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return judged + sum((p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(()))
+
+    reference = patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", ""))
+    for l, s in enumerate(walk.up.states):
+
+        def along(x: Tensor, l: int = l) -> Tensor:
+            return energy([x if m == l else t for m, t in enumerate(walk.up.states)])
+
+        with reference:  # which has second derivatives
+            block = torch.autograd.functional.hessian(along, s).reshape(48, 48)  # type: ignore[arg-type]
+        above = torch.linalg.matrix_norm(block - given[l] * torch.eye(48).double(), 2)
+        assert 0.97 < walk.bounds[l] / (given[l] + above) < 1.05
+
+
+def masks(model: PCTransformer) -> dict[str, list[Tensor]]:
+    "What every dropout module drops, at each look, from now on."
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda _, __, out, name=name: seen.setdefault(name, []).append(out.detach() == 0)
+            )
+    return seen
+
+
+@pytest.mark.parametrize("name", ["errors, K = 3", "states", "highway", "sweep"])
+def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
+    "Within a settling a layer drops the same at every look; another layer, and another settling, something else."
+    model, (tokens, targets) = build(dropout=0.4), batch()
+    seen, first = masks(model), {}
+    for turn in range(2):
+        seen.clear()
+        SOLVERS[name](model, tokens, targets)
+        assert len(seen) == 1 + len(model.predictors[1:]) and all(torch.equal(m, all_[0]) for all_ in seen.values() for m in all_)
+        now = {where: looks[0] for where, looks in seen.items()}
+        for a, b in itertools.combinations(now, 2):
+            assert 0.3 < (now[a] != now[b]).double().mean() < 0.7, f"{a} and {b} drop the same"
+        if turn:
+            assert all((now[a] != first[a]).any() for a in now)
+        first = now
+
+
+@pytest.mark.parametrize("learner", [LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(solver="sweep")])
+def test_dropout_differs_between_steps(learner: LearnerConfig) -> None:
+    "Training drops something else at every step, though each is a function of the seed."
+    runs = []
+    for _ in range(2):
+        t = trainer(learner, dropout=0.4)
+        seen, steps = masks(t.model), []
+        for _ in range(3):
+            t.advance()
+            steps.append({where: looks[0] for where, looks in seen.items()})
+            seen.clear()
+        for a, b in itertools.combinations(steps, 2):
+            assert all(0.3 < (a[where] != b[where]).double().mean() < 0.7 for where in a)
+        runs.append(steps)
+    for a, b in zip(*runs, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[where], b[where]) for where in a)
+
+
+# ---- positions that predict nothing and are not seen
+
+
+def ragged(
+    dtype: torch.dtype = torch.float64, pad: float = 1e4, **changes: Any
+) -> tuple[PCTransformer, Tensor, Tensor]:
+    "A model with room for padding, whose embedding is `pad` times as large; one row ends early, one predicts nothing."
+    model = PCTransformer(ModelConfig(**(SIZES | {"block_size": 32} | changes)), seed=1).to(dtype)
+    stir(model, 1, 5.0)
+    tokens, targets = torch.randint(8, (2, 4, 8), generator=torch.Generator().manual_seed(0)).unbind()
+    targets[0, 1], targets[1, 5:], targets[3] = -100, -100, -100
+    with torch.no_grad():
+        model.predictors[0].position.weight[8:] *= pad
+    return model, tokens, targets
+
+
+def padded(tokens: Tensor, targets: Tensor, to: int = 32) -> tuple[Tensor, Tensor]:
+    more = to - tokens.shape[1]
+    return F.pad(tokens, (0, more), value=8), F.pad(targets, (0, more), value=-100)
+
+
+def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    "The largest difference in units of the largest entry of the whole gradient."
+    return max((one[n] - two[n]).abs().max().item() for n in one) / max(g.abs().max().item() for g in one.values())
+
+
+PADDED: dict[str, Any] = {
+    "backprop": Backprop(),
+    "centred": PredictiveCoding(ErrorSettling(steps=3, relative_precision=1.0, step_size=0.5), centred=True),
+    "handed": PredictiveCoding(
+        ErrorSettling(3, 1.0, 0.5, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach))
+    ),
+    **{
+        f"{kind}, per {per}, {name}": PredictiveCoding(
+            ErrorSettling(4, 1.0, 0.5, family=ENERGIES[name], per=per, max_halvings=30)
+            if kind == "soft"
+            else StateSettling(4, 3.0, family=ENERGIES[name], per=per)
+        )
+        for kind in ("soft", "states")
+        for per, name in (("node", "huber"), ("coordinate", "gaussian"), ("token", "gaussian"), ("token", "student_t"))
+    },
+    **{name: PredictiveCoding(solver) for name, solver in SOLVERS.items()},
+    "incremental": IncrementalPC(StateSettling(steps=4, relative_precision=3.0), lambda: None),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_nothing(name: str) -> None:
+    "What stands behind a row's last target, and is seen by nothing that is predicted, has no part in any statistic."
+    model, tokens, targets = ragged()
+    whole = padded(tokens, targets)
+    short, long = (gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), whole))
+    assert apart(short, long) < 1e-12
+    if isinstance(learner := PADDED[name], PredictiveCoding):
+        one, two = (learner.solver(model, x, y) for x, y in ((tokens, targets), whole))
+        torch.testing.assert_close(one.node_energy, two.node_energy, rtol=1e-11, atol=1e-11)
+        assert one.step_sizes == two.step_sizes and one.loss == pytest.approx(two.loss, rel=1e-13)
+        if one.residual is not None:
+            assert one.residual == pytest.approx(two.residual, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["dot", "student_t", "mixture"])
+@pytest.mark.parametrize("name", ["errors", "soft, per coordinate, gaussian", "sweep", "highway", "states"])
+def test_padding_changes_nothing_in_float32(name: str, attention: str) -> None:
+    "Beyond 1e-6 only what rounding to float32 does anyway: the padded batch is no further off than the short one."
+    model, tokens, targets = ragged(torch.float32, attention=attention)
+    exact = gradients(PADDED[name], ragged(attention=attention)[0], tokens, targets)
+    short, long = (
+        gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), padded(tokens, targets))
+    )
+    rounded = apart(exact, {n: g.double() for n, g in short.items()})
+    assert apart(short, long) < 1e-6 + 4 * rounded < (0.1 if name == "states" else 1e-3)
+
+
+class LooksAhead(torch.nn.Module):
+    "A chain that is not this library's: every position reads the mean of all, those behind the last target too."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.output = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        self.double()
+        stir(self, 3, 2.0)
+
+    @property
+    def predictors(self) -> list[Any]:
+        read = lambda f: lambda s: s + (f(s) + s.mean(1, keepdim=True)).tanh()
+        own = [read(f) for f in self.layers]
+        for f, layer in zip(own, self.layers, strict=True):
+            f.parameters = layer.parameters  # type: ignore[attr-defined]
+        return [self.embed, *own]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        s = tokens
+        for f in self.predictors:
+            s = f(s)
+        return self.output(s)
+
+
+@pytest.mark.parametrize("per", ["node", "coordinate", "token"])
+@pytest.mark.parametrize("kind", ["errors", "states", "sweep"])
+def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
+    "Where positions behind the last target are read, they settle, cost energy and teach like any other."
+    model, (tokens, targets) = LooksAhead(), batch()
+    targets[:, 3:] = -100
+    solver: Any = {
+        "errors": ErrorSettling(3, 30.0, per=per),
+        "states": StateSettling(30, 30.0, per=per),
+        "sweep": SweepSettling(),
+    }[kind]
+    settled = solver(model, tokens, targets)
+    assert all(e[:, 3:].abs().max() > 0 for e in settled.errors[:-1])
+    assert (settled.energy.diff() <= 1e-12 * settled.energy.abs().max()).all()
+    if kind != "sweep":
+        for l, f in enumerate(model.predictors):
+            below = tokens if l == 0 else settled.states[l - 1]
+            stated = settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum() / settled.count
+            torch.testing.assert_close(settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9)
+    stiff: Any = ErrorSettling(relative_precision=1e9, per=per) if kind != "sweep" else solver
+    learner: Any = PredictiveCoding(stiff)
+    ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))  # type: ignore[arg-type]
+    assert apart(theirs, ours) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["states", "states, adam", "errors, K = 3", "highway"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
+    small, states = dtype == torch.float32, name == "states"  # whose error is a difference: rounding is amplified
+    limit = (1e-3 if states else 1e-6) if small else 1e-11
+    model, (tokens, targets) = build().to(dtype), batch(B=5)
+    targets[3, 4:] = -100
+    first = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
+    curves = StateSettling().tuned(model, tokens, targets).curvature
+    for seed in range(3):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+        other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
+        assert apart(first, other) < limit
+        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == curves
+
+
+# ---- what a solver refuses, says and measures
+
+
+def fed(dtype: torch.dtype) -> tuple[PCTransformer, Tensor, Tensor]:
+    "A model as its constructor makes it, at one dtype."
+    tokens, targets = batch(B=4)
+    return PCTransformer(ModelConfig(**SIZES), seed=1).to(dtype), tokens, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns(dtype: torch.dtype) -> None:
+    "Precisions and errors are kept in float32: a stiff node's precision is beyond float16, its errors below it."
+    full = gradients(Backprop(), *fed(torch.float32))
+    for name in ("errors", "errors, K = 3", "errors, lean", "errors, fused", "errors, per coordinate", "errors, per token",
+                 "errors, student_t", "sweep", "highway", "highway, lean"):  # fmt: skip
+        model, tokens, targets = fed(dtype)
+        settled = SOLVERS[name](model, tokens, targets)
+        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.precision))
+        assert all(s.dtype == dtype for s in settled.states) and settled.energy.isfinite().all()
+        found = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
+        flat = [torch.cat([g[n].double().flatten() for n in full]) for g in (found, full)]
+        assert F.cosine_similarity(*flat, dim=0) > 0.999, name
+        assert all(g.dtype == dtype for g in found.values())
+    with pytest.raises(TypeError, match="too few digits"):
+        StateSettling()(*fed(dtype))
+
+
+def test_a_sweep_measures_its_residual() -> None:
+    "At its fixed predictions it is rounding; a sweep whose messages are wrong says so."
+
+    class Weak(SweepSettling):
+        def down(self, *args: Any, **options: Any) -> Any:
+            deltas, taught = super().down(*args, **options)
+            return [0.9 * d for d in deltas], taught
+
+    model, (tokens, targets) = build().float(), batch()
+    for lean in (False, True):
+        right, weak = (kind(lean=lean)(model, tokens, targets).residual for kind in (SweepSettling, Weak))
+        assert right is not None and 0 < right < 1e-6 and weak == pytest.approx(0.1, rel=1e-4)
+    assert SweepSettling()(model, tokens, targets, measure_residual=False).residual is None
+
+
+def test_parallel_states_say_that_they_are_far_from_rest() -> None:
+    "Once, not at every batch; and only where the residual is measured and large."
+    model = build()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for seed in range(4):
+            settled = StateSettling(steps=2)(model, *batch(seed))
+            assert settled.residual is not None and settled.residual > 0.5
+    assert [w.category for w in said] == [UnsettledWarning] and len(str(said[0].message).splitlines()) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StateSettling(steps=2)(model, *batch(), measure_residual=False)
+        ErrorSettling(steps=1, relative_precision=1.0, max_halvings=30)(model, *batch())
+        near = StateSettling(300, 30.0, method="momentum", step_size=0.5)(model, *batch())
+    assert near.residual is not None and near.residual < 0.5
+
+
+@pytest.mark.parametrize("kind", [ErrorSettling, StateSettling, SweepSettling, HighwaySettling, Pathway])
+def test_types_of_settings_come_first(kind: Any) -> None:
+    "Whatever is no number, name or function where one belongs: one sentence that names the setting."
+    for f in dataclasses.fields(kind):
+        wrong = [object(), {}, [3], torch.ones(2, 3), "0.1", b"x", 1 + 0j, math.nan, math.inf]
+        wrong += [2.0] if f.type is int else []
+        wrong += [True] if f.type in (int, float) else [1] if f.type is bool else []
+        for value in wrong:
+            with pytest.raises(ValueError) as caught:
+                kind(**{f.name: value})
+            assert f.name in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    kind(**{f.name: f.default for f in dataclasses.fields(kind)})
+
+
+def test_batches_that_are_no_tensors() -> None:
+    model, (tokens, targets) = build(), batch()
+    for solver in (ErrorSettling(), StateSettling(), SweepSettling(), HighwaySettling()):
+        for x, y in ((tokens.tolist(), targets), (tokens, None), (tokens.numpy(), targets)):
+            with pytest.raises(TypeError, match="must be a tensor of shape"):
+                solver(model, x, y)  # type: ignore[arg-type]

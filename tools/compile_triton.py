@@ -114,7 +114,7 @@ def usage(cubin: bytes, cuobjdump: Path) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, encoding="utf-8", check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (-1, -1)
 

@@ -61,7 +61,7 @@ def interleaved(
 # %% ../../nbs/49_performance.ipynb #601248ad
 def _high_water() -> int:
     "Largest resident memory of this process so far, bytes."
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
@@ -72,7 +72,7 @@ def _in_child(run: Callable[[], Any]) -> int:
     run()  # a library's pages are loaded when they are first used: 100 MB of them
     gc.collect()
     libc.malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset: reset.write("5")
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as reset: reset.write("5")
     before = _high_water()
     run()
     return _high_water() - before
@@ -96,15 +96,17 @@ def peak_bytes(
         try: os.write(put, str(_in_child(run)).encode())
         finally: os._exit(0)
     os.close(put)
-    with os.fdopen(get) as answer: text = answer.read()
+    with os.fdopen(get, encoding="utf-8") as answer: text = answer.read()
     os.waitpid(child, 0)
     return int(text) if text else None
 
 # %% ../../nbs/49_performance.ipynb #8fcd848a
-def precisions(B: int, H: int, T: int, d: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def precisions(
+    B: int, H: int, T: int, d: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
     "One precision of each kind, around 1/sqrt(d)."
     shapes = {"head": (1, H, 1, 1), "key": (B, H, T, 1), "diagonal": (B, H, T, d)}
-    near_one = {name: 0.8 + 0.4 * torch.rand(shape, device=device) for name, shape in shapes.items()}
+    near_one = {name: 0.8 + 0.4 * torch.rand(shape, device=device, generator=generator) for name, shape in shapes.items()}
     return {name: p.div(d**0.5).to(dtype).requires_grad_() for name, p in near_one.items()}
 
 
@@ -168,9 +170,10 @@ def measure(
     memory: bool = True,
 ) -> list[dict[str, Any]]:              # one row per case
     "Time and peak memory of all cases at one length, causal, beside `scaled_dot_product_attention`."
-    torch.manual_seed(seed)
-    q, k, v = (torch.randn(B, H, T, d, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    every, dout = precisions(B, H, T, d, device, dtype), torch.randn(B, H, T, d, device=device, dtype=dtype)
+    g = torch.Generator(device).manual_seed(seed)
+    normal = lambda: torch.randn(B, H, T, d, device=device, dtype=dtype, generator=g)
+    q, k, v = (normal().requires_grad_() for _ in range(3))
+    every, dout = precisions(B, H, T, d, device, dtype, g), normal()
     runs: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "sdpa": (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])}
     for name, (backend, function, link, kind) in {**CASES, **(GPU_CASES if device.type == "cuda" else {})}.items():
@@ -249,7 +252,8 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     "Where and with what the numbers were measured."
     chip = platform.processor() or platform.machine()
     try:
-        chip = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        lines = open("/proc/cpuinfo", encoding="utf-8")
+        chip = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
@@ -300,7 +304,8 @@ def bench_attention(
 def _write(out: Path, results: dict[str, Any]) -> None:
     "results.json and speed.png, each written beside and renamed."
     out.mkdir(parents=True, exist_ok=True)
-    for name, save in (("results.json", lambda p: p.write_text(json.dumps(results, indent=1) + "\n")),
+    text = json.dumps(results, indent=1) + "\n"
+    for name, save in (("results.json", lambda p: p.write_text(text, encoding="utf-8")),
                        ("speed.png", lambda p: picture(results).savefig(p, dpi=110, format="png"))):
         beside = out / f".{name}.part"
         save(beside)

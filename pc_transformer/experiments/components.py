@@ -23,7 +23,7 @@ from ..attention import TAILS, initial_precision
 from ..config import RunConfig, replace, to_dict
 from ..data import baselines, windows
 from .tinyshakespeare import about_run, seconds, spread
-from ..generation import evaluating
+from ..isolation import evaluating
 from ..training import Interrupted, TextData, Trainer, flat, graceful_stop, pick_device, read_json, start, write_text
 
 # %% ../../nbs/41_components.ipynb #efaa3926
@@ -53,9 +53,9 @@ def evaluate_damaged(
     "Cross-entropy over a split whose context is damaged and whose targets are not."
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     total = count = 0
-    with evaluating(model):
+    with evaluating(model) as still:
         for tokens, targets in windows(ids, block_size, batch_size):
-            logits = model(damage(tokens, vocab_size, fraction, generator).to(device))
+            logits = still(damage(tokens, vocab_size, fraction, generator).to(device))
             total += F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
             count += targets.numel()
     return total / count

@@ -24,7 +24,8 @@ from ..config import RunConfig, replace, to_dict
 from ..data import baselines
 from .components import damage, evaluate_damaged
 from .tinyshakespeare import about_run, seconds
-from ..generation import SamplingConfig, evaluating
+from ..generation import SamplingConfig
+from ..isolation import evaluating
 from ..layers import AttentionLayer
 from ..model import PCTransformer, convert
 from ..training import TextData, pick_device, write_text
@@ -59,9 +60,9 @@ def settled_losses(model: PCTransformer, ids: Int[Tensor, " N"], seed: int = 0) 
 def query_looks(model: PCTransformer, tokens: Int[Tensor, "N T"]) -> dict[str, dict[str, list[float]]]:
     "Means over heads and tokens, a list over layers, by steps: energy and entropy in nats, share of unchanged best keys."
     out: dict[str, dict[str, list[float]]] = {str(n): {"energy": [], "entropy": [], "same best key": []} for n in STEPS}
-    with evaluating(model):
-        states = node_states(model, tokens)
-        for f, s in zip([f for f in model.predictors if isinstance(f, AttentionLayer)], states[::2]):
+    with evaluating(model) as still:
+        states = node_states(still, tokens)
+        for f, s in zip([f for f in still.predictors if isinstance(f, AttentionLayer)], states[::2]):
             a, x, best = f.attention, f.norm(s), torch.zeros(())
             q, k, v, options = attention_call(a, x)
             for n in STEPS:
@@ -91,13 +92,14 @@ class Reading:
 
 def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Tensor, "N T"]) -> Reading:
     "Read windows as `generate` does, with the energies of chapter 17. Raises ValueError for dot products."
-    parts, layers = [], [f for f in model.predictors if isinstance(f, AttentionLayer)]
-    with evaluating(model):
+    parts = []
+    with evaluating(model) as still:
+        layers = [f for f in still.predictors if isinstance(f, AttentionLayer)]
         for x in tokens.split(64):
-            cache = KVCache.allocate(model, len(x), x.shape[1])
-            z = extend(model, x, cache, energies=True).double()
+            cache = KVCache.allocate(still, len(x), x.shape[1])
+            z = extend(still, x, cache, energies=True).double()
             assert cache.energy is not None
-            heads = [head_energies(f.attention, f.norm(s)).mean(1) for f, s in zip(layers, node_states(model, x)[::2])]
+            heads = [head_energies(f.attention, f.norm(s)).mean(1) for f, s in zip(layers, node_states(still, x)[::2])]
             place = torch.arange(1, x.shape[1] + 1).log().expand(len(x), -1)
             parts.append((z, cache.energy, torch.stack(heads).mean(0), place, entropy(z.log_softmax(-1))))
     z, *drivers = (torch.cat(p).cpu().double() for p in zip(*parts))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..attention import initial_precision
 from ..config import ModelConfig, RunConfig, replace, to_dict
 from ..data import baselines, bits_per_byte
-from ..generation import generate_text
+from ..generation import generate_text, opening
 from ..learning import Backprop, Learner, PredictiveCoding
 from ..model import PCTransformer
 from ..settling import ErrorSettling
@@ -317,7 +317,8 @@ def compare(
 def first_seed(trainers: dict[str, Trainer], data: TextData, out: Path, keep_models: bool) -> dict[str, Any]:
     "Samples, settling traces and saved models, from the first seed's trainers."
     options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
-    samples = {name: generate_text(t.model, data.tokenizer, "\n", 300, **options) for name, t in trainers.items()}
+    prompt = opening(data.tokenizer)
+    samples = {name: generate_text(t.model, data.tokenizer, prompt, 300, **options) for name, t in trainers.items()}
     write_text(out / "samples.txt", "\n\n".join(f"=== {name}\n{text}" for name, text in samples.items()) + "\n")
     extra: dict[str, Any] = {"samples": samples}
     for name, t in trainers.items():
@@ -338,15 +339,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def table(results: dict[str, Any]) -> str:
     "The comparison as a Markdown table: baselines first, then each variant (mean ± largest deviation over seeds)."
-    heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "training time (s)", "seeds")
-    rows = ["| " + " | ".join(heads) + " |", "|---|" + 6 * "---:|"]
+    heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "seeds")
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + 5 * "---:|"]
     for name, b in results["baselines"].items():
-        rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | | |")
+        rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | |")
     for name in dict.fromkeys(r["variant"] for r in results["runs"]):
         runs = [r for r in results["runs"] if r["variant"] == name]
         cells = [spread([r["valid_loss"] for r in runs]), spread([r["bits_per_byte"] for r in runs])]
-        cells += [f"{runs[0]['tokens']:,}", f"{runs[0]['parameters']:,}"]
-        cells += [f"{statistics.mean(r['seconds'] for r in runs):.0f}", str(len(runs))]
+        cells += [f"{runs[0]['tokens']:,}", f"{runs[0]['parameters']:,}", str(len(runs))]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
