@@ -277,6 +277,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
         with Spy() as spy:
             looks.append(watch.look(t))
         assert set(spy.learned + spy.looked) == {"train"}
+        assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), "every look is at the same, first batch"
     assert looks[0] == looks[1]
     batch = DATA.valid_ids[: 2 * T].view(2, T), DATA.valid_ids[1 : 2 * T + 1].view(2, T)
     with Spy() as spy:
