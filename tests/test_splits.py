@@ -23,6 +23,7 @@ from pc_transformer.evidence import EvidenceTrainer, EvidenceTransformer
 from pc_transformer.experiments import components, settled_reading, settling_study, tinyshakespeare
 from pc_transformer.experiments.components import DamagedTrainer, damage
 from pc_transformer.experiments.settling_study import AlteredTrainer
+from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
 from pc_transformer.training import (
     CheckpointError,
@@ -239,6 +240,14 @@ def test_a_loss_is_of_every_token_and_without_dropout(text: str) -> None:
     model = lively(dropout=0.5)
     found = [evaluate(model, DATA.tokenizer.encode(text), T, batch_size=7) for _ in range(2)]
     assert model.training and found[0] == found[1] == pytest.approx(by_hand(model, text), rel=1e-5)
+
+
+def test_a_cosine_is_without_dropout() -> None:
+    model, (tokens, targets) = lively(dropout=0.5), (DATA.train_ids[: 2 * T].view(2, T), DATA.train_ids[1 : 2 * T + 1].view(2, T))
+    assert gradient_cosine(Backprop(), model, tokens, targets)["all"] == pytest.approx(1, abs=1e-6)
+    stiff = PredictiveCoding()
+    found, still = (gradient_cosine(stiff, m, tokens, targets) for m in (model, lively()))
+    assert found == pytest.approx(still, abs=1e-6) and found["all"] > 0.99 and model.training
 
 
 def test_other_looks_are_without_dropout() -> None:
