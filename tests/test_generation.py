@@ -466,7 +466,8 @@ def test_the_energy_rule_is_the_formula(z, slope, energy, mean, std):
     how = SamplingConfig(temperature=0.7, energy_slope=slope, energy_mean=mean, energy_std=std)
     zeta = max(-5.0, min(5.0, (energy - mean) / std))
     wanted = (z * math.exp(slope * zeta) / 0.7).softmax(-1)
-    torch.testing.assert_close(how.choices(z[None], energy=torch.tensor([energy], dtype=z.dtype))[0], wanted, rtol=1e-9, atol=1e-12)
+    found = how.choices(z[None], energy=torch.tensor([energy], dtype=z.dtype))[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_sampling_config_prints_and_reads_back():
