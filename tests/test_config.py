@@ -164,6 +164,40 @@ def test_sentences(text: str, says: str) -> None:
         from_yaml(RunConfig, text)
 
 
+EDGES = [       # the last value that is right, the first that is wrong, and what is said of it
+    ("model: {n_head: 4, d_model: 12}", "model: {n_head: 4, d_model: 14}", "12 or 16 would do"),
+    ("model: {n_head: 4, n_kv_head: 2}", "model: {n_head: 4, n_kv_head: 3}", "not divisible by n_kv_head = 3"),
+    ("model: {dropout: 0.999}", "model: {dropout: 1.0}", "dropout must lie in"),
+    ("model: {dropout: 0.0}", "model: {dropout: -0.001}", "dropout must lie in"),
+    ("model: {attention: student_t, tail: 3.0}", "model: {attention: laplace, tail: 3.0}", "laplace attention has no tail"),
+    ("model: {attention: dot, mixing: key}", "model: {attention: dot, mixing: norm}", "mixing not 'norm'"),
+    ("model: {attention: gaussian, precision: key}", "model: {attention: dot, precision: key}", "precision must be 'head'"),
+    ("model: {window: 1}", "model: {window: 0}", "window must be positive"),
+    ("train: {beta1: 0.0}", "train: {beta1: 1.0}", "beta1 must lie in"),
+    ("train: {beta2: 0.999}", "train: {beta2: 1.0}", "beta2 must lie in"),
+    ("train: {min_learning_rate: 1e-3}", "train: {min_learning_rate: 1.1e-3}", "the rate must not rise"),
+    ("train: {batch_size: 12, accumulate: 4}", "train: {batch_size: 12, accumulate: 5}", "5 equal parts"),
+    ("train: {warmup_iters: 0}", "train: {warmup_iters: -1}", "must not be negative"),
+    ("learner: {steps: 2, step_size: 0.5}", "learner: {steps: 1, step_size: 0.5}", "needs steps > 1"),
+    ("learner: {steps: 3, steps_end: 2, step_size: 0.5}", "learner: {steps: 3, steps_end: 1, step_size: 0.5}", "needs steps > 1"),
+    ("learner: {steps: 2, step_size: 1.0}", "learner: {steps: 2, step_size: 1.01}", "step_size must lie in"),
+    ("learner: {tolerance: 0.99}", "learner: {tolerance: 1.0}", "tolerance must lie in"),
+    ("learner: {solver: state, steps: 2}", "learner: {solver: state, steps: 2, steps_end: 1}", "needs more than 1 step"),
+    ("learner: {solver: error, fused: true}", "learner: {solver: sweep, fused: true}", "the solver 'sweep' has no fused"),
+    ("learner: {solver: sweep, lean: true}", "learner: {solver: highway, centred: true}", "'highway' has no centred"),
+    ("{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 1}}",
+     "{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 2}}", "accumulate must be 1, got 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong", "says"), EDGES)
+def test_edges(right: str, wrong: str, says: str) -> None:
+    from_yaml(RunConfig, right)
+    with pytest.raises(ConfigError, match=says) as error:
+        from_yaml(RunConfig, wrong)
+    assert "\n" not in str(error.value)
+
+
 def test_an_unquoted_exponent_is_a_number() -> None:
     assert from_yaml(TrainConfig, "{learning_rate: 1e-2, seed: 7}") == TrainConfig(learning_rate=0.01, seed=7)
 

@@ -466,6 +466,36 @@ def test_penalties_are_the_formula(z, theta, frequency, presence):
     assert torch.equal(penalise(z, n), z)
 
 
+class Fixed(nn.Module):
+    """Logits that fall from token to token, whatever was read."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.z = CONFIG, nn.Parameter(-torch.arange(11.0))
+
+    def forward(self, tokens):
+        return self.z.expand(*tokens.shape, 11)
+
+
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_penalties_count_prompt_and_continuation(penalty):
+    prompts = [torch.tensor([0, 1, 1]), torch.tensor([3, 0])]
+    rows = generate(Fixed(), prompts, 9, temperature=0, **{penalty: 100.0})
+    fresh = [[2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 4, 5, 6, 7, 8, 9, 10]]      # nobody is used twice while others are left
+    assert [row[len(p):].tolist() for row, p in zip(rows, prompts, strict=True)] == fresh
+    again = generate(Fixed(), prompts[0], 12, temperature=0, **{penalty: 100.0})[0][12:].tolist()
+    assert again == ([0, 2, 3] if penalty == "frequency_penalty" else [0, 0, 0])    # the second 1 counts, or does not
+
+
+@given(logits_1d, st.floats(-0.5, 0.5), st.floats(-9, 9), st.floats(-2, 2), st.floats(0.5, 4))
+def test_the_energy_rule_is_the_formula(z, slope, energy, mean, std):
+    how = SamplingConfig(temperature=0.7, energy_slope=slope, energy_mean=mean, energy_std=std)
+    zeta = max(-5.0, min(5.0, (energy - mean) / std))
+    wanted = (z * math.exp(slope * zeta) / 0.7).softmax(-1)
+    found = how.choices(z[None], energy=torch.tensor([energy], dtype=z.dtype))[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_sampling_config_prints_and_reads_back():
     how = SamplingConfig(top_k=3, typical_p=0.5, energy_slope=-0.1)
     assert from_yaml(SamplingConfig, str(how)) == how

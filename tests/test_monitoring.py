@@ -27,6 +27,8 @@ from pc_transformer.monitoring import (
     Snapshot,
     Thresholds,
     attention_rows,
+    certain_outputs,
+    compare_gradients,
     curvature,
     dead_units,
     diagnose,
@@ -43,6 +45,7 @@ from pc_transformer.monitoring import (
     plot_node_energy,
     plot_steps,
     read_snapshot,
+    rejected,
     saturated_rows,
     scalars,
     status_line,
@@ -335,6 +338,64 @@ def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
     assert look.signal == pytest.approx([1.0] * 5, rel=0.05) and look.ratio["all"] == pytest.approx(1, rel=0.05)
     assert look.curvature is not None and 0.5 < look.curvature[0] <= look.curvature[1] < 1.5
     assert not judge(look).problems
+
+
+def test_numbers_of_a_look_by_hand() -> None:
+    """Every number of the target-free pass and of settling, from its definition; halves of a nudge count as whole."""
+    model, (tokens, targets) = build(), batch()
+    solver = ErrorSettling(steps=3, relative_precision=30.0, step_size=0.6, nudge=-0.5)
+    look = take_snapshot(model, PredictiveCoding(solver), tokens, targets, products=0)
+    states = [tokens]
+    for f in model.predictors:
+        states.append(f(states[-1]))
+    states = states[1:]
+    logits, asked = model.output(states[-1]), targets != -100
+    assert look.loss == pytest.approx(F.cross_entropy(logits[asked], targets[asked]).item(), rel=1e-5)
+    assert look.chance == math.log(9) and look.steps == 3 and look.step_size == 0.6
+    rms = lambda x, over=(0, 1, 2): x.detach().double().square().mean(over).sqrt()
+    assert look.scale == pytest.approx([rms(s).item() for s in states], rel=1e-5)
+    each = [rms(s, (0, 1)) for s in states]
+    assert look.outlier == pytest.approx([(e.max() / e.median()).item() for e in each], rel=1e-5)
+    settled = solver(model, tokens, targets)
+    length = lambda x: x.detach().double().square().sum(-1).mean().sqrt().item()      # of a token
+    assert look.error == pytest.approx([length(e) for e in settled.errors], rel=1e-4)
+    wanted = [length(e) / length(s) for e, s in zip(settled.errors, settled.states, strict=True)]
+    assert look.displacement == pytest.approx(wanted, rel=1e-4)
+    assert look.precision == pytest.approx([p.item() for p in settled.precision], rel=1e-5)
+    assert len({f"{p:.3g}" for p in look.precision}) == len({f"{x:.3g}" for x in look.displacement}) == 5
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    deltas = torch.autograd.grad(loss, states)
+    assert look.message == pytest.approx([length(d) for d in deltas], rel=1e-4)
+    told = [length(p * e) / 0.5 for p, e in zip(settled.precision, settled.errors, strict=True)]
+    assert look.signal == pytest.approx([a / length(d) for a, d in zip(told, deltas, strict=True)], rel=1e-4)
+
+
+def test_gradients_beside_backprops() -> None:
+    """Cosine and ratio of parts: ours over backprop's, zero over zero is zero."""
+    draw = torch.Generator().manual_seed(0)
+    names = ("predictors.0.token.weight", "predictors.1.up.weight", "predictors.1.down.weight", "output.norm.weight")
+    theirs = {n: torch.randn(4, 3, generator=draw) for n in names}
+    ours = {n: 3 * g for n, g in theirs.items()} | {"output.norm.weight": -theirs["output.norm.weight"]}
+    cosine, ratio = compare_gradients(ours, theirs)
+    assert cosine["predictors.1"] == pytest.approx(1) and cosine["output.norm"] == pytest.approx(-1)
+    assert ratio == pytest.approx({"predictors.0": 3, "predictors.1": 3, "output.norm": 1, "all": ratio["all"]})
+    flat = lambda g: torch.cat([g[n].flatten() for n in names])
+    assert ratio["all"] == pytest.approx((flat(ours).norm() / flat(theirs).norm()).item(), rel=1e-5)
+    assert cosine["all"] == pytest.approx(F.cosine_similarity(flat(ours), flat(theirs), dim=0).item(), rel=1e-5)
+    nothing = {n: torch.zeros_like(g) for n, g in theirs.items()}
+    assert compare_gradients(nothing, nothing)[1]["all"] == 0 and compare_gradients(ours, nothing)[1]["all"] == math.inf
+
+
+def test_certain_and_wrong_are_shares_of_what_is_asked() -> None:
+    logits = torch.zeros(1, 5, 3)
+    logits[0, :4, 0] = 30                                            # four of five are certain of the first symbol
+    targets = torch.tensor([[0, 1, -100, -100, 2]])
+    assert certain_outputs(logits, targets) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert certain_outputs(logits, torch.full((1, 5), -100)) == (0, 0)
+
+
+def test_halvings_are_counted() -> None:
+    assert rejected(0.8, [0.8, 0.4, 0.1]) == 0 + 1 + 3 and rejected(None, [0.5]) == 0 and rejected(1.0, []) == 0
 
 
 OTHERS: dict[str, Learner] = {

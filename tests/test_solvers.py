@@ -208,6 +208,27 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
     assert walk.bounds[-1] > Pi[-1]
 
 
+@pytest.mark.parametrize("nudge", [1.0, 2.0, 0.5, -0.5])
+def test_stiff_learning_is_backprops_times_the_nudge(nudge: float) -> None:
+    "Every weight's gradient, the output's included, in direction and length; centred or not."
+    model = build()
+    exact = gradients(Backprop(), model, *batch())
+    for centred in (False, True):
+        found = gradients(PredictiveCoding(ErrorSettling(relative_precision=1e8, nudge=nudge), centred), model, *batch())
+        for name, g in exact.items():
+            torch.testing.assert_close(found[name], nudge * g, rtol=1e-5, atol=1e-5 * g.abs().max().item(), msg=name)
+
+
+def test_centred_learning_is_the_difference_of_two_nudges() -> None:
+    model, soft = build(), ErrorSettling(steps=3, relative_precision=30.0, step_size=0.5)
+    both = gradients(PredictiveCoding(soft, centred=True), model, *batch())
+    pull, push = (gradients(PredictiveCoding(dataclasses.replace(soft, nudge=n)), model, *batch()) for n in (0.5, -0.5))
+    one = gradients(PredictiveCoding(soft), model, *batch())
+    for name, g in both.items():
+        torch.testing.assert_close(g, pull[name] - push[name], rtol=1e-9, atol=1e-12)
+    assert any((both[n] - one[n]).abs().max() > 1e-3 * one[n].abs().max() for n in one), "a single nudge is another rule"
+
+
 def test_a_delay_hears_nothing_first() -> None:
     model, (tokens, targets) = build(), batch()
     late = ErrorSettling(steps=1, pathway=Pathway(delay=1))(model, tokens, targets)

@@ -23,6 +23,7 @@ from pc_transformer.evidence import EvidenceTrainer, EvidenceTransformer
 from pc_transformer.experiments import components, settled_reading, settling_study, tinyshakespeare
 from pc_transformer.experiments.components import DamagedTrainer, damage
 from pc_transformer.experiments.settling_study import AlteredTrainer
+from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
 from pc_transformer.training import (
     CheckpointError,
@@ -241,6 +242,14 @@ def test_a_loss_is_of_every_token_and_without_dropout(text: str) -> None:
     assert model.training and found[0] == found[1] == pytest.approx(by_hand(model, text), rel=1e-5)
 
 
+def test_a_cosine_is_without_dropout() -> None:
+    model, (tokens, targets) = lively(dropout=0.5), (DATA.train_ids[: 2 * T].view(2, T), DATA.train_ids[1 : 2 * T + 1].view(2, T))
+    assert gradient_cosine(Backprop(), model, tokens, targets)["all"] == pytest.approx(1, abs=1e-6)
+    stiff = PredictiveCoding()
+    found, still = (gradient_cosine(stiff, m, tokens, targets) for m in (model, lively()))
+    assert found == pytest.approx(still, abs=1e-6) and found["all"] > 0.99 and model.training
+
+
 def test_other_looks_are_without_dropout() -> None:
     still, drops = lively().eval(), lively(dropout=0.5)
     ids, windows = DATA.valid_ids, DATA.valid_ids[: 8 * T].view(8, T)
@@ -277,6 +286,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
         with Spy() as spy:
             looks.append(watch.look(t))
         assert set(spy.learned + spy.looked) == {"train"}
+        assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), "every look is at the same, first batch"
     assert looks[0] == looks[1]
     batch = DATA.valid_ids[: 2 * T].view(2, T), DATA.valid_ids[1 : 2 * T + 1].view(2, T)
     with Spy() as spy:
@@ -507,6 +517,15 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch: 
     assert set(found["detection"]["replaced characters"]) == set(uncertainty.LEVELS)
 
 
+def test_a_study_of_uncertainty_is_a_function_of_its_seed() -> None:
+    text, model = DATA.tokenizer.encode(FOREIGN), lively().eval()
+    found = [uncertainty.study_one(model, DATA, text, 10, 5, seed)["detection"] for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    for kind in ("replaced characters", "shuffled words", "random characters"):
+        numbers = [f[kind]["window"]["surprisal"]["auroc"] for f in found] + [f[kind]["window"]["weights"] for f in found]
+        assert numbers[0] != numbers[2] or numbers[3] != numbers[5], kind
+
+
 def test_a_detector_is_fitted_on_the_text_that_is_given_to_fit() -> None:
     "Scores that help on the first text and mislead on the second: weights of the first, numbers of the second."
     draw = torch.Generator().manual_seed(0)
@@ -563,6 +582,15 @@ def test_settled_reading_is_chosen_on_one_half_and_judged_on_the_other(monkeypat
         best = min(found["curves"][driver].items(), key=lambda a: (a[1]["fit"], abs(float(a[0]))))
         assert rule["slope"] == float(best[0]), "the slope is chosen where it is fitted"
         assert rule["clean"]["nll"] == pytest.approx(best[1]["clean"]), "and judged on the other half"
+
+
+def test_damage_of_settled_reading_is_a_function_of_its_seed() -> None:
+    model = lively(attention="gaussian").eval()
+    rules = [settled_reading.temperature_study(model, DATA.valid_ids, 5, 5, seed)["rules"]["entropy"] for seed in (0, 0, 1)]
+    hurt = [r["10 % replaced"]["nll"] for r in rules]
+    assert hurt[0] == hurt[1] != hurt[2] and rules[0]["clean"]["nll"] == rules[2]["clean"]["nll"] != hurt[0]
+    losses = [settled_reading.settled_losses(model, DATA.valid_ids[:100], seed) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] and losses[0]["0.0"] == losses[2]["0.0"] and losses[0]["0.1"] != losses[2]["0.1"]
 
 
 def test_losses_of_settled_reading_are_of_the_whole_validation_text() -> None:

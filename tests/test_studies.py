@@ -186,6 +186,77 @@ def test_a_summary_is_of_every_model() -> None:
     assert found["auroc"]["replaced characters, token"]["combination"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
 
 
+def test_calibration_by_hand() -> None:
+    "Five predictions of two symbols, sure in this order; the surest and the third are wrong."
+    p = torch.tensor([0.99, 0.95, 0.8, 0.7, 0.6], dtype=torch.float64)
+    logits, targets = torch.stack([p, 1 - p], 1).log(), torch.tensor([1, 0, 1, 0, 0])
+    found = uncertainty.calibration(logits, targets)
+    came = torch.where(targets == 0, p, 1 - p)
+    right = (targets == 0).double()
+    assert found["nll"] == pytest.approx(-came.log().mean().item()) and found["accuracy"] == pytest.approx(0.6)
+    assert found["brier"] == pytest.approx((2 * (1 - came).square()).mean().item()) and found["predictions"] == 5
+    by_size = [1.0, 1 / 2, 2 / 3, 2 / 4, 2 / 5]
+    assert found["aurc"] == pytest.approx(sum(by_size) / 5) and found["risk_at_half_coverage"] == pytest.approx(2 / 3)
+    wide = [[i for i in range(5) if int(p[i] * 15) == g] for g in sorted({int(x * 15) for x in p})]
+    gap = lambda group: abs(right[group].mean().item() - p[group].mean().item()) * len(group) / 5
+    assert found["ece_equal_width"] == pytest.approx(sum(map(gap, wide)))
+    assert found["ece_equal_mass"] == pytest.approx(sum(gap([i]) for i in range(5)))
+    assert found["ece_equal_width"] != pytest.approx(found["ece_equal_mass"])
+    assert found["reliability"]["count"] == [len(g) for g in wide]
+
+
+def test_windows_and_tokens_that_a_detector_sees() -> None:
+    draw = torch.Generator().manual_seed(0)
+    calm, hurt = ({n: torch.randn(3, 5, generator=draw).double() for n in uncertainty.SCORES} for _ in range(2))
+    where = torch.rand(3, 5, generator=draw) < 0.5
+    x, y = uncertainty.at_level(calm, hurt, where, "token")
+    assert torch.equal(y, where) and all(torch.equal(x[..., i], hurt[n]) for i, n in enumerate(uncertainty.SCORES))
+    x, y = uncertainty.at_level(calm, hurt, where, "window")
+    assert x.shape == (3, 2, 4) and y.tolist() == [[False, True]] * 3
+    for i, n in enumerate(uncertainty.SCORES):
+        assert torch.equal(x[..., i], torch.stack([calm[n].mean(1), hurt[n].mean(1)], 1))
+
+
+def test_a_detector_has_likelihood_and_both_energies() -> None:
+    "Entropy alone would find everything, but is not combined."
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(200).view(100, 2) % 2 == 1
+    x = torch.randn(100, 2, 4, generator=draw, dtype=torch.float64)
+    x[..., uncertainty.SCORES.index("entropy")] += 20 * y
+    found = uncertainty.judge((x, y), (x, y), 10, 0)
+    assert set(found["weights"]) == {"surprisal", "attention energy", "state energy"}
+    assert found["entropy"]["auroc"] == 1 and found["combination"]["auroc"] < 0.8
+    gain = found["combination"]["auroc"] - found["surprisal"]["auroc"]
+    assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
+
+
+def test_intervals_know_their_level_and_noise_its_seed() -> None:
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    interval = lambda level, seed=0: uncertainty.bootstrap_interval(lambda a: a.mean().item(), x, level=level, seed=seed)
+    (a, b), (c, d) = interval(0.5), interval(0.95)
+    assert c < a < b < d and (d - c) / (b - a) == pytest.approx(1.96 / 0.674, rel=0.25)
+    assert interval(0.95, 1) != interval(0.95)
+    model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0)
+    tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
+    noisy = lambda sigma, seed=0: uncertainty.noisy_log_probs(model, tokens, sigma, 2, seed)
+    assert torch.equal(noisy(0.1), noisy(0.1)) and not torch.equal(noisy(0.1), noisy(0.1, 1))
+    assert not torch.equal(*noisy(0.1)) and torch.equal(*noisy(0.0))
+
+
+def test_noise_is_in_units_of_a_nodes_size() -> None:
+    "States a hundred times as large, behind a norm that takes their size away: the same predictions."
+    model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0).double()
+    tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
+    before = uncertainty.noisy_log_probs(model, tokens, 0.5, 2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("attention.out.weight", "down.weight", "position.weight")):
+                p.mul_(100)
+        model.output.weight = torch.nn.Parameter(model.output.weight.clone())       # the head keeps its size
+        model.predictors[0].token.weight.mul_(100)
+    torch.testing.assert_close(uncertainty.noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2)
+
+
 def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:
     x, y = evidence.some_windows(torch.arange(101), 10, 4)
     assert x[:, 0].tolist() == [0, 30, 60, 90] and torch.equal(y, x + 1) and x.shape == (4, 10)

@@ -18,6 +18,7 @@ from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.data import CharTokenizer
+from pc_transformer.model import convert
 from pc_transformer.training import TextData, load
 from pc_transformer.uncertainty import (
     DAMAGES,
@@ -36,6 +37,7 @@ from pc_transformer.uncertainty import (
     fit_logistic,
     fit_temperature,
     foreign_tokens,
+    head_energies,
     midranks,
     node_states,
     noisy_log_probs,
@@ -117,6 +119,23 @@ def test_samples_leave_the_model_alone() -> None:
 
 
 # ---- scores
+
+
+@pytest.mark.parametrize("family", ["dot", "mixture"])
+def test_scores_are_what_they_are_called(family: str) -> None:
+    model = build(family)
+    with torch.no_grad():
+        log_p = model(TOKENS).double().log_softmax(-1)
+    own = convert(model, "gaussian") if family == "dot" else model      # what the study fits its states with
+    scores = token_scores(model, TOKENS, StateGaussians.fit(own, TOKENS))
+    loss = F.nll_loss(log_p[:, :-1].mT, TOKENS[:, 1:], reduction="none")
+    torch.testing.assert_close(scores["surprisal"], loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores["entropy"], -(log_p.exp() * log_p).sum(-1)[:, 1:], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        below = node_states(own, TOKENS)[::2]       # what each attention layer reads, and the last state
+        heads = [head_energies(f.attention, f.norm(s)) for f, s in zip(own.predictors[1::2], below, strict=False)]
+    assert len(heads) == 2 and heads[0].shape[1] == 2
+    torch.testing.assert_close(scores["attention energy"], torch.cat(heads, 1).double().sum(1)[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
