@@ -8,7 +8,7 @@ __all__ = ['Family', 'Backend', 'Link', 'AnyLink', 'Run', 'PLAIN', 'INIT_STD', '
            'check_share', 'check_fits', 'check_shapes', 'rounded', 'sound', 'check_scale', 'Component', 'spread_heads',
            'components', 'backend_named', 'posterior_mean', 'Reweighted', 'settle_query', 'seen_in', 'out_of_range',
            'in_range', 'lost_rows', 'check_backend', 'attend', 'read_visibly', 'floats_per_key', 'attention_energy',
-           'score_spread', 'initial_precision', 'check_options', 'PCAttention']
+           'score_spread', 'initial_precision', 'check_options', 'mapped', 'PCAttention']
 
 # %% ../nbs/12_attention.ipynb #67b9b418
 import math
@@ -174,7 +174,7 @@ def check_attend(
 def check_share(what: str, x: Any) -> None:
     "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
     if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"{what} must be a number, not {shown(x)}")
-    if not 0 <= x < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
+    if not 0 <= float(x) < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
 
 
 def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
@@ -348,7 +348,7 @@ def settle_query(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../nbs/12_attention.ipynb #3983010a
+# %% ../nbs/12_attention.ipynb #62d8bde4
 def seen_in(
     bad: Bool[Tensor, "B H M Tk"],            # keys
     log_mix: Tensor | None,                   # to `(B, H, M, Tk)`
@@ -398,8 +398,9 @@ def lost_rows(
     mask: Tensor | None = None, is_causal: bool = False, window: int | None = None, query_precision: Tensor | None = None,
 ) -> tuple[Tensor, Component, Tensor, Float[Tensor, "B H Tq"]]:
     "Queries, keys and values with zeros for what is no number; and NaN for the rows that may see it, one for the others."
-    five = lambda x, n: x if x is None or x.dim() == n else x.unsqueeze(2)
-    k, Lam, log_mix = five(c.k, 5), five(c.precision, 5).detach(), five(c.log_mix, 4)
+    five = lambda x, n: x if x.dim() == n else x.unsqueeze(2)
+    k, Lam = five(c.k, 5), five(c.precision, 5).detach()
+    log_mix = None if c.log_mix is None else five(c.log_mix, 4)
     wide_q, wide_k = (x.detach().to(Lam.dtype) for x in (q[:, :, None], k))
     if Lam.shape[-2] == 1 and query_precision is None:
         tq, tk = (kernels.squares(x, Lam)[..., 0] for x in (wide_q, wide_k))
@@ -457,10 +458,11 @@ def attend(
     PyTorch compiles nothing is looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
     """
     check_attend(q, k, v, family, backend, is_causal, attn_mask, window, dropout_p, settle_steps)
-    precision, full = 1 / math.sqrt(q.shape[-1]) if precision is None else precision, full_dtype(q)
+    full = full_dtype(q)
+    if precision is None: precision = 1 / math.sqrt(q.shape[-1])
     check_shapes(q, k, precision, log_mix, attn_mask, query_precision)
     check_scale(precision, family)
-    precision = sound(precision, full, True, f"the precision of {family} attention")
+    Lam = sound(precision, full, True, f"the precision of {family} attention")
     if query_precision is not None: query_precision = sound(query_precision, full, True, "query_precision")
     if log_mix is not None: log_mix = sound(log_mix, full, False, "log_mix")
     if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = sound(attn_mask, full, False, "attn_mask")
@@ -470,7 +472,7 @@ def attend(
         raise ValueError(f"unknown component {shown(component)}: choose from {', '.join(map(repr, FAMILIES))}")
     for name, x in family_parameters.items(): check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
     link, given = any_link(component, q, family_parameters), (q, k, v)
-    keys, v = components(q, k, precision, log_mix), spread_heads(v, v.shape[1], q.shape[1])
+    keys, v = components(q, k, Lam, log_mix), spread_heads(v, v.shape[1], q.shape[1])
     mask = None if attn_mask is None else attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
     options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "window": window}
     weighed = query_precision is not None
@@ -478,6 +480,7 @@ def attend(
     check_backend(backend, link, bool(dropout_p), weighed)
     if return_attention and backend not in ("auto", "reference"):
         raise ValueError("a fused kernel never forms the attention matrix: use backend='reference' to return it")
+    found: tuple[Tensor, ...]
     factor = None
     if in_range(*given, keys.precision, link, options.get("query_precision")) is False:
         q, keys, v, factor = lost_rows(q, keys, v, link, **options)
@@ -486,9 +489,9 @@ def attend(
     if return_attention: found = read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
     else:
         out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
-        found = (out, lse) if return_lse and lse is not None else (out,)
+        found = (out,) if lse is None or not return_lse else (out, lse)
     if factor is not None: found = tuple(x * (factor if x.dim() == 3 else factor[..., None]).to(x.dtype) for x in found)
-    return found if len(found) > 1 else found[0]
+    return found[0] if len(found) == 1 else found
 
 
 def read_visibly(
@@ -600,6 +603,11 @@ def check_options(
         if not ok: raise ValueError(sentence)
 
 
+def mapped(x: Float[Tensor, "B T D"], map: Float[Tensor, "H D"]) -> Float[Tensor, "B H T"]:
+    "A number per head from each token, zero from one that is no number: its key and value say so."
+    return F.linear(x, map).mT.masked_fill((x.detach().sum(-1) * 0 != 0)[:, None], 0.0)
+
+
 class PCAttention(nn.Module):
     """Multi-head causal self-attention whose key likelihood, precision and tails are learned.
 
@@ -675,18 +683,19 @@ class PCAttention(nn.Module):
     def precision_of(self, x: Float[Tensor, "B T D"]) -> Tensor | None:
         "Precision of the keys of these tokens."
         if self.precision_map is None or self.log_precision is None: return self.precision
-        by_token = F.linear(x, self.precision_map).mT                                       # `(B, H, T)`
+        by_token = mapped(x, self.precision_map)
         return (self.log_precision + (by_token[:, :, None] if self.n_component > 1 else by_token)).exp()
 
     def mixing_of(self, x: Float[Tensor, "B T D"], k: Tensor, precision: Tensor | None) -> Tensor | None:
         "Log mixing weights of the keys of these tokens; `None` when all are equal."
         total = None if self.log_mix is None else self.log_mix.log_softmax(1)
         if self.mix_map is not None:
-            by_token = F.linear(x, self.mix_map).mT
+            by_token = mapped(x, self.mix_map)
             total = by_token if total is None else total + by_token[:, :, None]
         if self.mixing == "norm" and precision is not None:
             Lam = precision if precision.dim() == k.dim() else precision[..., None]
             norms = (Lam * k.square()).sum(-1) / 2 - Lam.log().expand(*Lam.shape[:-1], self.d).sum(-1) / 2
+            norms = torch.where(norms.isfinite(), norms, 0.0)      # `attend` sees such a key itself
             total = norms if total is None else total + norms
         return total
 

@@ -840,7 +840,7 @@ class GaussianMixture:
         max_iters: int = 10_000,  # rounds of EM
     ) -> "GaussianMixture":
         "Maximum likelihood by EM, equation (16), under a floor for the variances."
-        check_whole("M", M, 1), check_whole("restarts", restarts, 1), check_whole("max_iters", max_iters, 1)
+        for what, x in (("M", M), ("restarts", restarts), ("max_iters", max_iters)): check_whole(what, x, 1)
         points = _observations(errors)
         spread = (points - points.mean(0)).square().mean()
         if not bool(spread.isfinite()): raise ValueError("cannot fit a mixture to errors that are missing or not finite")
@@ -945,7 +945,8 @@ class Categorical:
         smoothing: float = 0.0,  # added to each count; 0: maximum likelihood
     ) -> Float[Tensor, "V"]:
         "Log probabilities, usable as logits: log((count + smoothing) / total). Raises `ValueError` without data."
-        _symbols(targets), check_whole("V", V, 1)
+        _symbols(targets)
+        check_whole("V", V, 1)
         _in_vocabulary(targets, V)
         check_number("smoothing", smoothing)
         if not 0 <= smoothing < math.inf: raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")

@@ -432,7 +432,7 @@ def transformers_classes() -> tuple[Any, Any]:
                 raise ValueError("a coat has no weights of its own: as_transformers(model) puts one on")
             super().__init__(config)
             self.model = model
-            self.train(model.training)
+            self.training = model.training
 
         def _init_weights(self, module: Any) -> None: "The weights are the model's own."
 

@@ -1064,7 +1064,7 @@ def read_run_config(run: Path) -> RunConfig:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
         newest = checkpoints(run)[-1] if checkpoints(run) else run      # every checkpoint holds a copy
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{run / 'config.yaml'} cannot be read ({error}): not the folder of a "
                               "run") from None
     if not (newest / "training.json").exists():

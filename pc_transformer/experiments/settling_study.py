@@ -27,7 +27,7 @@ from ..config import ConfigError, ModelConfig, RunConfig, replace, to_dict
 from ..data import Batches, baselines, windows
 from .components import damage
 from .tinyshakespeare import about_run, seconds
-from ..generation import evaluating
+from ..isolation import evaluating
 from ..learning import PredictiveCoding, Report, Solver, gradient_cosine
 from ..model import PCTransformer
 from ..settling import ErrorSettling, SettlingError
@@ -152,8 +152,8 @@ def run_name(changes: Mapping[str, Any]) -> str:
 def predictions(model: nn.Module, ids: Int[Tensor, " N"], block_size: int) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
     "Logits and targets of every token of a text but the first, in windows that do not overlap, on the CPU."
     device = next(model.parameters()).device
-    with evaluating(model):
-        found = [(model(x.to(device)).flatten(0, 1).cpu(), y.flatten()) for x, y in windows(ids, block_size, 64)]
+    with evaluating(model) as still:
+        found = [(still(x.to(device)).flatten(0, 1).cpu(), y.flatten()) for x, y in windows(ids, block_size, 64)]
     logits, targets = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(targets)
 
