@@ -398,7 +398,7 @@ def settle(
 
 
 def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) -> None:
-    """Settle random models with random settings; none may diverge: a lower energy or one clear sentence (chapter 27).
+    """Settle random models with random settings; none may raise its energy: a lower one, or one clear sentence (chapter 27).
 
     Args:
         out: folder of results.json
