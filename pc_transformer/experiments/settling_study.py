@@ -35,7 +35,7 @@ from ..solvers import ENERGIES, HighwaySettling, StateSettling, SweepSettling, m
 from ..training import Interrupted, TextData, Trainer, flat, graceful_stop, pick_device, read_json, write_text
 from ..uncertainty import fit_temperature, scaled_nll
 
-# %% ../../nbs/27_settling_study.ipynb #af3313ba
+# %% ../../nbs/27_settling_study.ipynb #ac276d26
 @dataclass(frozen=True)
 class RobustBackprop:
     """Backprop through a loss that is made for wrong targets.
@@ -147,7 +147,7 @@ def run_name(changes: Mapping[str, Any]) -> str:
     "What a run is called: its changes in alphabetical order."
     return ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sorted(changes.items())) or "default"
 
-# %% ../../nbs/27_settling_study.ipynb #a133f660
+# %% ../../nbs/27_settling_study.ipynb #ab58eaad
 @torch.no_grad()
 def predictions(model: nn.Module, ids: Int[Tensor, " N"], block_size: int) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
     "Logits and targets of every token of a text but the first, in windows that do not overlap, on the CPU."
@@ -263,7 +263,7 @@ def teacher(case: Mapping[str, Any]) -> Solver:
 
 
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
-    "What became of a case: `settled`, `refused` with a sentence, or `diverged` with what went wrong."
+    "What became of a case: `settled` and how far, `refused` with a sentence, or `failed` with what went wrong."
     config = ModelConfig(16, 12, case["n_layer"], 4, case["d_model"], case["attention"])
     model = PCTransformer(config, case["seed"])
     with torch.no_grad():
@@ -283,23 +283,26 @@ def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     finite = taught and bool(settled.node_energy.isfinite().all()) and all(bool(s.isfinite().all()) for s in settled.states)
     good = finite and rise <= 1e-5
     why = "" if good else f"the energy rose by {rise:.1e} of itself" if finite else "a number is not finite"
-    return {"outcome": "settled" if good else "diverged", "why": why}
+    return {"outcome": "settled" if good else "failed", "why": why, "residual": settled.residual}
 
 
 def stress(n: int, out: Path, first_seed: int = 0) -> dict[str, Any]:
-    "Try `n` random cases and write `out/results.json`: counts, and every case that was refused or diverged."
+    "Try `n` random cases and write `out/results.json`: counts, residuals, and every case that was refused or failed."
     cases = [draw_case(first_seed + i) for i in range(n)]
     found = []
     for i, case in enumerate(cases):
         found.append({**case, **try_case(case)})
         if (i + 1) % 100 == 0:
-            print(f"{i + 1} of {n}: {sum(f['outcome'] == 'diverged' for f in found)} diverged", flush=True)
-    count = lambda key: {v: {o: sum(f["outcome"] == o for f in found if f[key] == v) for o in ("settled", "refused", "diverged")}
+            print(f"{i + 1} of {n}: {sum(f['outcome'] == 'failed' for f in found)} failed", flush=True)
+    ends = ("settled", "refused", "failed")
+    count = lambda key: {v: {o: sum(f["outcome"] == o for f in found if f[key] == v) for o in ends}
                          for v in sorted({f[key] for f in found}, key=str)}
+    left = lambda solver: [f["residual"] for f in found if f["solver"] == solver and f.get("residual") is not None]
     about = {k: v for k, v in about_run(RunConfig(), torch.device("cpu")).items() if k != "config"}
     results = {**about, "n": n, "first_seed": first_seed,
                **{f"by_{k}": count(k) for k in ("solver", "attention", "energy", "per")},
-               "outcomes": {o: sum(f["outcome"] == o for f in found) for o in ("settled", "refused", "diverged")},
+               "outcomes": {o: sum(f["outcome"] == o for f in found) for o in ends},
+               "residuals": {s: sorted(left(s)) for s in sorted({f["solver"] for f in found})},
                "odd": [f for f in found if f["outcome"] != "settled"]}
     write_text(out / "results.json", json.dumps(results, indent=1))
     return results
