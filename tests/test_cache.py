@@ -11,19 +11,9 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune
 
 from pc_transformer.attention import PCAttention, attend
-from pc_transformer.cache import (
-    DTYPES,
-    TAILS,
-    KVCache,
-    cache_bytes,
-    cacheable,
-    columns,
-    copied,
-    extend,
-    has_blocks,
-    probe,
-    quantise,
-    square,
+from pc_transformer.inference import (
+    DTYPES, TAILS, KVCache, cache_bytes, cacheable, columns, copied, extend, has_blocks, probe,
+    quantise, square,
 )
 from pc_transformer.config import ConfigError, ModelConfig, replace
 from pc_transformer.model import PCTransformer
@@ -285,7 +275,7 @@ def test_revised_attention_equals_attend():
     cache, a = KVCache.allocate(model), model.predictors[1].attention
     extend(model, tokens, cache)
     cache.revise(0, torch.arange(6), torch.randn(1, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    from pc_transformer.cache import cached_scores, read_out
+    from pc_transformer.inference import cached_scores, read_out
     q = torch.randn(1, 4, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     s, _ = cached_scores(cache.readers[0], q, cache.keys(0, 6), {n: c[0, ..., :6] for n, c in cache.column.items()})
     expected = attend(q, cache.keys(0, 6), cache.values(0, 6), "student_t", a.precision, nu=a.log_tail.exp())

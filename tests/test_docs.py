@@ -39,12 +39,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pages(site: Path) -> list[Path]:
     """The pages that notebooks became."""
-    return sorted((site / "nbs").glob("*.html"))
+    return sorted((site / "nbs").rglob("*.html"))
 
 
 def test_one_page_for_each_notebook(site: Path) -> None:
     """Every notebook is a page, and the front page leads to the first."""
-    assert [p.stem for p in pages(site)] == sorted(p.stem for p in ROOT.glob("nbs/*.ipynb") if p.name[0] not in "_.")
+    there = [p.relative_to(ROOT) for p in ROOT.glob("nbs/**/*.ipynb") if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)]
+    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == sorted(p.with_suffix("") for p in there)
     assert "nbs/index.html" in (site / "index.html").read_text(encoding="utf-8")
 
 

@@ -12,28 +12,19 @@ import torch.nn.functional as F
 from common import stir
 from torch import Tensor
 
-from pc_transformer import ModelConfig, PCTransformer, evidence
+from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.experiments import evidence
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import CharTokenizer
-from pc_transformer.evidence import (
-    EvidenceSettler,
-    EvidenceTransformer,
-    Memory,
-    at_the_mode,
-    column_energy,
-    evidence_study,
-    gains,
-    make_settler,
-    read_in_order,
-    read_losses,
-    resample,
-    sample_columns,
-    settle_columns,
-    some_windows,
+from pc_transformer.experiments.evidence import evidence_study, gains, read_losses, some_windows
+from pc_transformer.inference import (
+    EvidenceSettler, EvidenceTransformer, Memory, at_the_mode, column_energy, make_settler,
+    read_in_order, resample, sample_columns, settle_columns,
 )
-from pc_transformer.generation import generate
+from pc_transformer.inference import generate
 from pc_transformer.settling import SettlingError
-from pc_transformer.training import TextData, Trainer, save
+from pc_transformer.data import TextData
+from pc_transformer.training import Trainer, save
 
 SIZES: dict[str, Any] = {"vocab_size": 7, "block_size": 6, "n_layer": 2, "n_head": 2, "d_model": 8}
 FAMILIES: dict[str, dict[str, Any]] = {

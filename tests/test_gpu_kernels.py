@@ -22,7 +22,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-from pc_transformer import gpu_kernels as g
+from pc_transformer.attention.kernels import triton as g
 from pc_transformer.energies import (
     Contaminated,
     Elliptical,

@@ -21,17 +21,11 @@ from torch.nn import functional as F
 from pc_transformer import ModelConfig, PCTransformer, convert, generate, load, save
 from pc_transformer.config import replace
 from pc_transformer.data import CharTokenizer, HashMismatch
+from pc_transformer.data import BPETokenizer, bpe_file
 from pc_transformer.interop import (
-    GPT2,
-    BPETokenizer,
-    as_transformers,
-    bpe_file,
-    from_huggingface,
-    from_nanogpt,
-    to_huggingface,
-    transformers_tokenizer,
+    GPT2, as_transformers, from_huggingface, from_nanogpt, to_huggingface, transformers_tokenizer,
     with_tails,
-)  # fmt: skip
+)
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
 from pc_transformer.settling import ErrorSettling
 from pc_transformer.training import CheckpointError, digest, load_tokenizer

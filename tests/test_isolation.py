@@ -16,10 +16,10 @@ from common import stir
 from torch import Tensor, nn
 
 import pc_transformer
-from pc_transformer import kernels
+from pc_transformer.attention import kernels
 from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
-from pc_transformer.experiments.components import evaluate_damaged
-from pc_transformer.generation import Recompute, generate, stream
+from pc_transformer.experiments.families import evaluate_damaged
+from pc_transformer.inference import Recompute, generate, stream
 from pc_transformer.isolation import (
     Draws,
     Dropout,
@@ -35,14 +35,12 @@ from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradien
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import ErrorSettling
-from pc_transformer.solvers import HighwaySettling, IncrementalPC, StateSettling, SweepSettling
+from pc_transformer.learning import IncrementalPC
+from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
 from pc_transformer.training import Trainer, evaluate
-from pc_transformer.uncertainty import (
-    StateGaussians,
-    ensemble_log_probs,
-    flat_predictions,
-    noisy_log_probs,
-    token_scores,
+from pc_transformer.experiments.uncertainty import flat_predictions
+from pc_transformer.inference import (
+    StateGaussians, ensemble_log_probs, noisy_log_probs, token_scores,
 )
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)

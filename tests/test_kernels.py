@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc_transformer import kernels
+from pc_transformer.attention import kernels
 from pc_transformer.energies import FAMILIES, Elliptical, Gaussian, Laplace, StudentT
-from pc_transformer.kernels import chunked, merge, sdpa
+from pc_transformer.attention.kernels import chunked, merge, sdpa
 
 LINKS = {"dot": "dot", **{name: family() for name, family in FAMILIES.items()}}
 BACKENDS = [("dot", sdpa), ("gaussian", sdpa)] + [(name, chunked) for name in LINKS]

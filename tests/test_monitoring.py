@@ -53,7 +53,8 @@ from pc_transformer.monitoring import (
     undisturbed,
 )
 from pc_transformer.settling import ErrorSettling, Settled
-from pc_transformer.solvers import HighwaySettling, IncrementalPC, StateSettling, SweepSettling
+from pc_transformer.learning import IncrementalPC
+from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
 from pc_transformer.training import CheckpointError, Trainer, train
 
 SIZES: dict[str, Any] = {"vocab_size": 9, "block_size": 8, "n_layer": 2, "n_head": 2, "d_model": 16}

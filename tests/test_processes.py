@@ -17,7 +17,8 @@ import torch
 from pc_transformer.config import ModelConfig
 from pc_transformer.learning import PredictiveCoding
 from pc_transformer.model import PCTransformer
-from pc_transformer.processes import DataParallel, LayerProcesses, ProcessError
+from pc_transformer.experiments.layer_processes import LayerProcesses
+from pc_transformer.training import DataParallel, ProcessError
 from pc_transformer.settling import ErrorSettling, SettlingError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")

@@ -21,8 +21,8 @@ from pc_transformer.experiments.settled_reading import (
     temperature_study,
     tune,
 )
-from pc_transformer.generation import SamplingConfig
-from pc_transformer.training import TextData
+from pc_transformer.inference import SamplingConfig
+from pc_transformer.data import TextData
 
 SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))

@@ -33,15 +33,9 @@ from pc_transformer.settling import (
     predict_up,
     relative_precisions,
 )
-from pc_transformer.solvers import (
-    ENERGIES,
-    HighwaySettling,
-    IncrementalPC,
-    StateSettling,
-    StateWalk,
-    SweepSettling,
-    UnsettledWarning,
-    make_learner,
+from pc_transformer.learning import ENERGIES, IncrementalPC, make_learner
+from pc_transformer.settling import (
+    HighwaySettling, StateSettling, StateWalk, SweepSettling, UnsettledWarning,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 

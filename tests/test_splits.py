@@ -15,27 +15,22 @@ from common import stir
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pc_transformer import ModelConfig, PCTransformer, evidence, save, uncertainty
+from pc_transformer import ModelConfig, PCTransformer, save
+from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.cli import main
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import CharTokenizer, baselines
-from pc_transformer.evidence import EvidenceTrainer, EvidenceTransformer
-from pc_transformer.experiments import components, settled_reading, settling_study, tinyshakespeare
-from pc_transformer.experiments.components import DamagedTrainer, damage
-from pc_transformer.experiments.settling_study import AlteredTrainer
+from pc_transformer.experiments.evidence import EvidenceTrainer
+from pc_transformer.inference import EvidenceTransformer
+from pc_transformer.experiments import families, settled_reading, settling, tinyshakespeare
+from pc_transformer.data import damage
+from pc_transformer.experiments.families import DamagedTrainer
+from pc_transformer.experiments.settling import AlteredTrainer
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
+from pc_transformer.data import TextData
 from pc_transformer.training import (
-    CheckpointError,
-    TextData,
-    Trainer,
-    checkpoints,
-    evaluate,
-    load,
-    resume,
-    save_checkpoint,
-    start,
-    train,
+    CheckpointError, Trainer, checkpoints, evaluate, load, resume, save_checkpoint, start, train,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,24 +6,23 @@ from typing import Any
 import pytest
 import torch
 
-from pc_transformer import ModelConfig, PCTransformer, evidence, uncertainty
+from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import Batches
-from pc_transformer.experiments.components import (
-    best_sharpness,
-    changes_of,
-    loss_at,
-    run_config,
-    run_name,
-    select,
-    verdict,
+from pc_transformer.experiments.families import (
+    best_sharpness, changes_of, loss_at, run_config, run_name, select,
 )
+from pc_transformer.experiments.harness import verdict
 from pc_transformer.experiments.settled_reading import best_of, judge_rule, paired_difference, read_text, tune
-from pc_transformer.experiments.settling_study import InOrder, expand, part_step, settle_config
-from pc_transformer.experiments.settling_study import select as select_by_seed
-from pc_transformer.experiments.tinyshakespeare import RATIOS, cost_table, ratio, spread, variant_config
-from pc_transformer.generation import SamplingConfig
+from pc_transformer.experiments.harness import expand
+from pc_transformer.experiments.settling import InOrder, part_step, settle_config
+from pc_transformer.experiments.settling import select as select_by_seed
+from pc_transformer.experiments.costs import RATIOS, cost_table
+from pc_transformer.experiments.meters import ratio, spread
+from pc_transformer.experiments.tinyshakespeare import variant_config
+from pc_transformer.inference import SamplingConfig
 
 
 @pytest.mark.parametrize(("a", "b", "word"), [

@@ -19,38 +19,17 @@ from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.data import CharTokenizer
 from pc_transformer.model import convert
-from pc_transformer.training import TextData, load
-from pc_transformer.uncertainty import (
-    DAMAGES,
-    SCORES,
-    StateGaussians,
-    aurc,
-    auroc,
-    bootstrap_interval,
-    brier,
-    confidence_and_correct,
-    damage,
-    decompose,
-    ensemble_log_probs,
-    entropy,
-    even_windows,
-    fit_logistic,
-    fit_temperature,
-    foreign_tokens,
-    head_energies,
-    midranks,
-    node_states,
-    noisy_log_probs,
-    reliability,
-    replace_characters,
-    risk_coverage,
-    scaled_nll,
-    shuffle_words,
-    study_ensemble,
-    study_one,
-    token_scores,
-    uncertainty_study,
-)  # fmt: skip
+from pc_transformer.data import TextData
+from pc_transformer.training import load
+from pc_transformer.experiments.uncertainty import (
+    DAMAGES, damage, even_windows, foreign_tokens, replace_characters, shuffle_words,
+    study_ensemble, study_one, uncertainty_study,
+)
+from pc_transformer.inference import (
+    SCORES, StateGaussians, aurc, auroc, bootstrap_interval, brier, confidence_and_correct,
+    decompose, ensemble_log_probs, entropy, fit_logistic, fit_temperature, head_energies,
+    midranks, node_states, noisy_log_probs, reliability, risk_coverage, scaled_nll, token_scores,
+)
 
 SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
@@ -517,7 +496,7 @@ def test_the_study_refuses(world: tuple[Path, TextData], tmp_path: Path, capsys:
 
 
 def test_foreign_text_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pc_transformer import uncertainty
+    from pc_transformer.experiments import uncertainty
 
     tokenizer = CharTokenizer(" abc")
     (tmp_path / "mine.txt").write_text("a b, c d\n")

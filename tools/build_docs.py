@@ -36,7 +36,7 @@ KATEX = re.compile(
 )
 GLYPH = re.compile(r'<path id="MJX-\d+-([^"]+)" d="([^"]*)"/>')
 RAW_TEX = re.compile(r"\\[(\[].|\\(?:begin|frac|text|math\w+|displaystyle|sum|left)\b|\$[^$\n]*[\\_^{][^$\n]*\$")
-REPO_LINK = re.compile(r"\]\(\.\./([^)\s#]+)(#[^)\s]*)?\)")
+REPO_LINK = re.compile(r"\]\((?:\.\./)+([^)\s#]+)(#[^)\s]*)?\)")
 REMOTE_CSS = re.compile(r"(?:@import\s+|url\()[\s\"'(]*((?:https?:)?//[^\"')\s]+)")
 WEB_FONT = re.compile(r"@import\s+url\([^)]*\);?")  # the themes fall back to the reader's own fonts
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -65,10 +65,15 @@ def hrefs(entries: list[Any]) -> list[str]:
     return found
 
 
+def notebooks(root: Path) -> list[Path]:
+    """Every notebook of the book, in whichever folder."""
+    return [p for p in sorted(root.glob("nbs/**/*.ipynb")) if not any(x[0] in "._" for x in p.relative_to(root).parts)]
+
+
 def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
     """Notebooks that the sidebar lacks, and pages that it names in vain."""
     listed = hrefs(config["website"]["sidebar"]["contents"])
-    there = [p.relative_to(root).as_posix() for p in sorted(root.glob("nbs/*.ipynb")) if p.name[0] not in "._"]
+    there = [p.relative_to(root).as_posix() for p in notebooks(root)]
     bad = [f"_quarto.yml: the sidebar does not name {p}" for p in there if p not in listed]
     bad += [f"_quarto.yml: the sidebar names {p}, which does not exist" for p in listed if p not in there]
     return bad + [f"_quarto.yml: the sidebar names {p} twice" for p in sorted(set(listed)) if listed.count(p) > 1]
@@ -88,16 +93,16 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
     (to / "tools").mkdir()
     for css in (root / "tools").glob("*.css"):
         shutil.copy(css, to / "tools")
-    for path in sorted(root.glob("nbs/*.ipynb")):
-        if path.name[0] in "._":
-            continue
+    for path in notebooks(root):
         nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")))
         for cell in nb["cells"]:
             if cell["cell_type"] == "markdown":  # a link to a file of the repository leads to its page there
                 cell["source"] = REPO_LINK.sub(lambda m: repo_link(m, root, blob), "".join(cell["source"]))
             if any(o["output_type"] == "error" for o in cell.get("outputs", [])):
-                bad.append(f"nbs/{path.name}: cell {cell.get('id')} has an error among its saved outputs")
-        (to / "nbs" / path.name).write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
+                bad.append(f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved outputs")
+        place = to / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return bad
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pc_transformer import gpu_kernels as g
+from pc_transformer.attention.kernels import triton as g
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use

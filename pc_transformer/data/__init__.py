@@ -1,0 +1,8 @@
+"""Corpora, tokenizers, batches and baselines."""
+
+from .corpora import *
+from .tokenizers import *
+from .batches import *
+from .ngrams import *
+from .damage import *
+from .text import *

@@ -1,0 +1,4 @@
+"""Other people's models, in and out."""
+
+from .gpt2 import *
+from .transformers import *

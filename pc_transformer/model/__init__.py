@@ -1,0 +1,5 @@
+"""Predictors in a row."""
+
+from .layers import *
+from .transformer import *
+from .convert import *

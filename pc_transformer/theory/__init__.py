@@ -1,0 +1,1 @@
+"""Derivations that a machine checks; nothing in the library imports them."""

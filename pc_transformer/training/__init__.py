@@ -1,0 +1,7 @@
+"""One run: files, checkpoints, the loop."""
+
+from .files import *
+from .trainer import *
+from .checkpoints import *
+from .loop import *
+from .parallel import *
