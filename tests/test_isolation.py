@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 import pc_transformer
 from pc_transformer.attention import kernels
-from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
+from pc_transformer.config import (
+    Attention,
+    LearnerConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    replace,
+)
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.inference import Recompute, generate, stream
 from pc_transformer.isolation import (
@@ -31,7 +38,14 @@ from pc_transformer.isolation import (
     private,
     view,
 )
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradient_cosine, gradients, rehearse
+from pc_transformer.learning import (
+    Backprop,
+    Learner,
+    PredictiveCoding,
+    gradient_cosine,
+    gradients,
+    rehearse,
+)
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import ErrorSettling
@@ -40,7 +54,10 @@ from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettlin
 from pc_transformer.training import Trainer, evaluate
 from pc_transformer.experiments.uncertainty import flat_predictions
 from pc_transformer.inference import (
-    StateGaussians, ensemble_log_probs, noisy_log_probs, token_scores,
+    StateGaussians,
+    ensemble_log_probs,
+    noisy_log_probs,
+    token_scores,
 )
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
@@ -129,13 +146,19 @@ def test_threads_get_what_each_gets_alone() -> None:
         for name, found in zip(calls, row, strict=True):
             assert same(found, alone[name]), name
     assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in model.modules()] == modes and same(dict(model.state_dict()), dict(bits))
+    assert [m.training for m in model.modules()] == modes and same(
+        dict(model.state_dict()), dict(bits)
+    )
     assert all(p.grad is not None and p.grad.eq(2).all() for p in model.parameters())
 
 
 def test_a_run_trains_on_while_others_read() -> None:
     """Steps of training with dropout are the same bit for bit while another thread reads the weights they move."""
-    for learner in (LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(centred=True)):
+    for learner in (
+        LearnerConfig(algorithm="backprop"),
+        LearnerConfig(),
+        LearnerConfig(centred=True),
+    ):
         quiet, watched = trainer(learner), trainer(learner)
         expected = [quiet.advance() for _ in range(6)]
         with ThreadPoolExecutor(4) as pool:
@@ -158,7 +181,9 @@ def test_twelve_threads_make_one_model() -> None:
     for family in get_args(Attention):
         config = replace(CONFIG, attention=family, bias=True)
         expected = PCTransformer(config, seed=5).state_dict()
-        rows = together([lambda config=config: PCTransformer(config, seed=5).state_dict()], 12, workers=12)
+        rows = together(
+            [lambda config=config: PCTransformer(config, seed=5).state_dict()], 12, workers=12
+        )
         assert all(same(dict(row[0]), dict(expected)) for row in rows)
 
 
@@ -189,7 +214,14 @@ def sources() -> list[Path]:
     return sorted(Path(pc_transformer.__file__).parent.rglob("*.py"))
 
 
-BORROWED = {"fork_rng", "set_rng_state", "default_generator", "manual_seed_all", "scratch_gradients", "set_default_dtype"}
+BORROWED = {
+    "fork_rng",
+    "set_rng_state",
+    "default_generator",
+    "manual_seed_all",
+    "scratch_gradients",
+    "set_default_dtype",
+}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.stem)
@@ -199,10 +231,14 @@ def test_no_module_borrows(path: Path) -> None:
         if isinstance(node, ast.Attribute):
             assert node.attr not in BORROWED, f"{path.name}:{node.lineno}"
             whole = ast.unparse(node)
-            assert whole not in ("torch.manual_seed", "np.random.seed", "random.seed"), f"{path.name}:{node.lineno}"
+            assert whole not in ("torch.manual_seed", "np.random.seed", "random.seed"), (
+                f"{path.name}:{node.lineno}"
+            )
         for item in node.items if isinstance(node, ast.With) else ():
             if ast.unparse(item.context_expr).startswith("evaluating("):
-                assert item.optional_vars is not None, f"{path.name}:{node.lineno}: evaluating(...) needs `as`"
+                assert item.optional_vars is not None, (
+                    f"{path.name}:{node.lineno}: evaluating(...) needs `as`"
+                )
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -289,7 +325,9 @@ def test_masks_belong_to_seed_step_and_layer(way: str, monkeypatch: pytest.Monke
         assert once or len(seen[kind, 0]) > layers  # looked at more than once
         for a, b in itertools.combinations(each, 2):
             assert not a & b, f"{kind}: a mask came back in another step"
-        assert not set().union(*each) & set().union(*(set(runs[2][kind, step]) for step in range(3)))
+        assert not set().union(*each) & set().union(
+            *(set(runs[2][kind, step]) for step in range(3))
+        )
 
 
 def test_ranks_and_parts_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +413,17 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     model.a.register_forward_hook(lambda m, *_: calls.append(m))
     expected = copy.deepcopy(model).eval()(x)
     still = view(model, training=False)
-    assert torch.equal(still(x), expected) and calls == [calls[0], still.a] and model.training and model.norm.training
-    assert type(still) is Tied and still.norm.owner[0] is still and still.a.weight is still.b.weight is model.a.weight
+    assert (
+        torch.equal(still(x), expected)
+        and calls == [calls[0], still.a]
+        and model.training
+        and model.norm.training
+    )
+    assert (
+        type(still) is Tied
+        and still.norm.owner[0] is still
+        and still.a.weight is still.b.weight is model.a.weight
+    )
     assert [n for n, _ in still.named_modules()] == [n for n, _ in model.named_modules()]
     assert view(still, training=False) is still and view(model) is model
     apart = view(model, tensor=leaf)
@@ -385,7 +432,10 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     assert model.a.weight.grad is None and apart.a.weight.grad is not None
     copied = view(model, training=False, tensor=private)
     copied.load_state_dict({k: torch.zeros_like(v) for k, v in copied.state_dict().items()})
-    assert torch.equal(view(model, training=False)(x), copy.deepcopy(model).eval()(x)) and model.a.weight.abs().sum() > 0
+    assert (
+        torch.equal(view(model, training=False)(x), copy.deepcopy(model).eval()(x))
+        and model.a.weight.abs().sum() > 0
+    )
     with torch.no_grad():
         model.a.bias += 1
     assert torch.equal(still.a.bias, model.a.bias)
@@ -445,8 +495,12 @@ def test_a_rehearsal_moves_no_weights() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
-    report, found = rehearse(IncrementalPC(StateSettling(3, 30.0), apply), model, X, Y, measure=True)
-    assert same(dict(model.state_dict()), dict(before)) and all(p.grad.eq(1).all() for p in model.parameters())  # type: ignore[union-attr]
+    report, found = rehearse(
+        IncrementalPC(StateSettling(3, 30.0), apply), model, X, Y, measure=True
+    )
+    assert same(dict(model.state_dict()), dict(before)) and all(
+        p.grad.eq(1).all() for p in model.parameters()
+    )  # type: ignore[union-attr]
     assert report.residual is not None and any(g.abs().sum() > 0 for g in found.values())
 
 
