@@ -22,6 +22,11 @@ FLAGS += [
     "--disable-extensions",
 ]
 PHONE = 390  # CSS pixels
+BOOK = sorted(
+    p
+    for p in ROOT.glob("nbs/**/*.ipynb")
+    if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)
+)
 
 pytest.importorskip("smalldocs", reason="the docs extra is not installed")
 
@@ -58,14 +63,8 @@ def pages(site: Path) -> list[Path]:
 
 def test_one_page_for_each_notebook(site: Path) -> None:
     """Every notebook is a page, and the front page leads to the first."""
-    there = [
-        p.relative_to(ROOT)
-        for p in ROOT.glob("nbs/**/*.ipynb")
-        if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)
-    ]
-    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == sorted(
-        p.with_suffix("") for p in there
-    )
+    there = [p.relative_to(ROOT).with_suffix("") for p in BOOK]
+    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == there
     assert "nbs/index.html" in (site / "index.html").read_text(encoding="utf-8")
 
 
@@ -103,6 +102,7 @@ SICK = {
     "bad formula": (r"$\frac{a$", "bad formula"),
     "unknown command": (r"$\notacommand{a}$", "bad formula"),
     "broken link": ("[gone](nowhere.ipynb)", "broken link"),
+    "link to a file that is not where it says": ("[gone](../../_quarto.yml)", "broken link"),
     "broken anchor": ("[gone](#nowhere)", "broken link"),
     "picture from another host": ("![x](https://example.org/x.png)", "another host"),
     "TeX that is left": (r"\begin{align} a \end{align}", "TeX is left"),
@@ -150,6 +150,28 @@ def test_a_sick_page_fails(tiny: Path, name: str) -> None:
     done = build(tiny, tiny / "out")
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_links_between_folders_and_out_of_the_book(tiny: Path) -> None:
+    """A page in a folder links to pages above and beside it, and to a file of the repository in its place."""
+    for folder in ("0_theory", "1_model"):
+        (tiny / "nbs" / folder).mkdir()
+    links = "[home](../index.ipynb) [other](../1_model/01_b.ipynb#part) [config](../../_quarto.yml)"
+    write(tiny, "0_theory/01_a", links)
+    write(tiny, "1_model/01_b", "B.")
+    config = tiny / "_quarto.yml"
+    text = config.read_text(encoding="utf-8")
+    names = "nbs/index.ipynb, nbs/0_theory/01_a.ipynb, nbs/1_model/01_b.ipynb"
+    config.write_text(text.replace("[nbs/index.ipynb]", f"[{names}]"), encoding="utf-8")
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 0, done.stderr
+    page = (tiny / "out/nbs/0_theory/01_a.html").read_text(encoding="utf-8")
+    for href in (
+        "../index.html",
+        "../1_model/01_b.html#part",
+        "https://github.com/pc-transformer/pc_transformer/blob/main/_quarto.yml",
+    ):
+        assert f'href="{href}"' in page, href
 
 
 def test_a_page_outside_the_sidebar_fails(tiny: Path) -> None:
@@ -221,7 +243,7 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
     assert json.loads(found[1].removeprefix("done ")) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BOOK, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
     "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

@@ -17,10 +17,7 @@ from torch import Tensor
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
-from pc_transformer.data import CharTokenizer
-from pc_transformer.model import convert
-from pc_transformer.data import TextData
-from pc_transformer.training import load
+from pc_transformer.data import CharTokenizer, TextData
 from pc_transformer.experiments.uncertainty import (
     DAMAGES,
     damage,
@@ -54,6 +51,8 @@ from pc_transformer.inference import (
     scaled_nll,
     token_scores,
 )
+from pc_transformer.model import convert
+from pc_transformer.training import load
 
 SIZES: dict[str, Any] = {
     "vocab_size": 13,
@@ -565,7 +564,7 @@ def test_what_is_fitted_is_judged_on_other_text(
         seen["states"].append(tokens)
         return known(model, tokens)
 
-    monkeypatch.setattr("pc_transformer.uncertainty.fit_temperature", spy)
+    monkeypatch.setattr("pc_transformer.experiments.uncertainty.fit_temperature", spy)
     monkeypatch.setattr(StateGaussians, "fit", spy_states)
 
     def study(fit: int, test: int) -> tuple[dict[str, Any], dict[str, Any]]:
