@@ -50,9 +50,7 @@ def inputs(size: tuple[int, ...], grad: bool = True) -> list[Tensor]:
 def precision(kind: str, size: tuple[int, ...]) -> Tensor:
     """A precision with four axes."""
     B, H, T, d = size
-    shape = {"shared": (1, H, 1, 1), "per key": (B, H, T, 1), "diagonal per key": (B, H, T, d)}[
-        kind
-    ]
+    shape = {"shared": (1, H, 1, 1), "per key": (B, H, T, 1), "diagonal per key": (B, H, T, d)}[kind]
     return torch.rand(shape) + 0.5
 
 
@@ -116,9 +114,7 @@ def test_operations_of_the_plain_forms(size: tuple[int, ...]) -> None:
     lam, log_pi = torch.rand(size[1], 1, 1) + 0.5, torch.randn(size[:3])
     for run, w in ((lambda: unfused(q, k, v), cost.d), (lambda: direct(q, k, v, lam, log_pi), 0)):
         assert cost.operations(run) == at(cost.products(w, cost.d), size)
-        assert cost.operations(cost.train(run)) == at(
-            cost.products(w, cost.d, True, fused=False), size
-        )
+        assert cost.operations(cost.train(run)) == at(cost.products(w, cost.d, True, fused=False), size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -156,8 +152,7 @@ def test_row_chunks_skip_the_future() -> None:
     """Causal: T (T + c) / 2 pairs of T^2 for chunks of c queries; c is found here."""
     size = (1, 2, 512, 16)
     causal, whole = (
-        cost.operations(cost.train(family_run("student_t", size, is_causal=c)))
-        for c in (True, False)
+        cost.operations(cost.train(family_run("student_t", size, is_causal=c))) for c in (True, False)
     )
     T = size[2]
     rows = 2 * T * causal / whole - T
@@ -210,11 +205,7 @@ class Elements(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [
-        ("student_t", ("log", "log1p")),
-        ("laplace", ("sqrt",)),
-        ("gaussian", ("log", "log1p", "sqrt")),
-    ],
+    [("student_t", ("log", "log1p")), ("laplace", ("sqrt",)), ("gaussian", ("log", "log1p", "sqrt"))],
 )
 def test_what_a_link_adds_per_pair(name: str, extra: tuple[str, ...]) -> None:
     """One logarithm (Student's t) or one square root (Laplace) per pair forward, none for the Gaussian."""
@@ -245,12 +236,8 @@ def test_the_counters_see_a_difference() -> None:
     size = (1, 1, 64, 8)
     q, k, v = inputs(size)
     wide_q, wide_k = F.pad(q, (0, 1)), F.pad(k, (0, 1))
-    assert cost.operations(lambda: unfused(wide_q, wide_k, v)) > cost.operations(
-        lambda: unfused(q, k, v)
-    )
-    assert cost.storage_kept(lambda: unfused(q, k, v).exp()) > cost.storage_kept(
-        lambda: unfused(q, k, v)
-    )
+    assert cost.operations(lambda: unfused(wide_q, wide_k, v)) > cost.operations(lambda: unfused(q, k, v))
+    assert cost.storage_kept(lambda: unfused(q, k, v).exp()) > cost.storage_kept(lambda: unfused(q, k, v))
     plain = cost.traffic(lambda: unfused(q, k, v))
     assert cost.traffic(lambda: unfused(q.clone(), k, v)) == plain + 2 * q.numel()
     assert cost.traffic(lambda: unfused(q.mT.mT, k, v)) == plain  # a view moves nothing

@@ -11,16 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-extensions",
-]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
 PHONE = 390  # CSS pixels
 
 pytest.importorskip("smalldocs", reason="the docs extra is not installed")
@@ -28,14 +21,7 @@ pytest.importorskip("smalldocs", reason="the docs extra is not installed")
 
 def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """Build the site of a repository."""
-    cmd = [
-        sys.executable,
-        str(ROOT / "tools/build_docs.py"),
-        "--root",
-        str(root),
-        "--out",
-        str(out),
-    ]
+    cmd = [sys.executable, str(ROOT / "tools/build_docs.py"), "--root", str(root), "--out", str(out)]
     return subprocess.run(cmd, capture_output=True, text=True, check=False)
 
 
@@ -58,14 +44,8 @@ def pages(site: Path) -> list[Path]:
 
 def test_one_page_for_each_notebook(site: Path) -> None:
     """Every notebook is a page, and the front page leads to the first."""
-    there = [
-        p.relative_to(ROOT)
-        for p in ROOT.glob("nbs/**/*.ipynb")
-        if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)
-    ]
-    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == sorted(
-        p.with_suffix("") for p in there
-    )
+    there = [p.relative_to(ROOT) for p in ROOT.glob("nbs/**/*.ipynb") if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)]
+    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == sorted(p.with_suffix("") for p in there)
     assert "nbs/index.html" in (site / "index.html").read_text(encoding="utf-8")
 
 
@@ -73,13 +53,7 @@ def test_pages_are_whole(site: Path) -> None:
     """Title, navigation, search, dark mode and style are there; nothing comes from another host."""
     for page in pages(site):
         text = page.read_text(encoding="utf-8")
-        for need in (
-            "<title>",
-            'id="quarto-sidebar"',
-            "site.css",
-            'name="viewport"',
-            "quarto-color-scheme",
-        ):
+        for need in ("<title>", 'id="quarto-sidebar"', "site.css", 'name="viewport"', "quarto-color-scheme"):
             assert need in text, f"{page.name} lacks {need}"
         assert not re.search(r"<(script|link|img)\b[^>]*(src|href)=\"(https?:)?//", text), page.name
         assert "katex" not in text.lower(), page.name
@@ -117,21 +91,14 @@ def tiny(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "tools/site.css", tmp_path / "tools")
     config = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
     head, tail = config[: config.index("    contents:")], config[config.index("\nformat:") :]
-    (tmp_path / "_quarto.yml").write_text(
-        f"{head}    contents: [nbs/index.ipynb]\n{tail}", encoding="utf-8"
-    )
+    (tmp_path / "_quarto.yml").write_text(f"{head}    contents: [nbs/index.ipynb]\n{tail}", encoding="utf-8")
     write(tmp_path, "index", r"Well: $\frac12 x_l^2$.")
     return tmp_path
 
 
 def write(root: Path, name: str, text: str) -> None:
     """Write a notebook of one cell."""
-    cell = {
-        "cell_type": "markdown",
-        "id": "a",
-        "metadata": {},
-        "source": f"# Title\n\n## Part\n\n{text}\n",
-    }
+    cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# Title\n\n## Part\n\n{text}\n"}
     nb = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (root / "nbs" / f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
 
@@ -203,18 +170,8 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
     shutil.copytree(site, work)
     urls = [p.relative_to(site).as_posix() for p in pages(site)]
     (work / "probe.html").write_text(PROBE % (json.dumps(urls), PHONE, PHONE), encoding="utf-8")
-    cmd = [
-        str(CHROMIUM),
-        *FLAGS,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--allow-file-access-from-files",
-    ]
-    cmd += [
-        "--window-size=1280,1600",
-        "--virtual-time-budget=60000",
-        "--dump-dom",
-        (work / "probe.html").as_uri(),
-    ]
+    cmd = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
+    cmd += ["--window-size=1280,1600", "--virtual-time-budget=60000", "--dump-dom", (work / "probe.html").as_uri()]
     done = subprocess.run(cmd, capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
     assert found and found[1].startswith("done"), done.stderr[-2000:]
@@ -226,10 +183,6 @@ def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
     "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        draws = cell["cell_type"] == "code" and (
-            "plt.subplots(" in source or "plt.show()" in source
-        )
+        draws = cell["cell_type"] == "code" and ("plt.subplots(" in source or "plt.show()" in source)
         if draws and not source.startswith(("#| export", "#| slow", "#| eval")):
-            assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), (
-                f"{path.name}: {cell['id']} has no figure"
-            )
+            assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"{path.name}: {cell['id']} has no figure"

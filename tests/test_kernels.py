@@ -46,9 +46,7 @@ def oracle(q, k, v, link, precision, log_mix=None, mask=None, is_causal=False, w
         s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
     blind = (s == -math.inf).all(-1, keepdim=True)
     s = s.masked_fill(blind, 0.0)
-    return s.softmax(-1).masked_fill(blind, 0.0) @ v, s.logsumexp(-1).masked_fill(
-        blind[..., 0], -math.inf
-    )
+    return s.softmax(-1).masked_fill(blind, 0.0) @ v, s.logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
 
 
 def draw(*shape, seed=0):
@@ -56,12 +54,7 @@ def draw(*shape, seed=0):
 
 
 def precision_of(kind, B, H, T, d):
-    shape = {
-        "shared": (1, H, 1, 1),
-        "key": (B, H, T, 1),
-        "diagonal": (1, H, 1, d),
-        "diagonal key": (B, H, T, d),
-    }[kind]
+    shape = {"shared": (1, H, 1, 1), "key": (B, H, T, 1), "diagonal": (1, H, 1, d), "diagonal key": (B, H, T, d)}[kind]
     return draw(*shape, seed=9).abs() / 2 + 0.3
 
 
@@ -71,19 +64,14 @@ def everything(call, link, leaves, dtype, kw):
     own = [cast(x) for x in leaves]
     args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
     out, lse = call(*own[:3], link, own[3], **args)
-    wanted = own + [
-        a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()
-    ]
+    wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()]
     loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
     return [out, lse, *torch.autograd.grad(loss, wanted)]
 
 
 def compare(f, link, leaves, tol_out=5e-5, tol_grad=2e-5, dtype=torch.float32, **kw):
     "Output, lse and all gradients of `f` in `dtype` against the oracle in float64."
-    exact, near = (
-        everything(oracle, link, leaves, torch.float64, kw),
-        everything(f, link, leaves, dtype, kw),
-    )
+    exact, near = everything(oracle, link, leaves, torch.float64, kw), everything(f, link, leaves, dtype, kw)
     assert torch.equal(exact[1].isinf(), near[1].isinf())
     assert (exact[0] - near[0]).abs().max() < tol_out
     finite = exact[1].isfinite()
@@ -91,9 +79,7 @@ def compare(f, link, leaves, tol_out=5e-5, tol_grad=2e-5, dtype=torch.float32, *
     for n, (a, b) in enumerate(zip(exact[2:], near[2:], strict=True)):
         assert b.isfinite().all()
         # a precision's gradient is a sum over all pairs that nearly cancel: ten times the tolerance
-        assert (a - b).abs().max() < (10 if n == 3 else 1) * tol_grad * max(
-            a.abs().max().item(), 1e-3
-        ), n
+        assert (a - b).abs().max() < (10 if n == 3 else 1) * tol_grad * max(a.abs().max().item(), 1e-3), n
 
 
 MASKS = {
@@ -101,26 +87,19 @@ MASKS = {
     "causal": dict(is_causal=True),
     "window": dict(is_causal=True, window=11),
     "band": dict(window=11),
-    "padding": dict(
-        is_causal=True, mask=(torch.arange(75) < 60)[None, None, None].expand(2, 1, 1, 75)
-    ),
+    "padding": dict(is_causal=True, mask=(torch.arange(75) < 60)[None, None, None].expand(2, 1, 1, 75)),
     "left padding": dict(is_causal=True, mask=(torch.arange(75) >= 5)[None, None, None]),
     "arbitrary": dict(mask=draw(2, 3, 75, 75, seed=4) > 0.5),
     "float": dict(mask=draw(1, 3, 75, 75, seed=5)),
     "prior": dict(is_causal=True, log_mix=draw(2, 3, 75, seed=6)),
-    "no prior": dict(
-        is_causal=True,
-        log_mix=draw(2, 3, 75, seed=6).masked_fill(torch.arange(75) % 3 == 0, -math.inf),
-    ),
+    "no prior": dict(is_causal=True, log_mix=draw(2, 3, 75, seed=6).masked_fill(torch.arange(75) % 3 == 0, -math.inf)),
 }
 
 
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(("name", "f"), BACKENDS, ids=IDS)
 def test_equals_the_formula(name, f, masks):
-    kinds = (
-        ["shared", "diagonal"] if name == "dot" else ["shared", "key", "diagonal", "diagonal key"]
-    )
+    kinds = ["shared", "diagonal"] if name == "dot" else ["shared", "key", "diagonal", "diagonal key"]
     kw = MASKS[masks]
     inputs = [draw(2, 3, 75, 8, seed=n) for n in range(2)] + [draw(2, 3, 75, 5, seed=3)]
     kind = kinds[sorted(MASKS).index(masks) % len(kinds)]
@@ -130,12 +109,7 @@ def test_equals_the_formula(name, f, masks):
 @pytest.mark.parametrize("kind", ["shared", "key", "diagonal", "diagonal key"])
 @pytest.mark.parametrize("name", ["gaussian", "student_t", "laplace", "huber"])
 def test_every_precision_and_cross_attention(name, kind):
-    inputs = [
-        draw(2, 3, 7, 8),
-        draw(2, 3, 140, 8, seed=1),
-        draw(2, 3, 140, 8, seed=2),
-        precision_of(kind, 2, 3, 140, 8),
-    ]
+    inputs = [draw(2, 3, 7, 8), draw(2, 3, 140, 8, seed=1), draw(2, 3, 140, 8, seed=2), precision_of(kind, 2, 3, 140, 8)]
     for f in (sdpa, chunked):
         compare(f, LINKS[name], inputs)
 
@@ -149,13 +123,8 @@ def test_learned_shapes_have_their_gradient(family):
     for shape in ((1, H, 1, 1), (1, 1, 1, 1)):
         found = []
         for call, dtype in ((oracle, torch.float64), (chunked, torch.float32)):
-            own = {
-                n: torch.full(shape, max(v, 0.2), dtype=dtype, requires_grad=True)
-                for n, v in fields.items()
-            }
-            out, lse = call(
-                *(t.to(dtype) for t in x[:3]), kind(**own), x[3].to(dtype), is_causal=True
-            )
+            own = {n: torch.full(shape, max(v, 0.2), dtype=dtype, requires_grad=True) for n, v in fields.items()}
+            out, lse = call(*(t.to(dtype) for t in x[:3]), kind(**own), x[3].to(dtype), is_causal=True)
             found.append(torch.autograd.grad(out.sin().sum() + lse.sin().sum(), list(own.values())))
         for a, b in zip(*found, strict=True):
             assert a.shape == b.shape and (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
@@ -163,9 +132,7 @@ def test_learned_shapes_have_their_gradient(family):
 
 @pytest.mark.parametrize("nu", [0.1, 1.0, 300.0, 1e6])
 def test_student_t_at_every_nu(nu):
-    inputs = [draw(1, 2, 70, 16, seed=n) for n in range(3)] + [
-        torch.full((1, 2, 1, 1), 0.5, dtype=torch.float64)
-    ]
+    inputs = [draw(1, 2, 70, 16, seed=n) for n in range(3)] + [torch.full((1, 2, 1, 1), 0.5, dtype=torch.float64)]
     compare(chunked, StudentT(nu), inputs, is_causal=True)
 
 
@@ -200,30 +167,12 @@ def test_a_family_inside_a_family_keeps_its_shape():
 def test_student_t_becomes_gaussian():
     x = [draw(1, 2, 70, 16, seed=n) for n in range(3)]
     lam = torch.ones(1, 2, 1, 1, dtype=torch.float64)
-    torch.testing.assert_close(
-        chunked(*x, StudentT(1e9), lam), chunked(*x, Gaussian(), lam), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(chunked(*x, StudentT(1e9), lam), chunked(*x, Gaussian(), lam), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["gaussian", "student_t", "laplace", "huber", "generalized_gaussian"]
-)
-@pytest.mark.parametrize(
-    "case",
-    [
-        "huge",
-        "offset 30",
-        "offset 300",
-        "equal",
-        "same",
-        "outlier",
-        "first",
-        "d=1",
-        "T=1",
-        "1e-6",
-        "1e6",
-    ],
-)
+@pytest.mark.parametrize("name", ["gaussian", "student_t", "laplace", "huber", "generalized_gaussian"])
+@pytest.mark.parametrize("case", ["huge", "offset 30", "offset 300", "equal", "same", "outlier", "first", "d=1", "T=1",
+                                  "1e-6", "1e6"])
 def test_adversarial_inputs(name, case):
     T, d = (1 if case == "T=1" else 66), (1 if case == "d=1" else 16)
     q, k, v = (draw(1, 2, T, d, seed=n).float() for n in range(3))
@@ -239,21 +188,14 @@ def test_adversarial_inputs(name, case):
     if case in ("outlier", "first"):
         at = 0 if case == "first" else 9
         q[:, :, at], k[:, :, at] = 1e4, 1e4
-    exact, energy = oracle(
-        *(x.double() for x in (q, k, v)), LINKS[name], lam.double(), is_causal=True
-    )
+    exact, energy = oracle(*(x.double() for x in (q, k, v)), LINKS[name], lam.double(), is_causal=True)
     leaves = [x.requires_grad_() for x in (q, k, v, lam)]
     for f in (sdpa, chunked):
         out, lse = f(*leaves[:3], LINKS[name], leaves[3], is_causal=True)
-        scores = (
-            1e4 if case in ("huge", "1e6") else 1.0
-        )  # float32 keeps seven digits of the largest score
+        scores = 1e4 if case in ("huge", "1e6") else 1.0  # float32 keeps seven digits of the largest score
         assert (out - exact).abs().max() < 5e-5 * (1 if scores == 1 else 20)
         # a distance is a difference of squares: float32 keeps seven digits of those
-        squares = (
-            lam
-            * ((q.detach() ** 2).sum(-1) + (k.detach() ** 2).sum(-1).cummax(-1).values)[..., None]
-        )
+        squares = lam * ((q.detach() ** 2).sum(-1) + (k.detach() ** 2).sum(-1).cummax(-1).values)[..., None]
         assert ((lse - energy).abs() < 5e-5 + 5e-5 * energy.abs() + 1e-6 * squares[..., 0]).all()
         grads = torch.autograd.grad(out.sum() + lse.clamp(-10, 10).sum(), leaves, allow_unused=True)
         assert all(g is None or g.isfinite().all() for g in grads)
@@ -266,9 +208,7 @@ def test_no_token_reaches_into_the_past(name, f, kind):
         pytest.skip("dot products have one scale")
     q, k, v = (draw(1, 2, 100, 8, seed=n).float() + 2 for n in range(3))
     lam = precision_of(kind, 1, 2, 100, 8).float()
-    for t, value, kw in itertools.product(
-        (1, 8, 70), (0.0, 3e4), (dict(), dict(window=20), dict(grads=True))
-    ):
+    for t, value, kw in itertools.product((1, 8, 70), (0.0, 3e4), (dict(), dict(window=20), dict(grads=True))):
         grads, kw = kw.get("grads", False), {n: a for n, a in kw.items() if n != "grads"}
         runs = []
         for change in (False, True):
@@ -306,11 +246,7 @@ def test_not_a_number_stays_one(name, f):
         x = [draw(1, 1, 70, 4, seed=n).float() for n in range(3)]
         x[which][0, 0, 66, 1] = math.nan
         out, lse = f(*x, LINKS[name], lam, is_causal=True)
-        assert (
-            out[0, 0, 66].isnan().all()
-            and lse[0, 0, 66].isnan()
-            and out[0, 0, :66].isfinite().all()
-        )
+        assert out[0, 0, 66].isnan().all() and lse[0, 0, 66].isnan() and out[0, 0, :66].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -326,10 +262,7 @@ def test_short_dtypes_lose_no_more_than_dot_products(dtype):
 
     yard = loss(sdpa, "dot", lam)
     for precision in (lam, lam.expand(1, 2, 300, 1), lam.expand(1, 2, 300, 64)):
-        assert (
-            loss(sdpa, Gaussian(), precision) < 1.5 * yard
-            and loss(chunked, Gaussian(), precision) < 1.5 * yard
-        )
+        assert loss(sdpa, Gaussian(), precision) < 1.5 * yard and loss(chunked, Gaussian(), precision) < 1.5 * yard
     assert loss(chunked, StudentT(), lam * 4 / 68) < 1.5 * yard
 
 
@@ -340,9 +273,7 @@ def test_short_lanes_have_gradients():
         for f, dtype in ((oracle, torch.float64), (sdpa, torch.bfloat16)):
             leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (*x, lam)]
             out, lse = f(*leaves[:3], Gaussian(), leaves[3], is_causal=True)
-            grads.append(
-                torch.autograd.grad((out.double() ** 2).sum() + lse.double().sum(), leaves)
-            )
+            grads.append(torch.autograd.grad((out.double() ** 2).sum() + lse.double().sum(), leaves))
         for a, b in zip(*grads, strict=True):
             assert (a - b.double()).norm() < 0.05 * a.norm()
 
@@ -357,41 +288,22 @@ def test_dropout_is_drawn_again_by_the_backward_pass():
         return chunked(*x[:3], StudentT(), x[3], is_causal=True, dropout_p=0.4)
 
     assert torch.autograd.gradcheck(run, (*leaves, lam), fast_mode=True)
-    kept = (
-        chunked(*leaves, StudentT(), lam, dropout_p=0.4)[0],
-        chunked(*leaves, StudentT(), lam, dropout_p=0.4)[0],
-    )
+    kept = chunked(*leaves, StudentT(), lam, dropout_p=0.4)[0], chunked(*leaves, StudentT(), lam, dropout_p=0.4)[0]
     assert not torch.equal(*kept)
     torch.manual_seed(7)
     ones = torch.ones(1, 1, 400, 1)
-    mass = sdpa(
-        torch.zeros(1, 1, 400, 2),
-        torch.zeros(1, 1, 400, 2),
-        ones,
-        Gaussian(),
-        ones[..., :1, :],
-        dropout_p=0.25,
-    )[0]
+    mass = sdpa(torch.zeros(1, 1, 400, 2), torch.zeros(1, 1, 400, 2), ones, Gaussian(), ones[..., :1, :], dropout_p=0.25)[0]
     assert abs(mass.mean() - 1) < 0.01 and mass.std() > 0.005
 
 
 @settings(max_examples=25)
-@given(
-    st.integers(1, 140),
-    st.integers(1, 5),
-    st.integers(1, 6),
-    st.integers(1, 200),
-    st.booleans(),
-    st.integers(0, 99),
-)
+@given(st.integers(1, 140), st.integers(1, 5), st.integers(1, 6), st.integers(1, 200), st.booleans(), st.integers(0, 99))
 def test_any_shape(T, d, dv, window, causal, seed):
     x = [draw(1, 2, T, n, seed=seed + m) for m, n in enumerate((d, d, dv))]
     lam = precision_of("key", 1, 2, T, d)
     for link in (Gaussian(), Laplace()):
         found = chunked(*x, link, lam, is_causal=causal, window=window)
-        torch.testing.assert_close(
-            found, oracle(*x, link, lam, is_causal=causal, window=window), rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(found, oracle(*x, link, lam, is_causal=causal, window=window), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("M", [1, 3])
@@ -400,13 +312,9 @@ def test_merge_is_attention_over_the_union(M):
     lam = torch.ones(1, 2, 1, 1, dtype=torch.float64)
     future = torch.ones(66, 66, dtype=torch.bool).tril().repeat(1, M)[None, None]
     whole = oracle(q, torch.cat(keys, -2), torch.cat([v] * M, -2), Gaussian(), lam, mask=future)
-    parts = merge(
-        *zip(*(sdpa(q, k, v, Gaussian(), lam, is_causal=True) for k in keys), strict=True)
-    )
+    parts = merge(*zip(*(sdpa(q, k, v, Gaussian(), lam, is_causal=True) for k in keys), strict=True))
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
-    grads = [
-        torch.autograd.grad(o.sin().sum() + e.cos().sum(), (q, v, *keys)) for o, e in (parts, whole)
-    ]
+    grads = [torch.autograd.grad(o.sin().sum() + e.cos().sum(), (q, v, *keys)) for o, e in (parts, whole)]
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-9)
 
 
@@ -438,41 +346,26 @@ def test_choices_are_said_and_run():
     q, k, v = (draw(1, 2, 20, 8, seed=n).float() for n in range(3))
     head, keyed = torch.ones(1, 2, 1, 1), torch.ones(1, 2, 20, 8)
     for link in LINKS.values():
-        for lam, kw in itertools.product(
-            (head, keyed), (dict(), dict(window=4), dict(dropout_p=0.1), dict(is_causal=True))
-        ):
+        for lam, kw in itertools.product((head, keyed), (dict(), dict(window=4), dict(dropout_p=0.1), dict(is_causal=True))):
             if link == "dot" and lam is keyed:
                 continue
             name, why = kernels.choose(q, k, v, link, lam, **kw)
             assert name in ("sdpa", "chunked") and len(why.split()) > 5
             out = getattr(kernels, name)(q, k, v, link, lam, **kw)[0]
             if "dropout_p" not in kw:
-                torch.testing.assert_close(
-                    out, chunked(q, k, v, link, lam, **kw)[0], rtol=1e-5, atol=1e-5
-                )
+                torch.testing.assert_close(out, chunked(q, k, v, link, lam, **kw)[0], rtol=1e-5, atol=1e-5)
     long = torch.zeros(1, 1, kernels.LONG, 2)
     assert kernels.choose(long, long, long, Gaussian(), head[:, :1], grads=True)[0] == "sdpa"
 
 
-@pytest.mark.parametrize(
-    ("bad", "kind", "words"),
-    [
-        (dict(link="cosine"), TypeError, "elliptical family"),
-        (dict(k=torch.zeros(1, 2, 9, 4)), ValueError, "is_causal needs"),
-        (dict(q=torch.zeros(2, 9, 4)), ValueError, "needs q"),
-        (dict(link="dot", precision=torch.ones(1, 1, 8, 1)), ValueError, "one scale"),
-        (dict(window=0), ValueError, "window"),
-    ],
-)
+@pytest.mark.parametrize(("bad", "kind", "words"), [
+    (dict(link="cosine"), TypeError, "elliptical family"), (dict(k=torch.zeros(1, 2, 9, 4)), ValueError, "is_causal needs"),
+    (dict(q=torch.zeros(2, 9, 4)), ValueError, "needs q"),
+    (dict(link="dot", precision=torch.ones(1, 1, 8, 1)), ValueError, "one scale"),
+    (dict(window=0), ValueError, "window")])
 def test_bad_arguments_get_a_sentence(bad, kind, words):
-    args = dict(
-        q=torch.zeros(1, 2, 8, 4),
-        k=torch.zeros(1, 2, 8, 4),
-        v=torch.zeros(1, 2, 8, 4),
-        link=Gaussian(),
-        precision=torch.ones(1, 1, 1, 1),
-        is_causal=True,
-    )
+    args = dict(q=torch.zeros(1, 2, 8, 4), k=torch.zeros(1, 2, 8, 4), v=torch.zeros(1, 2, 8, 4), link=Gaussian(),
+                precision=torch.ones(1, 1, 1, 1), is_causal=True)
     args |= bad
     if args["k"].shape[-2] == 9:
         args["v"] = args["k"]
@@ -488,9 +381,7 @@ def test_training_memory_is_linear():
     x = [torch.randn(1, 6, 2048, 32, requires_grad=True) for _ in range(3)]
     lam = torch.ones(1, 6, 1, 1, requires_grad=True)
     for link in (StudentT(), Laplace()):
-        peak = peak_bytes(
-            lambda link=link: chunked(*x, link, lam, is_causal=True)[0].sum().backward()
-        )
+        peak = peak_bytes(lambda link=link: chunked(*x, link, lam, is_causal=True)[0].sum().backward())
         assert peak is None or 0 < peak < 0.5 * 6 * 2048**2 * 4
 
 
@@ -507,15 +398,8 @@ def union(q, k, v, link, precision, log_mix=None, mask=None, is_causal=False, wi
         hide = mask & hide if mask.dtype == torch.bool else mask.masked_fill(~hide, -math.inf)
     long = lambda x, *last: x.expand(*x.shape[:2], M, T, *last).flatten(2, 3)
     prior = None if log_mix is None else long(log_mix)
-    return oracle(
-        q,
-        k.flatten(2, 3),
-        torch.cat([v] * M, -2),
-        link,
-        long(precision, precision.shape[-1]),
-        prior,
-        hide.expand(*hide.shape[:2], *hide.shape[-2:]).repeat(1, 1, 1, M),
-    )
+    return oracle(q, k.flatten(2, 3), torch.cat([v] * M, -2), link, long(precision, precision.shape[-1]), prior,
+                  hide.expand(*hide.shape[:2], *hide.shape[-2:]).repeat(1, 1, 1, M))
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -529,13 +413,8 @@ def test_a_mixture_in_one_pass_is_attention_over_the_union(name, masks):
     if kw.get("mask") is not None and kw["mask"].shape[-2] == 1:
         kw["mask"] = kw["mask"].expand(-1, -1, 75, -1)
     inputs = [draw(2, 3, 75, 8), draw(2, 3, M, 75, 8, seed=1), draw(2, 3, 75, 5, seed=3)]
-    shapes = {
-        "head": (1, 3, 1, 1, 1),
-        "component": (1, 3, M, 1, 1),
-        "key": (2, 3, M, 75, 1),
-        "coordinate": (1, 3, M, 1, 8),
-        "diagonal": (2, 3, M, 75, 8),
-    }
+    shapes = {"head": (1, 3, 1, 1, 1), "component": (1, 3, M, 1, 1), "key": (2, 3, M, 75, 1), "coordinate": (1, 3, M, 1, 8),
+              "diagonal": (2, 3, M, 75, 8)}
     for kind in [sorted(shapes)[(sorted(MASKS).index(masks) + n) % len(shapes)] for n in range(2)]:
         shape = shapes[kind]
         compare_mixture(LINKS[name], [*inputs, draw(*shape, seed=9).abs() / 2 + 0.3], **kw)
@@ -549,46 +428,31 @@ def compare_mixture(link, leaves, **kw):
         assert torch.equal(found[0][1].isinf(), near[1].isinf())
         for n, (a, b) in enumerate(zip(found[0], near, strict=True)):
             a, b = (x.masked_fill(x == -math.inf, 0.0) for x in (a, b))
-            assert b.isfinite().all() and (a - b).abs().max() < (10 if n == 5 else 1) * tol * max(
-                a.abs().max().item(), 1
-            ), n
+            assert b.isfinite().all() and (a - b).abs().max() < (10 if n == 5 else 1) * tol * max(a.abs().max().item(), 1), n
 
 
 def test_a_mixture_learns_its_shape_and_one_component_is_none():
     q, k, v = draw(2, 3, 70, 4), draw(2, 3, 2, 70, 4, seed=1), draw(2, 3, 70, 4, seed=2)
     found = []
     for f in (union, chunked):
-        nu, lam = (
-            torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64).requires_grad_() for _ in range(2)
-        )
-        out, lse = f(
-            q, k, v, StudentT(nu.view(1, 3, 1, 1)), lam.view(1, 3, 1, 1, 1), is_causal=True
-        )
+        nu, lam = (torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64).requires_grad_() for _ in range(2))
+        out, lse = f(q, k, v, StudentT(nu.view(1, 3, 1, 1)), lam.view(1, 3, 1, 1, 1), is_causal=True)
         found.append((out, lse, *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), (nu, lam))))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
     lam = torch.ones(1, 3, 1, 1, dtype=torch.float64)
-    torch.testing.assert_close(
-        chunked(q, k[:, :, :1], v, Laplace(), lam[:, :, None]),
-        chunked(q, k[:, :, 0], v, Laplace(), lam),
-    )
+    torch.testing.assert_close(chunked(q, k[:, :, :1], v, Laplace(), lam[:, :, None]), chunked(q, k[:, :, 0], v, Laplace(), lam))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "laplace"])
 def test_a_mixture_keeps_what_masks_promise(name):
     "No token reaches into the past; blind rows are zero; dropout is drawn again."
-    q, k, v = (
-        draw(1, 2, 100, 8).float() + 2,
-        draw(1, 2, 2, 100, 8, seed=1).float() + 2,
-        draw(1, 2, 100, 8, seed=2).float(),
-    )
+    q, k, v = draw(1, 2, 100, 8).float() + 2, draw(1, 2, 2, 100, 8, seed=1).float() + 2, draw(1, 2, 100, 8, seed=2).float()
     lam = draw(1, 2, 2, 1, 1, seed=3).abs().float() + 0.3
     for t, value in itertools.product((1, 8, 70), (0.0, 3e4)):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[..., t, :] = value
-        before, after = (
-            chunked(*x, LINKS[name], lam, is_causal=True) for x in ((q, k, v), changed)
-        )
+        before, after = (chunked(*x, LINKS[name], lam, is_causal=True) for x in ((q, k, v), changed))
         for a, b in zip(before, after, strict=True):
             assert torch.equal(a[:, :, :t], b[:, :, :t]) and not torch.equal(a, b)
     mask = torch.ones(1, 1, 100, 100, dtype=torch.bool)
@@ -618,44 +482,20 @@ def test_strided_inputs_and_their_gradients(name):
 def test_memory_of_every_family_is_a_few_inputs():
     "At most twice PyTorch's kernel, in pages; measured in a fresh process, whose allocator holds nothing yet."
     if "FRESH_PROCESS" not in os.environ:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            f"{__file__}::test_memory_of_every_family_is_a_few_inputs",
-        ]
-        found = subprocess.run(
-            command,
-            env=os.environ | {"FRESH_PROCESS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_memory_of_every_family_is_a_few_inputs"]
+        found = subprocess.run(command, env=os.environ | {"FRESH_PROCESS": "1"}, capture_output=True, text=True, timeout=300)
         assert found.returncode == 0 and "1 passed" in found.stdout, found.stdout
         return
     from pc_transformer.experiments.attention_speed import mixture, peak_bytes
 
     q, k, v = (torch.randn(4, 6, 512, 64, requires_grad=True) for _ in range(3))
-    head, key = (
-        torch.full((1, 6, 1, 1), 0.1, requires_grad=True),
-        torch.full((4, 6, 512, 64), 0.1, requires_grad=True),
-    )
+    head, key = torch.full((1, 6, 1, 1), 0.1, requires_grad=True), torch.full((4, 6, 512, 64), 0.1, requires_grad=True)
     dout = torch.randn_like(v)
     step = lambda out, *leaves: torch.autograd.grad(out, leaves, dout)
-    base = peak_bytes(
-        lambda: step(F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
-    )
-    runs = [
-        (chunked, link, lam)
-        for link in LINKS.values()
-        for lam in (head, key)
-        if not (link == "dot" and lam is key)
-    ]
+    base = peak_bytes(lambda: step(F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v))
+    runs = [(chunked, link, lam) for link in LINKS.values() for lam in (head, key) if not (link == "dot" and lam is key)]
     for f, link, lam in [*runs, (mixture, Gaussian(), head), (mixture, StudentT(), head)]:
-        run = lambda f=f, g=link, p=lam: step(
-            f(q, k, v, g, p, is_causal=True, need_lse=False)[0], q, k, v, p
-        )
+        run = lambda f=f, g=link, p=lam: step(f(q, k, v, g, p, is_causal=True, need_lse=False)[0], q, k, v, p)
         peak = peak_bytes(run)
         if base is not None and peak is not None:
             assert peak < 2 * base, (f.__name__, link, lam.shape, peak / base)

@@ -26,16 +26,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gaussian": {"attention": "gaussian"},
     "dot, learned scale": {"attention": "dot", "precision_init": 0.7},
     "student_t, per key": {"attention": "student_t", "precision": "key", "tail": 3.0},
-    "laplace, diagonal, background": {
-        "attention": "laplace",
-        "precision": "diagonal",
-        "background": True,
-    },
-    "mixture, mixing by key, shared keys": {
-        "attention": "mixture",
-        "mixing": "key",
-        "n_kv_head": 1,
-    },
+    "laplace, diagonal, background": {"attention": "laplace", "precision": "diagonal", "background": True},
+    "mixture, mixing by key, shared keys": {"attention": "mixture", "mixing": "key", "n_kv_head": 1},
 }
 SIZES = {"vocab_size": 9, "block_size": 6, "n_layer": 2, "n_head": 2, "d_model": 8}
 
@@ -69,9 +61,7 @@ def build(family: str, seed: int = 1) -> PCTransformer:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    tokens, targets = torch.randint(
-        9, (2, 2, 6), generator=torch.Generator().manual_seed(0)
-    ).unbind()
+    tokens, targets = torch.randint(9, (2, 2, 6), generator=torch.Generator().manual_seed(0)).unbind()
     targets[1, 2] = -100
     return tokens, targets
 
@@ -86,9 +76,7 @@ def constructor(model: PCTransformer, l: int) -> str:
     return f"FeedForwardLayer({c.d_model})"
 
 
-def write_layers(
-    model: PCTransformer, settled: Settled, tokens: Tensor, folder: Path
-) -> list[Path]:
+def write_layers(model: PCTransformer, settled: Settled, tokens: Tensor, folder: Path) -> list[Path]:
     "One file a layer: its own weights, s_{l-1}, eps_l, Pi_l and the count."
     below = [tokens, *settled.states[:-1]]
     files = []
@@ -105,10 +93,7 @@ def write_layers(
 def in_a_fresh_process(files: list[Path]) -> list[dict[str, Tensor]]:
     "What `local_gradient` says of each file, computed elsewhere."
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, *map(str, files)],
-        capture_output=True,
-        text=True,
-        cwd=files[0].parent,
+        [sys.executable, "-c", FRESH, *map(str, files)], capture_output=True, text=True, cwd=files[0].parent
     )
     assert done.returncode == 0, done.stderr
     return [load_file(f"{file}.gradient") for file in files]
@@ -124,9 +109,7 @@ SOLVERS: dict[str, Solver] = {
     "one step": ErrorSettling(),
     "soft": ErrorSettling(3, 20.0, 0.5),
     "lean": ErrorSettling(2, 20.0, 0.5, lean=True),
-    "student_t nodes, per coordinate": ErrorSettling(
-        2, 20.0, 0.5, family=StudentT(nu=4.0), per="coordinate"
-    ),
+    "student_t nodes, per coordinate": ErrorSettling(2, 20.0, 0.5, family=StudentT(nu=4.0), per="coordinate"),
     "laplace nodes, per token": ErrorSettling(2, 20.0, 0.5, family=Laplace(eps=1.0), per="token"),
     "parallel states": StateSettling(6, 100.0),
 }
@@ -150,13 +133,9 @@ def check_locality(family: str, learner: Any) -> None:
     model, (tokens, targets) = build(family), batch()
     settled = learner.solver(model, tokens, targets)
     learner.backward(model, tokens, targets)
-    for l, (f, local) in enumerate(
-        zip(model.predictors, elsewhere(family)[learner.solver], strict=True)
-    ):
+    for l, (f, local) in enumerate(zip(model.predictors, elsewhere(family)[learner.solver], strict=True)):
         names = {n for n, _ in f.named_parameters()}
-        assert names == local.keys(), (
-            f"layer {l}: parameters {names}, computed elsewhere {set(local)}"
-        )
+        assert names == local.keys(), f"layer {l}: parameters {names}, computed elsewhere {set(local)}"
         for name, p in f.named_parameters():
             assert p.grad is not None, f"layer {l}: {name} has no gradient"
             tied = p is model.output.weight
@@ -179,9 +158,7 @@ def test_untied_layers_are_bit_equal(family: str) -> None:
     "The same machine, the same operations in the same order: not even rounding differs."
     model, learner = build(family), PredictiveCoding()
     learner.backward(model, *batch())
-    for l, (f, local) in enumerate(
-        zip(model.predictors, elsewhere(family)[learner.solver], strict=True)
-    ):
+    for l, (f, local) in enumerate(zip(model.predictors, elsewhere(family)[learner.solver], strict=True)):
         for name, p in f.named_parameters():
             if p is not model.output.weight:
                 assert torch.equal(p.grad, local[name]), f"layer {l}: {name}"
@@ -199,14 +176,9 @@ class NotLocal(PredictiveCoding):
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
             push = -settled.precision[l] * settled.errors[l] / settled.count
             parameters = list(f.parameters())
-            accumulate(
-                parameters,
-                torch.autograd.grad(mu, parameters, push + self.extra(l, settled, model)),
-            )
+            accumulate(parameters, torch.autograd.grad(mu, parameters, push + self.extra(l, settled, model)))
         parameters = list(model.output.parameters())
-        accumulate(
-            parameters, torch.autograd.grad(settled.up.output_energy / settled.count, parameters)
-        )
+        accumulate(parameters, torch.autograd.grad(settled.up.output_energy / settled.count, parameters))
 
 
 EXTRAS: dict[str, Callable[[int, Settled, Any], Tensor | float]] = {

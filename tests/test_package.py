@@ -10,25 +10,13 @@ import pc_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"nbdev", "fastcore", "execnb", "IPython"}  # what made the package
-LAZY = {
-    "matplotlib",
-    "jsonargparse",
-    "pooch",
-    "ipywidgets",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "triton",
-    "tensorboard",
-}
+LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton", "tensorboard"}
 
 
 def modules_after(code: str) -> set[str]:
     """The modules that a fresh Python has loaded after running the code."""
     code = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -63,6 +51,4 @@ def test_import_costs_little_more_than_torch() -> None:
 
 def test_version_is_that_of_the_settings() -> None:
     """The version has one source."""
-    assert f"version = {pc_transformer.__version__}\n" in (ROOT / "settings.ini").read_text(
-        encoding="utf-8"
-    )
+    assert f"version = {pc_transformer.__version__}\n" in (ROOT / "settings.ini").read_text(encoding="utf-8")

@@ -12,12 +12,7 @@ from pc_transformer.attention import initial_precision
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import Batches
 from pc_transformer.experiments.families import (
-    best_sharpness,
-    changes_of,
-    loss_at,
-    run_config,
-    run_name,
-    select,
+    best_sharpness, changes_of, loss_at, run_config, run_name, select,
 )
 from pc_transformer.experiments.harness import verdict
 from pc_transformer.experiments.settled_reading import (

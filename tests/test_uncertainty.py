@@ -22,37 +22,13 @@ from pc_transformer.model import convert
 from pc_transformer.data import TextData
 from pc_transformer.training import load
 from pc_transformer.experiments.uncertainty import (
-    DAMAGES,
-    damage,
-    even_windows,
-    foreign_tokens,
-    replace_characters,
-    shuffle_words,
-    study_ensemble,
-    study_one,
-    uncertainty_study,
+    DAMAGES, damage, even_windows, foreign_tokens, replace_characters, shuffle_words,
+    study_ensemble, study_one, uncertainty_study,
 )
 from pc_transformer.inference import (
-    SCORES,
-    StateGaussians,
-    aurc,
-    auroc,
-    bootstrap_interval,
-    brier,
-    confidence_and_correct,
-    decompose,
-    ensemble_log_probs,
-    entropy,
-    fit_logistic,
-    fit_temperature,
-    head_energies,
-    midranks,
-    node_states,
-    noisy_log_probs,
-    reliability,
-    risk_coverage,
-    scaled_nll,
-    token_scores,
+    SCORES, StateGaussians, aurc, auroc, bootstrap_interval, brier, confidence_and_correct,
+    decompose, ensemble_log_probs, entropy, fit_logistic, fit_temperature, head_energies,
+    midranks, node_states, noisy_log_probs, reliability, risk_coverage, scaled_nll, token_scores,
 )
 
 SIZES: dict[str, Any] = {
@@ -614,7 +590,7 @@ def test_the_study_refuses(
     )
     save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
     for models, changes, says in (
-        ("[]", {}, "no models"),
+        ("[]", {}, "must name at least one"),
         (f"[{folder / 'nowhere'}]", {}, "no saved model"),
         (f"[{tmp_path / 'abc'}]", {}, "another vocabulary"),
         (f"[{tmp_path / 'silent'}]", {}, "without a tokenizer"),

@@ -35,36 +35,13 @@ KATEX = re.compile(
     re.S,
 )
 GLYPH = re.compile(r'<path id="MJX-\d+-([^"]+)" d="([^"]*)"/>')
-RAW_TEX = re.compile(
-    r"\\[(\[].|\\(?:begin|frac|text|math\w+|displaystyle|sum|left)\b|\$[^$\n]*[\\_^{][^$\n]*\$"
-)
+RAW_TEX = re.compile(r"\\[(\[].|\\(?:begin|frac|text|math\w+|displaystyle|sum|left)\b|\$[^$\n]*[\\_^{][^$\n]*\$")
 REPO_LINK = re.compile(r"\]\((?:\.\./)+([^)\s#]+)(#[^)\s]*)?\)")
 REMOTE_CSS = re.compile(r"(?:@import\s+|url\()[\s\"'(]*((?:https?:)?//[^\"')\s]+)")
 WEB_FONT = re.compile(r"@import\s+url\([^)]*\);?")  # the themes fall back to the reader's own fonts
-VOID = {
-    "area",
-    "base",
-    "br",
-    "col",
-    "embed",
-    "hr",
-    "img",
-    "input",
-    "link",
-    "meta",
-    "source",
-    "track",
-    "wbr",
-}
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 QUIET = {"code", "pre", "script", "style", "svg", "title"}  # their text is no prose
-LOADS = {
-    "script": "src",
-    "img": "src",
-    "link": "href",
-    "iframe": "src",
-    "source": "src",
-    "video": "src",
-}
+LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 
 
 # ---------------------------------------------------------------- before: a copy of the project, filtered
@@ -90,11 +67,7 @@ def hrefs(entries: list[Any]) -> list[str]:
 
 def notebooks(root: Path) -> list[Path]:
     """Every notebook of the book, in whichever folder."""
-    return [
-        p
-        for p in sorted(root.glob("nbs/**/*.ipynb"))
-        if not any(x[0] in "._" for x in p.relative_to(root).parts)
-    ]
+    return [p for p in sorted(root.glob("nbs/**/*.ipynb")) if not any(x[0] in "._" for x in p.relative_to(root).parts)]
 
 
 def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
@@ -102,16 +75,8 @@ def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
     listed = hrefs(config["website"]["sidebar"]["contents"])
     there = [p.relative_to(root).as_posix() for p in notebooks(root)]
     bad = [f"_quarto.yml: the sidebar does not name {p}" for p in there if p not in listed]
-    bad += [
-        f"_quarto.yml: the sidebar names {p}, which does not exist"
-        for p in listed
-        if p not in there
-    ]
-    return bad + [
-        f"_quarto.yml: the sidebar names {p} twice"
-        for p in sorted(set(listed))
-        if listed.count(p) > 1
-    ]
+    bad += [f"_quarto.yml: the sidebar names {p}, which does not exist" for p in listed if p not in there]
+    return bad + [f"_quarto.yml: the sidebar names {p} twice" for p in sorted(set(listed)) if listed.count(p) > 1]
 
 
 def repo_link(match: re.Match[str], root: Path, blob: str) -> str:
@@ -123,9 +88,7 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
     """Copy what the site needs, with filtered notebooks; return what is wrong with them."""
     bad: list[str] = []
     blob = f"{config['website']['repo-url']}/blob/main/"
-    (to / "_quarto.yml").write_text(
-        yaml.safe_dump(quarto_only(config), sort_keys=False), encoding="utf-8"
-    )
+    (to / "_quarto.yml").write_text(yaml.safe_dump(quarto_only(config), sort_keys=False), encoding="utf-8")
     shutil.copytree(root / "nbs", to / "nbs", ignore=shutil.ignore_patterns("*.ipynb", ".*", "_*"))
     (to / "tools").mkdir()
     for css in (root / "tools").glob("*.css"):
@@ -133,16 +96,10 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
     for path in notebooks(root):
         nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")))
         for cell in nb["cells"]:
-            if (
-                cell["cell_type"] == "markdown"
-            ):  # a link to a file of the repository leads to its page there
-                cell["source"] = REPO_LINK.sub(
-                    lambda m: repo_link(m, root, blob), "".join(cell["source"])
-                )
+            if cell["cell_type"] == "markdown":  # a link to a file of the repository leads to its page there
+                cell["source"] = REPO_LINK.sub(lambda m: repo_link(m, root, blob), "".join(cell["source"]))
             if any(o["output_type"] == "error" for o in cell.get("outputs", [])):
-                bad.append(
-                    f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved outputs"
-                )
+                bad.append(f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved outputs")
         place = to / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
@@ -171,14 +128,10 @@ class Typesetter:
                 svg = f"<svg data-mjx-error='{html.escape(str(e))}'></svg>"
             self.done[key] = svg
         svg = self.done[key]
-        unknown = re.search(
-            r'data-mml-node="mtext"[^>]*fill="red"|fill="red"[^>]*data-mml-node="mtext"', svg
-        )
+        unknown = re.search(r'data-mml-node="mtext"[^>]*fill="red"|fill="red"[^>]*data-mml-node="mtext"', svg)
         if "data-mjx-error" in svg or "merror" in svg or unknown:
             why = re.search(r'data-mjx-error=["\']([^"\']*)', svg)
-            self.errors.append(
-                f"{self.page}: bad formula ({why[1] if why else 'unknown command'}): {tex}"
-            )
+            self.errors.append(f"{self.page}: bad formula ({why[1] if why else 'unknown command'}): {tex}")
         return svg
 
     def typeset(self, text: str, page: str) -> tuple[str, int]:
@@ -195,9 +148,7 @@ class Typesetter:
             svg = re.sub(r' (?:data-[\w-]+|focusable|role)="[^"]*"', "", svg)
             label = html.escape(tex, quote=True).replace("\n", " ")
             svg = svg.replace("<svg ", f'<svg class="math-svg" role="img" aria-label="{label}" ', 1)
-            focus = (
-                ' tabindex="0"' if match[1] == "display" else ""
-            )  # the keyboard can scroll a wide one
+            focus = ' tabindex="0"' if match[1] == "display" else ""  # the keyboard can scroll a wide one
             return f'<span class="math {match[1]}"{focus}>{svg}</span>'
 
         text, count = MATH.subn(one, text)
@@ -269,9 +220,7 @@ def check_site(site: Path) -> list[str]:
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 bad.append(f"{name}: broken link {href}")
-            elif (
-                url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids
-            ):
+            elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids:
                 bad.append(f"{name}: broken link {href}: there is no such heading")
     for css in site.rglob("*.css"):
         for url in REMOTE_CSS.findall(css.read_text(encoding="utf-8")):
@@ -290,16 +239,12 @@ def build_site(root: Path, out: Path) -> list[str]:
             site = build(work, quiet=True)
         except (BuildError, ConfigError) as e:
             return [*bad, str(e)]
-        bad += [
-            str(w) for w in site.warnings if "broken link" not in w
-        ]  # check_site finds these too
+        bad += [str(w) for w in site.warnings if "broken link" not in w]  # check_site finds these too
         made = work / config["project"]["output-dir"]
         setter = Typesetter()
         total = 0
         for path in sorted(made.rglob("*.html")):
-            text, count = setter.typeset(
-                path.read_text(encoding="utf-8"), path.relative_to(made).as_posix()
-            )
+            text, count = setter.typeset(path.read_text(encoding="utf-8"), path.relative_to(made).as_posix())
             path.write_text(text, encoding="utf-8")
             total += count
         bad += setter.errors
@@ -321,15 +266,9 @@ def build_site(root: Path, out: Path) -> list[str]:
 
 def main() -> int:
     """Build the site; 1 when anything is wrong with it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, help="the repository (default: this one)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the output folder, replaced (default: _docs in the repository)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this one)")
+    parser.add_argument("--out", type=Path, help="the output folder, replaced (default: _docs in the repository)")
     args = parser.parse_args()
     out = (args.out or args.root / "_docs").resolve()
     if out.exists() and not (out / "site_libs").is_dir() and any(out.iterdir()):

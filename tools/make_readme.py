@@ -66,15 +66,9 @@ def on_disk(root: Path) -> dict[str, bytes]:
 
 def main() -> int:
     """Write or check the README."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 when README.md is out of step"
-    )
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, help="the repository (default: this one)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is out of step")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this one)")
     args = parser.parse_args()
     if not (args.root / "nbs/index.ipynb").is_file():
         print("nbs/index.ipynb is missing: README.md is made from it", file=sys.stderr)
@@ -83,10 +77,7 @@ def main() -> int:
     stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if args.check:
         if stale:
-            print(
-                f"out of step with nbs/index.ipynb: {', '.join(stale)} (run `make readme`)",
-                file=sys.stderr,
-            )
+            print(f"out of step with nbs/index.ipynb: {', '.join(stale)} (run `make readme`)", file=sys.stderr)
         return 1 if stale else 0
     for name in stale:
         path = args.root / name

@@ -39,9 +39,7 @@ def filter_cell(cell: dict[str, Any]) -> dict[str, Any] | None:
     outputs = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
     if not code and not outputs:
         return None
-    source = "\n".join([*options, code]).splitlines(
-        keepends=True
-    )  # a list of lines: Quarto needs it so
+    source = "\n".join([*options, code]).splitlines(keepends=True)  # a list of lines: Quarto needs it so
     return {**cell, "source": source, "outputs": outputs}
 
 
@@ -52,9 +50,7 @@ def filter_notebook(nb: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Filter stdin to stdout."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_known_args()
     json.dump(filter_notebook(json.load(sys.stdin)), sys.stdout, ensure_ascii=False, indent=1)
 

@@ -29,9 +29,7 @@ def script_of(path: Path) -> Path:
 def to_script(path: Path) -> Path:
     """Write the notebook as a script."""
     nb = nbformat.read(path, as_version=4)
-    nb.metadata = NotebookNode(
-        jupytext={"cell_metadata_filter": "all", "notebook_metadata_filter": "-all"}
-    )
+    nb.metadata = NotebookNode(jupytext={"cell_metadata_filter": "all", "notebook_metadata_filter": "-all"})
     for cell in nb.cells:
         cell.metadata["id"] = cell.id
     script = script_of(path)
@@ -50,12 +48,7 @@ def from_script(path: Path) -> Path:
         cell.id = key if key not in seen else cell.id  # a cell that was copied together with its id
         seen.add(cell.id)
         before = old.get(cell.id)
-        if (
-            before is not None
-            and before.source == cell.source
-            and "outputs" in before
-            and "outputs" in cell
-        ):
+        if before is not None and before.source == cell.source and "outputs" in before and "outputs" in cell:
             cell.outputs = before.outputs
             cell.metadata = before.metadata
     nb.metadata = NotebookNode(kernelspec=KERNEL)
@@ -70,9 +63,7 @@ def from_script(path: Path) -> Path:
 
 def main() -> None:
     """Convert the notebooks that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=["to", "from"], help="to the script, or from it")
     parser.add_argument("notebooks", nargs="+", type=Path, help="paths such as nbs/10_config.ipynb")
     args = parser.parse_args()

@@ -34,9 +34,7 @@ ENV = {
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # its model id is random, and only a live kernel can show it
-IPYKERNEL = re.compile(
-    r"\S*/ipykernel_\d+/\d+\.py:\d+"
-)  # the file name that a kernel gives to a cell
+IPYKERNEL = re.compile(r"\S*/ipykernel_\d+/\d+\.py:\d+")  # the file name that a kernel gives to a cell
 
 
 class Runner(NotebookClient):
@@ -44,9 +42,7 @@ class Runner(NotebookClient):
 
     skip: re.Pattern[str]
 
-    async def async_execute_cell(
-        self, cell: NotebookNode, cell_index: int, *args, **kwargs
-    ) -> NotebookNode:
+    async def async_execute_cell(self, cell: NotebookNode, cell_index: int, *args, **kwargs) -> NotebookNode:
         """Run one cell unless a directive says not to."""
         self.current = cell
         if cell.cell_type == "code" and self.skip.search(cell.source):
@@ -85,9 +81,7 @@ def run(path: Path, skip: re.Pattern[str], timeout: int) -> float:
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-        source = (
-            "" if isinstance(e, CellExecutionError) else f"{client.current.source}\n\n"
-        )  # the former names it
+        source = "" if isinstance(e, CellExecutionError) else f"{client.current.source}\n\n"  # the former names it
         print(f"\n{path}: this cell failed\n\n{source}{ANSI.sub('', str(e))}", file=sys.stderr)
         raise SystemExit(1) from None
     part = path.with_name(f".{path.name}.part")
@@ -98,13 +92,9 @@ def run(path: Path, skip: re.Pattern[str], timeout: int) -> float:
 
 def main() -> None:
     """Run the notebooks that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="notebooks")
-    parser.add_argument(
-        "--timeout", type=int, default=300, help="seconds that one cell may take (default: 300)"
-    )
+    parser.add_argument("--timeout", type=int, default=300, help="seconds that one cell may take (default: 300)")
     parser.add_argument("--slow", action="store_true", help="also run the cells marked #| slow")
     parser.add_argument("--cuda", action="store_true", help="also run the cells marked #| cuda")
     args = parser.parse_args()
