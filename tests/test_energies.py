@@ -715,13 +715,9 @@ def test_extreme_errors_in_short_dtypes(
         assert found[0].dtype == found[1].dtype == dtype
         tolerance = 4 * info.eps + 1e-5
         for have, want, scale in ((found[0][0], log_p, max(1, dim)), (found[1][0, 0], slope, 0)):
-            if abs(want) > info.max * 0.99:
-                assert have.item() in (-math.inf, -info.max)
-            else:
-                assert (
-                    abs(have.item() - want)
-                    <= tolerance * abs(want) + scale * 2e-6 + info.smallest_normal * info.eps
-                ), want
+            room = tolerance * abs(want) + scale * 2e-6 + info.smallest_normal * info.eps
+            overflows = abs(want) + room >= info.max and have.item() in (-math.inf, -info.max)
+            assert overflows or abs(have.item() - want) <= room, want
     for have, want in zip(
         found,
         (family.log_prob(error[1:], precision), family.score(error[1:], precision)),
@@ -845,6 +841,30 @@ def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
             atol=1e-5,
         )
         assert found[2].isnan().all()
+
+
+def test_only_rows_that_need_it_are_computed_in_float64() -> None:
+    "A zero error needs no more than float32; a huge one among many goes there alone, and is what it would be alone."
+
+    class Watched(StudentT):
+        def weight(self, u: Tensor, dim: int) -> Tensor:
+            seen.append((u.dtype, u.numel()))
+            return super().weight(u, dim)
+
+    seen: list[tuple[torch.dtype, int]] = []
+    error = tensor(0, (8, 16, 4)).float()
+    error[0, 0] = 0
+    Watched(4.0).score(error, 1.0)
+    assert seen == [(torch.float32, 128)]
+    seen.clear()
+    error[1, 2], error[3, 4] = 1e30, 1e-30
+    precision = torch.rand(16, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    slope = Watched(4.0).score(error, precision)
+    assert seen == [(torch.float32, 128), (torch.float64, 2)]
+    own = torch.full((16, 1), 4.0)  # a parameter that tells rows apart
+    for i, j in ((1, 2), (3, 4), (0, 0), (7, 7)):
+        assert torch.equal(slope[i, j], StudentT(4.0).score(error[i, j], precision[j]))
+    close(StudentT(own[:, 0]).score(error, precision), slope, rtol=0, atol=0)
 
 
 def test_slopes_of_extreme_errors() -> None:

@@ -613,7 +613,7 @@ def test_the_study_refuses(
     )
     save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
     for models, changes, says in (
-        ("[]", {}, "no models"),
+        ("[]", {}, "must name at least one"),
         (f"[{folder / 'nowhere'}]", {}, "no saved model"),
         (f"[{tmp_path / 'abc'}]", {}, "another vocabulary"),
         (f"[{tmp_path / 'silent'}]", {}, "without a tokenizer"),

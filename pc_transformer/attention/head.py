@@ -21,7 +21,7 @@ from .scores import full_dtype, make_link
 from .sharpness import INIT_STD, TAILS, initial_precision
 from ..config import Attention
 from ..energies.elliptical import Elliptical, check_whole
-from ..isolation import linear
+from ..isolation import dropout, linear
 
 # %% ../../nbs/1_model/13_head.ipynb #0d7c29e1
 # parameters of distributions: they start as constructed, do not decay and have a learning rate of their own
@@ -168,5 +168,5 @@ class PCAttention(nn.Module):
         out = found[0] if isinstance(found, tuple) else found
         if self.background is not None:
             background = sound(self.background, full_dtype(x), False, f"the background of {self.family} attention")
-            out = out * torch.sigmoid(found[1] - background)[..., None]
+            out = (out * torch.sigmoid(found[1] - background)[..., None]).to(out.dtype)
         return self.out(out.transpose(1, 2).flatten(2))
