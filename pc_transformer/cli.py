@@ -116,16 +116,13 @@ def train(
     if first:
         last = trainer.record[-1]
         say(f"validation loss {last['valid_loss']:.4f} nats per character, gradient cosine to backprop {last['cosine']:.5f}")
-        say(f"checkpoint: {kept_checkpoint(out, trainer.config)}")
+        say(f"checkpoint: {kept_checkpoint(out)}")
 
 
-def kept_checkpoint(out: Path, config: RunConfig) -> Path:
-    "The newest checkpoint of a run that has ended; says so if others have removed parts of the folder meanwhile."
+def kept_checkpoint(out: Path) -> Path:
+    "The newest checkpoint of a run that has ended. Raises CheckpointError when others have removed the folder."
     if not (found := checkpoints(out)):
         raise CheckpointError(f"{out} was removed while the run trained: nothing of it is left")
-    if not (out / "config.yaml").is_file():
-        write_run_config(config, out)
-        say(f"{out / 'config.yaml'} was removed while the run trained; it is written anew, what else was there is gone")
     return found[-1]
 
 

@@ -212,7 +212,8 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sigterm_in_a_real_process(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "SIGTERM while training: status 130, a checkpoint, a word on how to resume; and the resumed run is the same run."
     args = command(tmp_path / "run", text, 150, 5, **{"train.eval_interval": 75})
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *args], stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever started the tests may ignore it
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *args], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     limit = time.monotonic() + 60
     while not checkpoints(tmp_path / "run") and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
@@ -740,7 +741,7 @@ def test_a_run_is_resumed_from_another_folder(
 def test_a_folder_that_is_removed_while_its_run_trains(
     text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "What was learned is not lost, the folder is whole again, and it is said; removed at the very end it is a failure."
+    "What was learned is not lost and the folder is whole again; removed at the very end it is a failure."
     run, advance, save_last = tmp_path / "run", training.Trainer.advance, training.save_checkpoint
 
     def advanced(trainer: training.Trainer) -> float:
@@ -751,7 +752,6 @@ def test_a_folder_that_is_removed_while_its_run_trains(
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "advance", advanced)
         assert main(command(run, text)) == 0
-    assert "was removed while the run trained" in capsys.readouterr().err
     assert check_whole(run) == 4 and history(run) == history(whole) and main(resumed(run)) == 0
 
     def removed(*args: Any) -> Path:
