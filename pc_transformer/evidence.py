@@ -135,13 +135,15 @@ def climb(
 Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]     # errors `(B, T, D)` of every node to the energy of every column
 
 
-def slopes_of(energy: Energy, errors: Sequence[Tensor]) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
-    "Energies and their derivatives by the errors. Raises SettlingError when an energy is not finite."
+def slopes_of(
+    energy: Energy, errors: Sequence[Tensor], proposed: bool = False,
+) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
+    "Energies and their derivatives by the errors. Raises SettlingError for an infinite energy, unless only proposed."
     leaves = [e.detach().clone().requires_grad_() for e in errors]
     with torch.enable_grad():
         now = energy(leaves)
         slopes = torch.autograd.grad(now.sum(), leaves)
-    if not now.isfinite().all():
+    if not proposed and not now.isfinite().all():
         raise SettlingError("the energy of a column is not finite: its weights or states overflowed")
     return now.detach(), slopes
 
@@ -344,7 +346,10 @@ def sample_columns(
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:
     # errors, energies after 0..K steps, log-weights
-    "A draw of each column with its importance weight, equations (2), (3). Raises SettlingError."
+    """A draw of each column with its importance weight, equations (2), (3).
+
+    A proposal whose energy or slope overflows is rejected; a start that does raises SettlingError.
+    """
     spread = step_size * (2 - step_size)
 
     def prior(x: Sequence[Tensor]) -> Tensor:
@@ -362,22 +367,28 @@ def sample_columns(
         parts = zip(x, variances, slopes, strict=True)
         return [(1 - step_size) * e - step_size * share * (v * g - e) for e, v, g in parts]
 
+    def usable(energies: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+        "Columns whose energy and slope are finite."
+        return torch.stack([energies.isfinite(), *(g.isfinite().all(-1) for g in slopes)]).all(0)
+
     def away(to: list[Tensor], mean: list[Tensor]) -> Tensor:
         "`-log q(to | at)` times the temperature, up to a constant."
         return prior([x - m for x, m in zip(to, mean, strict=True)]) / spread
 
     place = noise()
     now, slopes = slopes_of(energy, place)
+    if not usable(now, slopes).all():
+        raise SettlingError("the slope of a column's energy is not finite: its weights or states overflowed")
     surprise, trace = now - prior(place), [now]              # -log p(x | s)
     log_weights = -surprise / temperature / max(steps, 1)
     for k in range(1, steps + 1):
         mean = ahead(place, slopes, k / steps)
         trial = [m + math.sqrt(spread) * x for m, x in zip(mean, noise(), strict=True)]
-        after, back = slopes_of(energy, trial)
+        after, back = slopes_of(energy, trial, proposed=True)
         rise = (prior(trial) - prior(place)) + k / steps * (after - prior(trial) - surprise)
         log_ratio = away(trial, mean) - away(place, ahead(trial, back, k / steps)) - rise
         chance = torch.rand(now.shape, generator=generator, dtype=now.dtype).to(now.device)
-        taken = chance.log() < log_ratio / temperature
+        taken = usable(after, back) & (chance.log() < log_ratio / temperature)
         pick = lambda new, old, taken=taken: [torch.where(taken[..., None], x, y) for x, y in zip(new, old, strict=True)]
         place, slopes, now = pick(trial, place), pick(back, slopes), torch.where(taken, after, now)
         surprise = now - prior(place)
@@ -431,8 +442,9 @@ class EvidenceSettler:
         if not isinstance(plain, PCTransformer):
             raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
         size = (0.5 if self.temperature else 1.0) if self.step_size is None else self.step_size
-        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size).to(plain.output.weight)
-        if own: found.log_beta = model.log_beta
+        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size)
+        like = plain.output.weight                  # only what is new is cast: the model is the caller's
+        found.log_beta = model.log_beta if own else nn.Parameter(found.log_beta.detach().to(like))
         return found
 
     def settle(self, energy: Energy, errors: Sequence[Tensor], variances: Sequence[Tensor], steps: int, step_size: float) -> Any:
@@ -554,7 +566,7 @@ def gains(
     "By number of steps: mean loss, and its difference to no step with the standard error over windows, nats per token."
     found, base = {}, None
     for k in sorted({0, *steps}):
-        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size).to(evidence.log_beta)
+        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size)
         changed.log_beta = evidence.log_beta
         losses = read_losses(changed, windows, targets)
         base = losses if base is None else base
