@@ -26,7 +26,7 @@ from .config import ConfigError, LearnerConfig, ModelConfig, RunConfig, TrainCon
 from .processes import ProcessError, join
 from .settling import SettlingError
 from pc_transformer.training import (
-    CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_tokenizer, progress_bar,
+    CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_pair, progress_bar,
     read_json, read_run_config, start, write_run_config,
 )
 from .training import resume as resume_run
@@ -143,9 +143,9 @@ def stored_config(out: Path, given: RunConfig, names: Collection[str] | None = N
 
 # %% ../nbs/34_cli.ipynb #3cee3db2
 def model_folder(path: Path) -> Path:
-    "A saved model's folder as it is; for a run's folder its newest checkpoint."
-    if found := checkpoints(path):
-        return found[-1]
+    "The folder itself, of a saved model or of a run; CheckpointError, one sentence, for what is neither."
+    if checkpoints(path):
+        return path     # `load` takes the newest, and again if that is replaced under its hands
     if path.is_file():
         raise CheckpointError(f"{path} is a file, but a saved model is a folder with config.json and model.safetensors: "
                               "name the folder, or convert a foreign checkpoint with `from_nanogpt` and `save`")
@@ -183,8 +183,8 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
     """
     from pc_transformer.training import evaluate as whole_split, pick_device
 
-    folder, data = model_folder(model), data_of(model, data)
-    net, tokenizer, (train_text, valid_text) = load(folder), load_tokenizer(folder), halves(read_text(data))
+    (net, tokenizer), data = load_pair(model_folder(model)), data_of(model, data)
+    train_text, valid_text = halves(read_text(data))
     ids = tokenizer.encode(valid_text)
     loss = whole_split(net.to(pick_device(device)), ids, net.config.block_size)
     scored = valid_text[len(tokenizer.decode(ids[:1])) :]      # the first token is not predicted
@@ -230,8 +230,8 @@ def sample(
     from pc_transformer.generation import generate_text, opening
     from pc_transformer.training import pick_device
 
-    folder = model_folder(model)
-    net, tokenizer = load(folder).to(pick_device(device)), load_tokenizer(folder)
+    net, tokenizer = load_pair(model_folder(model))
+    net = net.to(pick_device(device))
     given = prompt != "\n" if _given is None else "prompt" in _given
     begin, stops = as_utf8(prompt) if given else opening(tokenizer), [as_utf8(word) for word in stop or ()]
     print(generate_text(net, tokenizer, begin, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,

@@ -33,7 +33,7 @@ from .isolation import evaluating
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
-from .training import TextData, Trainer, load, pick_device, read_tensors, restore, write_text
+from .training import TextData, Trainer, load, pick_device, write_text
 
 # %% ../nbs/29_evidence.ipynb #5aba6788
 @dataclass
@@ -588,11 +588,11 @@ def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[I
 
 # %% ../nbs/29_evidence.ipynb #e31bf7dc
 def go_on(
-    config: RunConfig, data: TextData, folder: Path, relative_precision: float | None, device: torch.device
+    config: RunConfig, data: TextData, saved: PCTransformer, relative_precision: float | None, device: torch.device
 ) -> tuple[EvidenceTransformer, dict[str, Any]]:
     "Train a saved model further, with a settled past or (no precision) plainly; and what happened."
     t = EvidenceTrainer(config, data.train_ids, data.valid_ids, device)
-    restore(t.model, read_tensors(folder / "model.safetensors"), folder)
+    t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:
         t.backward = lambda: Trainer.backward(t)            # pyright: ignore[reportAttributeAccessIssue]
@@ -622,9 +622,9 @@ def evidence_study(
     x, y = some_windows(data.valid_ids, config.model.block_size, windows)
     hurt = damage(x, config.model.vocab_size, 0.1, torch.Generator().manual_seed(0))
     for seed, folder in enumerate(models, 1):
-        load(folder, config.model)                          # says what does not fit before any work is done
+        saved = load(folder, config.model)                  # once: a run may renew its checkpoint meanwhile
         for how, beta in (("plain", None), ("evidence", relative_precision)):
-            found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, folder, beta, where)
+            found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, saved, beta, where)
             tests = {"trained": found}
             if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():
