@@ -26,8 +26,8 @@ from .config import ConfigError, LearnerConfig, ModelConfig, RunConfig, TrainCon
 from .processes import ProcessError, join
 from .settling import SettlingError
 from pc_transformer.training import (
-    CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load, load_pair, progress_bar,
-    read_json, read_run_config, start, write_run_config,
+    CheckpointError, Interrupted, SavedTokenizer, TextData, checkpoints, flat, halves, load,
+    load_pair, progress_bar, read_json, read_run_config, start, write_run_config,
 )
 from .training import resume as resume_run
 from .training import train as train_run
@@ -143,7 +143,7 @@ def stored_config(out: Path, given: RunConfig, names: Collection[str] | None = N
 
 # %% ../nbs/34_cli.ipynb #3cee3db2
 def model_folder(path: Path) -> Path:
-    "The folder itself, of a saved model or of a run; CheckpointError, one sentence, for what is neither."
+    "The folder itself, of a saved model or of a run. CheckpointError for a file or a comparison."
     if checkpoints(path):
         return path     # `load` takes the newest, and again if that is replaced under its hands
     if path.is_file():

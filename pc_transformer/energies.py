@@ -110,11 +110,15 @@ def _log_det(precision: Tensor, dim: int) -> Tensor:
 
 
 def _held(
-    of: Callable[[Tensor, Tensor, Tensor], Tensor], error: Tensor, precision: Tensor, family: Any = None,
+    of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    error: Tensor,
+    precision: Tensor,
+    family: Any = None,
 ) -> Tensor:
-    """`of(u, error, precision)`; an error other than zero whose distance float32 cannot hold goes by way of float64.
+    """`of(u, error, precision)`; in float64 where float32 cannot hold the distance of an error.
 
-    Only such errors go there, unless a parameter of `family` is a tensor that tells rows apart: then all of its rows do.
+    A zero is no such error. Only such rows are computed twice, unless a parameter of `family` is a
+    tensor that tells rows apart: then all are.
     """
     u = _distance(error, precision)
     if error.dtype == torch.float64: return of(u, error, precision)
@@ -136,9 +140,10 @@ def _held(
 
 
 def _by_row(family: Any) -> bool:
-    "Whether a parameter of a family, or of one within it, is a tensor with axes: it may differ between rows."
+    "Whether a parameter of a family, or of one within it, is a tensor that may tell rows apart."
     if isinstance(family, Tensor): return family.dim() > 0
-    return any(_by_row(getattr(family, name)) for name in getattr(family, "__dataclass_fields__", ()))
+    own = getattr(family, "__dataclass_fields__", ())
+    return any(_by_row(getattr(family, name)) for name in own)
 
 # %% ../nbs/11_energies.ipynb #811f7d8d
 def _observations(errors: Tensor) -> Float[Tensor, "n D"]:

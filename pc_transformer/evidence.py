@@ -138,7 +138,10 @@ Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]     # errors `(B, T, D)`
 def slopes_of(
     energy: Energy, errors: Sequence[Tensor], proposed: bool = False,
 ) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
-    "Energies and their derivatives by the errors. Raises SettlingError for an infinite energy, unless only proposed."
+    """Energies and their derivatives by the errors.
+
+    Raises SettlingError for an energy that is not finite, unless it is only proposed.
+    """
     leaves = [e.detach().clone().requires_grad_() for e in errors]
     with torch.enable_grad():
         now = energy(leaves)
@@ -378,7 +381,8 @@ def sample_columns(
     place = noise()
     now, slopes = slopes_of(energy, place)
     if not usable(now, slopes).all():
-        raise SettlingError("the slope of a column's energy is not finite: its weights or states overflowed")
+        raise SettlingError("the slope of a column's energy is not finite: "
+                            "its weights or states overflowed")
     surprise, trace = now - prior(place), [now]              # -log p(x | s)
     log_weights = -surprise / temperature / max(steps, 1)
     for k in range(1, steps + 1):
@@ -443,7 +447,7 @@ class EvidenceSettler:
             raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
         size = (0.5 if self.temperature else 1.0) if self.step_size is None else self.step_size
         found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size)
-        like = plain.output.weight                  # only what is new is cast: the model is the caller's
+        like = plain.output.weight          # only what is new is cast: the model is the caller's
         found.log_beta = model.log_beta if own else nn.Parameter(found.log_beta.detach().to(like))
         return found
 
@@ -588,7 +592,11 @@ def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[I
 
 # %% ../nbs/29_evidence.ipynb #e31bf7dc
 def go_on(
-    config: RunConfig, data: TextData, saved: PCTransformer, relative_precision: float | None, device: torch.device
+    config: RunConfig,
+    data: TextData,
+    saved: PCTransformer,
+    relative_precision: float | None,
+    device: torch.device,
 ) -> tuple[EvidenceTransformer, dict[str, Any]]:
     "Train a saved model further, with a settled past or (no precision) plainly; and what happened."
     t = EvidenceTrainer(config, data.train_ids, data.valid_ids, device)
@@ -622,9 +630,10 @@ def evidence_study(
     x, y = some_windows(data.valid_ids, config.model.block_size, windows)
     hurt = damage(x, config.model.vocab_size, 0.1, torch.Generator().manual_seed(0))
     for seed, folder in enumerate(models, 1):
-        saved = load(folder, config.model)                  # once: a run may renew its checkpoint meanwhile
+        saved = load(folder, config.model)          # once: a run may renew its checkpoint
         for how, beta in (("plain", None), ("evidence", relative_precision)):
-            found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, saved, beta, where)
+            again = replace(config, **{"train.seed": 100 + seed})
+            found, about = go_on(again, data, saved, beta, where)
             tests = {"trained": found}
             if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():

@@ -467,7 +467,7 @@ def load_tokenizer(folder: str | Path) -> SavedTokenizer:
 
 
 def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
-    "What `load` and `load_tokenizer` give, both of one checkpoint even if a run renews it meanwhile."
+    "What `load` and `load_tokenizer` give, of one checkpoint even if a run renews it meanwhile."
     return steady(Path(folder), lambda place: (read_model(place), read_tokenizer(place)))
 
 
