@@ -212,19 +212,26 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 
 
 def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
-    "`x`, or one sentence if an entry is not positive and finite (else: below infinity); NaN there, where nobody can look."
+    """`x`, or one sentence if an entry is not positive and finite; NaN where nobody can look.
+
+    Not `positive`: minus infinity, or at most a quarter of the largest number on either side of
+    zero, so that a mask, a prior and a score do not overflow together.
+    """
     check_number(what, x)
-    good = lambda y: (y > 0) & (y < math.inf) if positive else y < math.inf
+    most = torch.finfo(dtype).max / 4
+    good = lambda y: (y > 0) & (y < math.inf) if positive else (y == -math.inf) | (abs(y) <= most)
     if isinstance(x, Tensor):
         full, looked = x.to(dtype), None
         if x.device.type == "cpu":
-            least, most = full.detach().aminmax()                              # both are NaN if an entry is
-            looked = known(good(least) & good(most))
+            low, high = full.detach().aminmax()                     # both are NaN if an entry is
+            looked = known(good(low) & good(high))
+            if looked and known(low == -math.inf):                  # what is the least besides it?
+                looked = known(good(full.detach().nan_to_num(neginf=0.0).amin()))
         if looked is None: return torch.where(good(full), full, math.nan)
         if looked: return x
         worst = full.detach()[~good(full.detach())][0].item()
     elif good(worst := rounded(float(x), dtype)): return x
-    must = "positive and finite" if positive else "a number or minus infinity"
+    must = "positive and finite" if positive else f"minus infinity or lie within {most:.3g} of zero"
     raise ValueError(f"{what} must be {must} in {str(dtype).removeprefix('torch.')}, but holds {worst:g}")
 
 
@@ -452,10 +459,12 @@ def attend(
     shapes, families or numbers that make no sense.
 
     One rule for numbers, for every backend, in the dtype that computes (float32 at least). Precisions and tails must be
-    positive and finite, `log_mix` and an added mask numbers or minus infinity, which hides a key; else ValueError. A row that
-    may see a key or value that is no finite number, or whose score might overflow, is NaN, and so is the row of such a query;
-    no other row changes. A row that may see no key is zero, its log-sum-exp minus infinity. On a GPU, in `vmap` and while
-    PyTorch compiles nothing is looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
+    positive and finite, `log_mix` and an added mask minus infinity, which hides a key, or of at
+    most a quarter of the largest number, so that they do not overflow together; else ValueError.
+    A row that may see a key or value that is no finite number, or whose score might overflow, is
+    NaN, and so is the row of such a query; no other row changes. A row that may see no key is
+    zero, its log-sum-exp minus infinity. On a GPU, in `vmap` and while PyTorch compiles nothing is
+    looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
     """
     check_attend(q, k, v, family, backend, is_causal, attn_mask, window, dropout_p, settle_steps)
     full = full_dtype(q)

@@ -33,7 +33,7 @@ from .isolation import evaluating
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
 from .settling import SettlingError
-from .training import TextData, Trainer, load, pick_device, read_tensors, restore, write_text
+from .training import TextData, Trainer, load, pick_device, write_text
 
 # %% ../nbs/29_evidence.ipynb #5aba6788
 @dataclass
@@ -135,13 +135,18 @@ def climb(
 Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]     # errors `(B, T, D)` of every node to the energy of every column
 
 
-def slopes_of(energy: Energy, errors: Sequence[Tensor]) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
-    "Energies and their derivatives by the errors. Raises SettlingError when an energy is not finite."
+def slopes_of(
+    energy: Energy, errors: Sequence[Tensor], proposed: bool = False,
+) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
+    """Energies and their derivatives by the errors.
+
+    Raises SettlingError for an energy that is not finite, unless it is only proposed.
+    """
     leaves = [e.detach().clone().requires_grad_() for e in errors]
     with torch.enable_grad():
         now = energy(leaves)
         slopes = torch.autograd.grad(now.sum(), leaves)
-    if not now.isfinite().all():
+    if not proposed and not now.isfinite().all():
         raise SettlingError("the energy of a column is not finite: its weights or states overflowed")
     return now.detach(), slopes
 
@@ -344,7 +349,10 @@ def sample_columns(
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:
     # errors, energies after 0..K steps, log-weights
-    "A draw of each column with its importance weight, equations (2), (3). Raises SettlingError."
+    """A draw of each column with its importance weight, equations (2), (3).
+
+    A proposal whose energy or slope overflows is rejected; a start that does raises SettlingError.
+    """
     spread = step_size * (2 - step_size)
 
     def prior(x: Sequence[Tensor]) -> Tensor:
@@ -362,22 +370,29 @@ def sample_columns(
         parts = zip(x, variances, slopes, strict=True)
         return [(1 - step_size) * e - step_size * share * (v * g - e) for e, v, g in parts]
 
+    def usable(energies: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+        "Columns whose energy and slope are finite."
+        return torch.stack([energies.isfinite(), *(g.isfinite().all(-1) for g in slopes)]).all(0)
+
     def away(to: list[Tensor], mean: list[Tensor]) -> Tensor:
         "`-log q(to | at)` times the temperature, up to a constant."
         return prior([x - m for x, m in zip(to, mean, strict=True)]) / spread
 
     place = noise()
     now, slopes = slopes_of(energy, place)
+    if not usable(now, slopes).all():
+        raise SettlingError("the slope of a column's energy is not finite: "
+                            "its weights or states overflowed")
     surprise, trace = now - prior(place), [now]              # -log p(x | s)
     log_weights = -surprise / temperature / max(steps, 1)
     for k in range(1, steps + 1):
         mean = ahead(place, slopes, k / steps)
         trial = [m + math.sqrt(spread) * x for m, x in zip(mean, noise(), strict=True)]
-        after, back = slopes_of(energy, trial)
+        after, back = slopes_of(energy, trial, proposed=True)
         rise = (prior(trial) - prior(place)) + k / steps * (after - prior(trial) - surprise)
         log_ratio = away(trial, mean) - away(place, ahead(trial, back, k / steps)) - rise
         chance = torch.rand(now.shape, generator=generator, dtype=now.dtype).to(now.device)
-        taken = chance.log() < log_ratio / temperature
+        taken = usable(after, back) & (chance.log() < log_ratio / temperature)
         pick = lambda new, old, taken=taken: [torch.where(taken[..., None], x, y) for x, y in zip(new, old, strict=True)]
         place, slopes, now = pick(trial, place), pick(back, slopes), torch.where(taken, after, now)
         surprise = now - prior(place)
@@ -431,8 +446,9 @@ class EvidenceSettler:
         if not isinstance(plain, PCTransformer):
             raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
         size = (0.5 if self.temperature else 1.0) if self.step_size is None else self.step_size
-        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size).to(plain.output.weight)
-        if own: found.log_beta = model.log_beta
+        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size)
+        like = plain.output.weight          # only what is new is cast: the model is the caller's
+        found.log_beta = model.log_beta if own else nn.Parameter(found.log_beta.detach().to(like))
         return found
 
     def settle(self, energy: Energy, errors: Sequence[Tensor], variances: Sequence[Tensor], steps: int, step_size: float) -> Any:
@@ -554,7 +570,7 @@ def gains(
     "By number of steps: mean loss, and its difference to no step with the standard error over windows, nats per token."
     found, base = {}, None
     for k in sorted({0, *steps}):
-        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size).to(evidence.log_beta)
+        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size)
         changed.log_beta = evidence.log_beta
         losses = read_losses(changed, windows, targets)
         base = losses if base is None else base
@@ -576,11 +592,15 @@ def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[I
 
 # %% ../nbs/29_evidence.ipynb #e31bf7dc
 def go_on(
-    config: RunConfig, data: TextData, folder: Path, relative_precision: float | None, device: torch.device
+    config: RunConfig,
+    data: TextData,
+    saved: PCTransformer,
+    relative_precision: float | None,
+    device: torch.device,
 ) -> tuple[EvidenceTransformer, dict[str, Any]]:
     "Train a saved model further, with a settled past or (no precision) plainly; and what happened."
     t = EvidenceTrainer(config, data.train_ids, data.valid_ids, device)
-    restore(t.model, read_tensors(folder / "model.safetensors"), folder)
+    t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:
         t.backward = lambda: Trainer.backward(t)            # pyright: ignore[reportAttributeAccessIssue]
@@ -610,9 +630,10 @@ def evidence_study(
     x, y = some_windows(data.valid_ids, config.model.block_size, windows)
     hurt = damage(x, config.model.vocab_size, 0.1, torch.Generator().manual_seed(0))
     for seed, folder in enumerate(models, 1):
-        load(folder, config.model)                          # says what does not fit before any work is done
+        saved = load(folder, config.model)          # once: a run may renew its checkpoint
         for how, beta in (("plain", None), ("evidence", relative_precision)):
-            found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, folder, beta, where)
+            again = replace(config, **{"train.seed": 100 + seed})
+            found, about = go_on(again, data, saved, beta, where)
             tests = {"trained": found}
             if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():

@@ -7,12 +7,12 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'PROGRESS', 'ENTRY', 'not_f
            'whole_folder', 'write_text', 'CheckpointError', 'read_json', 'write_tensors', 'read_tensors', 'check_fit',
            'check_finite', 'restore', 'blueprint', 'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of',
            'anatomy', 'check_savable', 'SavedTokenizer', 'tokenizer_of', 'description', 'write_model', 'save',
-           'checkpoints', 'step_of', 'newest', 'steady', 'load', 'read_model', 'load_tokenizer', 'read_tokenizer',
-           'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors', 'check_moments',
-           'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume', 'take_up', 'check_progress', 'is_entry',
-           'is_number', 'flat', 'restore_optimizer', 'Interrupted', 'graceful_stop', 'sole_run', 'names', 'locked',
-           'train', 'check_folder', 'go_on', 'progress_bar', 'halves', 'TextData', 'start', 'write_run_config',
-           'read_run_config']
+           'checkpoints', 'step_of', 'newest', 'steady', 'load', 'read_model', 'load_tokenizer', 'load_pair',
+           'read_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors',
+           'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume', 'take_up', 'check_progress',
+           'is_entry', 'is_number', 'flat', 'restore_optimizer', 'Interrupted', 'graceful_stop', 'sole_run', 'names',
+           'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'halves', 'TextData', 'start',
+           'write_run_config', 'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
@@ -464,6 +464,11 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
 def load_tokenizer(folder: str | Path) -> SavedTokenizer:
     "The tokenizer saved with a model. Raises CheckpointError when there is none or it is damaged."
     return steady(Path(folder), read_tokenizer)
+
+
+def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
+    "What `load` and `load_tokenizer` give, of one checkpoint even if a run renews it meanwhile."
+    return steady(Path(folder), lambda place: (read_model(place), read_tokenizer(place)))
 
 
 def read_tokenizer(folder: Path) -> SavedTokenizer:

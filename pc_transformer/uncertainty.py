@@ -34,7 +34,7 @@ from .generation import is_int, is_real
 from .isolation import check_seed, evaluating
 from .layers import AttentionLayer
 from .model import PCTransformer, check_tokens, convert
-from .training import TextData, load, load_tokenizer, pick_device, write_text
+from .training import TextData, load_pair, pick_device, write_text
 
 # %% ../nbs/24_uncertainty.ipynb #009351f6
 def entropy(
@@ -540,9 +540,10 @@ def uncertainty_study(
 def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]:
     "Load models. Raises ValueError for none, for a foreign vocabulary and for contexts of different lengths."
     if not folders: raise ValueError("no models were given: name the folders of saved models")
-    nets = [load(f).eval() for f in folders]
-    for f, net in zip(folders, nets, strict=True):
-        if load_tokenizer(f) != data.tokenizer:
+    pairs = [load_pair(f) for f in folders]
+    nets = [net.eval() for net, _ in pairs]
+    for f, (net, tokenizer) in zip(folders, pairs, strict=True):
+        if tokenizer != data.tokenizer:
             raise ValueError(f"{f} was trained with another vocabulary than this text has")
         if net.config.block_size != nets[0].config.block_size:
             raise ValueError(f"{f} has a context of {net.config.block_size}, {folders[0]} one of {nets[0].config.block_size}")

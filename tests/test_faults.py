@@ -24,7 +24,7 @@ from pc_transformer.cli import main
 from pc_transformer.config import ConfigError, replace
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.settling import ErrorSettling
-from pc_transformer.training import CheckpointError, checkpoints, evaluate
+from pc_transformer.training import CheckpointError, checkpoints, evaluate, load_pair
 
 PROGRAM = "from pc_transformer.cli import main; raise SystemExit(main())"
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"]
@@ -841,14 +841,52 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     "One sentence, and no table that shows nan as a result."
-    model = load(checkpoints(whole)[-1])
+    model, tokenizer = load_pair(whole)
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
-    monkeypatch.setattr("pc_transformer.cli.load", lambda folder: model)
+    monkeypatch.setattr("pc_transformer.cli.load_pair", lambda folder: (model, tokenizer))
     capsys.readouterr()
     assert main(["evaluate", str(whole)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and "nan" in one_sentence(err)
+
+
+@pytest.mark.parametrize("between, name", [
+    (between, name) for between in ("read_tensors", "read_tokenizer")
+    for name in ("evaluate", "sample", "uncertainty", "evidence", "settled-reading")
+    if (between, name) != ("read_tokenizer", "evidence")     # which reads no tokenizer
+])  # fmt: skip
+def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
+    between: str, name: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    "Model and tokenizer come from one checkpoint: the newer one, if the older goes while it is read."
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    newest, read = checkpoints(run)[-1], getattr(training, between)
+    for other in checkpoints(run)[:-1]:
+        shutil.rmtree(other)
+    places: list[Path] = []
+
+    def renewed(place: Path) -> Any:
+        if newest.exists():
+            newest.rename(run / "step-000009")
+        return read(place)
+
+    model = training.read_model
+    monkeypatch.setattr(training, "read_model", lambda f, *more: places.append(f) or model(f, *more))
+    monkeypatch.setattr(training, between, renewed)
+    for study in ("uncertainty.study_one", "experiments.settled_reading.study_one", "evidence.go_on"):
+        monkeypatch.setattr(f"pc_transformer.{study}", lambda *a, **b: (_ for _ in ()).throw(ValueError("all was read")))
+    many = name not in ("evaluate", "sample")
+    args = [name, f"[{run}]" if many else str(run), *([f"--out={tmp_path / 'out'}"] if many else [])]
+    args += [] if name == "sample" else [f"--data={text}"]
+    args += {"uncertainty": [f"--foreign={text}"], "evidence": ["--windows=1"]}.get(name, [])
+    capsys.readouterr()
+    status = main(args)
+    err = capsys.readouterr().err
+    assert status == 0 if not many else "all was read" in err, err
+    assert places[-1].name == "step-000009"
 
 
 def test_a_padded_vocabulary_is_sampled(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
