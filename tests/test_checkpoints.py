@@ -80,6 +80,7 @@ def same(a: PCTransformer, b: PCTransformer) -> None:
     assert a.config == b.config and b.output.weight is b.predictors[0].token.weight
     for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert name == other and p.dtype == q.dtype and torch.equal(p, q), name
+        assert p.requires_grad == q.requires_grad, name
         p.data = p.data.contiguous()  # a product of matrices rounds by their layout
     if len({p.dtype for p in a.parameters()}) == 1:
         with torch.no_grad():
@@ -129,7 +130,7 @@ ACCEPTED: dict[str, ChangeModel] = {
     "memory used twice": same_memory,
     "loaded with assign and tied again": lambda m: (
         m.load_state_dict(m.state_dict(), assign=True), setattr(m.output, "weight", m.predictors[0].token.weight)),
-    "with a hook": lambda m: m.register_forward_hook(lambda *_: None),
+    "partly frozen": lambda m: m.predictors[1].requires_grad_(False),
     "with a gradient": lambda m: m(TOKENS).sum().backward(),
 }  # fmt: skip
 
@@ -156,6 +157,12 @@ def set_to(name: str, value: Any) -> ChangeModel:
 
 
 REFUSED: dict[str, tuple[ChangeModel, str]] = {
+    "with a hook": (lambda m: m.register_forward_hook(lambda m, x, y: 2 * y), "forward has a hook"),
+    "a layer with a hook": (
+        lambda m: m.predictors[2].up.register_forward_pre_hook(lambda m, x: (2 * x[0],)), r"predictors\.2\.up\.forward"),
+    "another forward": (set_to("forward", lambda tokens: tokens), "forward was replaced"),
+    "a layer's other forward": (set_to("predictors.1.forward", lambda s: s), r"predictors\.1\.forward"),
+    "another method": (set_to("predictors.1.attention.split", lambda x: x), r"attention\.split"),
     "loaded with assign": (lambda m: m.load_state_dict(m.state_dict(), assign=True), "embedding's table"),
     "an output of its own": (set_to("output.weight", nn.Parameter(torch.ones(7, 8))), "embedding's table"),
     "another class": (lambda m: setattr(m, "__class__", Other), "Other"),
@@ -596,7 +603,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
     assert "precision" not in said and "step-" in said
     kept = checkpoints(tmp_path / "run")
     assert 2 <= len(kept) <= 3 and all(p.isfinite().all() for f in kept for p in load(f).parameters())
-    good = min(kept)
+    good = min(kept, key=lambda p: run.losses[training.step_of(p)] if training.step_of(p) < len(run.losses) else math.inf)
     assert run.losses[training.step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
     assert math.isfinite(evaluate(load(good), IDS, 6)) and good.name in said
     assert not list((tmp_path / "run").glob(".*"))
@@ -628,6 +635,26 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
         for p in run.model.parameters():
             p.mul_(100)
     refused(run.advance, says="diverged by step 1", kind=FloatingPointError)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2, 3, 9, 4, 3.5, 9], [3.0, 2, 1.2, 1.3, 1.6, 1.9, 2.5], [4.0, 3, 2, 1.5, 1, 0.9, 0.5]])
+def test_the_best_checkpoint_stays_however_slowly_a_run_diverges(losses: list[float], tmp_path: Path) -> None:
+    "Training loss k is that of the weights after k steps."
+    run = trainer()
+    for step in range(1, 8):
+        run.advance()
+        run.losses[-1] = losses[step - 1]
+        save_checkpoint(run, tmp_path)
+    best = min(range(1, 7), key=lambda k: losses[k])
+    assert {training.step_of(p) for p in checkpoints(tmp_path)} == {best, 6, 7}
+
+
+def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
+    run = trainer(steps=1)
+    with torch.no_grad():
+        run.model.predictors[1].attention.log_precision.fill_(1e4)
+    refused(save_checkpoint, run, tmp_path / "run", says="diverged by step 1, .*lower", kind=FloatingPointError)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:

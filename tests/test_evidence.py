@@ -565,3 +565,33 @@ def test_gains_are_losses_of_these_windows_with_these_steps() -> None:
         assert found[str(k)]["loss"] == pytest.approx(loss.mean().item(), rel=1e-8)
         assert found[str(k)]["difference"] == pytest.approx(apart.mean().item(), abs=1e-8)
         assert found[str(k)]["standard_error"] == pytest.approx(apart.std().item() / math.sqrt(3), abs=1e-8)
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("name", ["evidence", "langevin"])
+def test_half_models_settle(name: str, background: bool, dtype: torch.dtype) -> None:
+    "Variances of 1e-6 and energies of thousands of nats are no numbers of half precision."
+    config = ModelConfig(**SIZES, attention="gaussian", background=background)
+    model = PCTransformer(config).to(dtype).eval()
+    for steps in (1, 2, 8):
+        out = generate(model, TOKENS[0, :3], 3, settle=name, settle_steps=steps)
+        assert out.shape == (1, 6)
+    loss = read_losses(EvidenceTransformer(model), TOKENS[:, :-1], TOKENS[:, 1:])
+    assert loss.dtype == torch.float32 and loss.isfinite().all()
+    gains(EvidenceTransformer(model), TOKENS[:, :-1], TOKENS[:, 1:], [1])
+    assert model.output.weight.dtype == dtype, "the model is shared, and stays as it is"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_in_half_precision_are_those_of_full(family: str) -> None:
+    half = made(family, scale=2.0).half()
+    full = copy.deepcopy(half).float()
+    for beta in (1.0, 100.0, 1e4):
+        found, want = (EvidenceTransformer(m, beta, steps=2).settle(TOKENS)[0] for m in (half, full))
+        assert found is not None and want is not None
+        for a, b in zip(found, want, strict=True):
+            assert a.dtype == torch.float32 and abs(a.norm() / b.norm() - 1) < 0.01

@@ -270,7 +270,7 @@ def test_a_signal_in_the_last_step_changes_nothing(text: Path, tmp_path: Path, w
     assert history(tmp_path / "run") == history(whole)
 
 
-# Changes 1 to 9 write config.yaml, up to 16 the first checkpoint, up to 24 the second, up to 36 the third and remove the first
+# Changes 1 to 9 write config.yaml, up to 16 the first checkpoint, up to 24 the second, up to 36 the third
 @pytest.mark.parametrize("number", [4, 5, 9, 11, 12, 13, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 34, 35, 36])
 def test_killed_at_any_change_of_the_disk(text: Path, tmp_path: Path, whole: Path, number: int) -> None:
     "A checkpoint a step; killed anywhere, at most one step is lost and the rest is the uninterrupted run."
@@ -285,7 +285,8 @@ def test_killed_at_any_change_of_the_disk(text: Path, tmp_path: Path, whole: Pat
         assert number <= 16, "the first checkpoint should be there"
         assert main(command(run, text)) == 0
     assert check_whole(run) == 4 and history(run) == history(whole)
-    assert checkpoints(run) == [run / "step-000003", run / "step-000004"], "older checkpoints stay behind"
+    kept = [p.name for p in checkpoints(whole)]
+    assert [p.name for p in checkpoints(run)] == kept, "older checkpoints stay behind"
     assert not list(run.glob(".*")), "work folders stay behind"
 
 
@@ -311,7 +312,7 @@ def test_work_folders_are_no_checkpoints(tmp_path: Path, whole: Path) -> None:
         "step-",
     ):
         (run / name).mkdir()
-    assert checkpoints(run) == [run / "step-000003", run / "step-000004"]
+    assert [p.name for p in checkpoints(run)] == [p.name for p in checkpoints(whole)]
 
 
 @pytest.mark.parametrize("number", range(1, 9))
