@@ -156,7 +156,7 @@ def curvatures(
     iterations: int = 8,           # of power iteration; approaches the truth from below
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> list[float]:                  # `|J_{l+1}|^2` for the nodes 0..N-1, then the output's curvature at s_N (nats)
-    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences, rounded up."
+    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences."
     within = lambda x: x if live is None else x * live.unsqueeze(-1)
     found = []
     for l in range(1, len(up.inputs)):
@@ -174,8 +174,7 @@ def curvatures(
                 ahead, behind = (predict_node(up.model, l, m, up.noise) for m in moved)
             return torch.autograd.grad(up.predict(l), s, within((ahead - behind) / (2 * h)), retain_graph=up.keeps)[0]
 
-        value = largest(apply, s.detach(), iterations, live)
-        found.append(2 ** (math.ceil(16 * math.log2(value)) / 16) if 0 < value < math.inf else value)
+        found.append(largest(apply, s.detach(), iterations, live))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import linecache
 import math
 import warnings
 from typing import Any
@@ -192,20 +193,37 @@ def test_adam_of_states_is_adam() -> None:
         walk.sizes.append(1.0)
 
 
-def test_bounds_of_states_are_of_their_own_surroundings() -> None:
-    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
-    model, (tokens, targets) = build(), batch()
-    gains = (2.0, 0.5, 3.0, 1.5)
+def linear_chain(gains: tuple[float, ...]) -> PCTransformer:
+    "A model whose layers are orthogonal maps times a gain: |J|^2 is the gain's square."
+    model = build()
     for l, gain in enumerate(gains, 1):
         layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
         torch.nn.init.orthogonal_(layer.weight, gain, generator=torch.Generator().manual_seed(l))
         model.predictors[l] = layer
+    return model
+
+
+def test_bounds_of_states_are_of_their_own_surroundings() -> None:
+    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    gains = (2.0, 0.5, 3.0, 1.5)
+    model, (tokens, targets) = linear_chain(gains), batch()
     walk = StateWalk.begin(StateSettling(relative_precision=7.0), model, tokens, targets)
     Pi = [7 / s.square().mean().item() for s in walk.up.states]
     assert max(Pi) > 3 * min(Pi)
     for l, gain in enumerate(gains):
         assert walk.bounds[l] == pytest.approx(Pi[l] + gain**2 * Pi[l + 1], rel=1e-5), l
     assert walk.bounds[-1] > Pi[-1]
+
+
+def test_bounds_do_not_jump() -> None:
+    "In float32, rows in another order move a curvature by rounding only, wherever its value lies."
+    gains = (2.0, 0.5, 1.0, 2**0.5)
+    model = linear_chain(gains).float()
+    tokens, targets = batch(B=5)
+    for seed in range(20):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+        curves = StateSettling().tuned(model, tokens[order], targets[order]).curvature
+        assert curves is not None and curves[:4] == pytest.approx([g**2 for g in gains], rel=1e-4)
 
 
 @pytest.mark.parametrize("nudge", [1.0, 2.0, 0.5, -0.5])
@@ -652,8 +670,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
     "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
-    small, states = dtype == torch.float32, name == "states"  # whose error is a difference: rounding is amplified
-    limit = (1e-3 if states else 1e-6) if small else 1e-11
+    rough = {"states": 1e-3, "states, adam": 1e-5}  # whose error is a difference: rounding is amplified
+    limit = rough.get(name, 1e-6) if dtype == torch.float32 else 1e-11
     model, (tokens, targets) = build().to(dtype), batch(B=5)
     targets[3, 4:] = -100
     first = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
@@ -662,7 +680,7 @@ def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> Non
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
         other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
         assert apart(first, other) < limit
-        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == curves
+        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == pytest.approx(curves, rel=1e-4)
 
 
 # ---- what a solver refuses, says and measures
@@ -716,6 +734,8 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
             settled = StateSettling(steps=2)(model, *batch(seed))
             assert settled.residual is not None and settled.residual > 0.5
     assert [w.category for w in said] == [UnsettledWarning] and len(str(said[0].message).splitlines()) == 1
+    line = linecache.getline(said[0].filename, said[0].lineno)
+    assert said[0].filename == __file__ and "StateSettling(steps=2)(model" in line, "the caller's line is named"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StateSettling(steps=2)(model, *batch(), measure_residual=False)
