@@ -339,13 +339,14 @@ class StateWalk:
         self.trace.append(energies)
         self.sizes.append(eta)
 
-    @torch.enable_grad()
     def settled(self, measure_residual: bool = True) -> Settled:
         "The present states as a result."
         errors, count, family = errors_of(self.up, self.live), int((self.targets != -100).sum()), self.solver.family
         residual = None
         if measure_residual:
-            end = gradient_norm(errors, errors_down(self.up, keep_graph=True), self.precision, family)
+            with torch.enable_grad():
+                deltas = errors_down(self.up, keep_graph=True)
+            end = gradient_norm(errors, deltas, self.precision, family)
             residual = end / self.start if self.start else 0.0
             if residual > FAR:      # the sentence has no number in it, so that Python shows it once
                 warnings.warn(f"parallel states stopped at a residual above {FAR}, far from equilibrium: what they teach is "
