@@ -50,7 +50,7 @@ from .isolation import Draws, drawing, evaluating
 from .learning import Learner, gradient_cosine, rehearse
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
-from .settling import SettlingError
+from .settling import SettlingError, check_batch
 from .solvers import StateSettling, make_learner
 
 # %% ../nbs/31_training.ipynb #99df7346
@@ -606,30 +606,28 @@ class Trainer:
         try:
             yield
         except (FloatingPointError, SettlingError, ValueError) as error:
-            bad = not_finite(self.model.named_parameters())
-            loss, size = self.plain_loss(), self.weight_size()
-            if bad is None and not self.exploded(loss) and size <= 0.5:
+            if (what := self.divergence()) is None:
                 raise
-            what = f"the weights {bad!r} are not finite" if bad else f"the loss of its batch is {loss:.4g} " \
-                f"nats per token and the weights have a root mean square of {size:.3g}"
             rate = f"lower the learning rate ({self.config.train.learning_rate:g})"
             raise FloatingPointError(f"training diverged by step {self.step}, {what}: {rate}") from error
 
-    def weight_size(self) -> float:
-        "Root mean square of the matrices: 0.02 at the start, a tenth or two after a long training."
-        named = self.model.named_parameters()
-        matrices = [p.detach().double() for n, p in named if p.dim() >= 2 and not n.endswith(LEARNED)]
-        total = sum(p.square().sum().item() for p in matrices)
-        return math.sqrt(total / sum(p.numel() for p in matrices))
+    def divergence(self) -> str | None:
+        """What shows that training has diverged: weights that are not finite, or a loss far worse
+        than guessing; `None`: nothing does."""
+        if bad := not_finite(self.model.named_parameters()):
+            return f"the weights {bad!r} are not finite"
+        try:
+            loss = self.plain_loss()
+        except (TypeError, ValueError):      # the batch is wrong, or a layer refuses: that has its own words
+            return None
+        return f"the loss of its batch is {loss:.4g} nats per token" if self.exploded(loss) else None
 
     def plain_loss(self) -> float:
-        "The feed-forward loss of this step's batch; nan when it cannot be computed."
+        "The feed-forward loss of this step's batch, without dropout. Raises TypeError or ValueError for a wrong batch."
         tokens, targets = self.batch(self.step)
-        try:
-            with torch.no_grad():
-                return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten()).item()
-        except (FloatingPointError, SettlingError, ValueError):
-            return math.nan
+        check_batch(self.model, tokens, targets)
+        with evaluating(self.model) as still:
+            return F.cross_entropy(still(tokens).flatten(0, 1), targets.flatten()).item()
 
     def advance(self) -> float:
         "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
