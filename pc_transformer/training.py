@@ -556,7 +556,11 @@ class Trainer:
         own = [tuple(map(self.team.share, part)) for part in parts]
         counts = [int((y != -100).sum()) for _, y in own]
         count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
+        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
+        whole = int((targets != -100).sum())
         for (x, y), n in zip(own, counts, strict=True):
+            if n == 0 and whole and not waits:     # this process's rows predict nothing, others' do
+                continue
             self.divide_gradients(n / unit if n and unit else 1.0)
             report = self.learner.backward(self.model, x, y)
             loss += report.loss / (count / n) if n else 0.0
@@ -564,7 +568,7 @@ class Trainer:
         self.divide_gradients(count / unit if unit else 1.0)
         if self.team.size > 1:
             sync_gradients(self.model, count)
-            loss = self.total(loss * count) / int((targets != -100).sum())
+            loss = self.total(loss * count) / whole
         return loss
 
     def divide_gradients(self, by: float) -> None:

@@ -26,6 +26,7 @@ from pc_transformer.learning import (
     gradients,
     local_gradient,
 )
+from pc_transformer.processes import DataParallel
 from pc_transformer.settling import (
     ErrorSettling,
     Pathway,
@@ -409,6 +410,30 @@ def test_parts_count_by_what_they_predict() -> None:
     targets[:] = -100
     with pytest.raises(ValueError, match="predicts nothing"):
         runs[2].backward()
+
+
+@pytest.mark.parametrize(
+    "learner", [LearnerConfig(algorithm="backprop"), *(LearnerConfig(solver=s) for s in ("sweep", "highway", "error"))]
+)
+def test_a_share_that_predicts_nothing(learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    "In a team the process whose rows have no targets adds nothing and goes on; a batch without any stops all of them."
+    t = trainer(learner)
+    t.team = DataParallel(1, 2)
+    tokens, targets = t.batch(0)
+    targets[2:] = -100
+    t.batch = lambda _: (tokens, targets)  # type: ignore[method-assign]
+    first = (targets[:2] != -100).sum()
+    others = lambda x: x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))  # what number 0 has
+    monkeypatch.setattr("pc_transformer.processes.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.sync_gradients", lambda model, count: count)
+    t.learner = make_learner(learner, reduce=t.team.reduce)
+    t.backward()
+    assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
+    targets[:] = -100
+    first.zero_()
+    with pytest.raises(ValueError, match="predicts nothing"):
+        t.backward()
 
 
 def test_mixed_precision_stays_close() -> None:
