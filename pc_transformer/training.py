@@ -16,6 +16,7 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'PROGRESS', 'ENTRY', 'not_f
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
+import dataclasses
 import errno
 import hashlib
 import json
@@ -47,10 +48,13 @@ from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict,
 from .data import Batches, CharTokenizer, split, windows
 from .generation import Tokenizer
 from .isolation import Draws, drawing, evaluating
-from .learning import Learner, gradient_cosine, rehearse
+from .learning import Learner, PredictiveCoding, gradient_cosine, rehearse
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
-from .settling import SettlingError, check_batch
+from pc_transformer.settling import (
+    ErrorSettling, SettlingError, check_batch, in_reach, mean_square, noise_seed, predict_up,
+    shared_mean, weight_at_zero, widened,
+)
 from .solvers import StateSettling, make_learner
 
 # %% ../nbs/31_training.ipynb #99df7346
@@ -551,18 +555,19 @@ class Trainer:
     def backward(self) -> float:
         "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
         tokens, targets = self.batch(self.step)
+        whole = check_batch(self.model, tokens, targets)
         parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
-                 if (part[1] != -100).any()] or [(tokens, targets)]      # a part that predicts nothing teaches nothing
+                 if (part[1] != -100).any()]      # a part that predicts nothing teaches nothing
         own = [tuple(map(self.team.share, part)) for part in parts]
         counts = [int((y != -100).sum()) for _, y in own]
         count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
         waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
-        whole = int((targets != -100).sum())
+        learner = self.of_the_whole(own)
         for (x, y), n in zip(own, counts, strict=True):
-            if n == 0 and whole and not waits:     # this process's rows predict nothing, others' do
+            if n == 0 and not waits:     # this process's rows predict nothing, others' do
                 continue
             self.divide_gradients(n / unit if n and unit else 1.0)
-            report = self.learner.backward(self.model, x, y)
+            report = learner.backward(self.model, x, y)
             loss += report.loss / (count / n) if n else 0.0
             unit = n or unit
         self.divide_gradients(count / unit if unit else 1.0)
@@ -570,6 +575,24 @@ class Trainer:
             sync_gradients(self.model, count)
             loss = self.total(loss * count) / whole
         return loss
+
+    def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
+        "This step's learner for the parts of a batch: where precisions are relative, to the whole batch's mean squares."
+        learner, solver = self.learner, getattr(self.learner, "solver", None)
+        relative = isinstance(solver, ErrorSettling | StateSettling) and solver.weigh is None and solver.per != "token"
+        if len(parts) == 1 or not relative or not isinstance(learner, PredictiveCoding):
+            return learner
+        sums, positions = [], 0
+        for x, y in parts:
+            up, reach = predict_up(self.model, x, y, lean=True, noise=noise_seed(self.model)), in_reach(y)
+            n = y.numel() if reach is None else int(reach.sum())
+            sums.append(torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]).double() * n)
+            positions += n
+        own = torch.stack(sums).sum(0)
+        mean = shared_mean(own / max(positions, 1), positions, self.team.reduce or (lambda x: x))
+        unit = mean.to(widened(up.states[0]).dtype) * weight_at_zero(solver.family, up.states[0].shape[-1])
+        precision = list(solver.relative_precision / unit)
+        return dataclasses.replace(learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision))
 
     def divide_gradients(self, by: float) -> None:
         if by != 1:

@@ -630,11 +630,12 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
     refused(run.advance, says="diverged by step 1", kind=FloatingPointError)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
-def test_a_wrong_batch_is_no_divergence(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_batch_is_no_divergence(algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     "Unknown tokens, nothing to predict, targets out of range: their own sentence, also where weights are large but finite."
     for large in (False, True):
-        run = trainer(replace(RUN, **{"learner.algorithm": algorithm}), steps=1)
+        run = trainer(replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}), steps=1)
         tokens, targets = run.batch(1)
         if large:
             with torch.no_grad():

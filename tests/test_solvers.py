@@ -379,7 +379,7 @@ def test_schedules_are_functions_of_progress() -> None:
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:
-    "Accumulation: backprop's gradient over parts is that of the whole; predictive coding's differs only by its precisions."
+    "Accumulation: the gradient over parts is that of the whole."
     for learner, tol in ((LearnerConfig(algorithm="backprop"), 1e-5), (LearnerConfig(solver="sweep"), 1e-5)):
         whole, parts = trainer(learner), trainer(learner, accumulate=4)
         for t in (whole, parts):
@@ -389,13 +389,36 @@ def test_parts_of_a_batch_make_the_batch() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=tol, atol=1e-7)
 
 
+@pytest.mark.parametrize("ragged_rows", [False, True])
+@pytest.mark.parametrize("changes", [
+    {}, {"per": "coordinate"}, {"per": "token"}, {"energy": "student_t"}, {"centred": True}, {"lean": True},
+    {"solver": "state", "curvature_interval": 10},
+])  # fmt: skip
+def test_parts_of_a_batch_settle_as_one(changes: dict[str, Any], ragged_rows: bool) -> None:
+    "At soft latents, too: every part's precisions are in units of the whole batch's mean squares."
+    learner = LearnerConfig(**({"steps": 2, "relative_precision": 1.0, "step_size": 0.2} | changes))
+    found = []
+    for accumulate in (1, 4):
+        t = trainer(learner, accumulate=accumulate)
+        t.model.double()
+        tokens, targets = t.batch(0)
+        if ragged_rows:
+            targets[0, 1:], targets[2, 3:], targets[3, 5] = -100, -100, -100
+        t.batch = lambda _, both=(tokens, targets): both  # type: ignore[method-assign]
+        t.look()
+        t.learner = make_learner(learner, curvature=t.curvature)
+        t.backward()
+        found.append({n: p.grad for n, p in t.model.named_parameters()})
+    assert apart(*found) < 1e-5
+
+
 def test_parts_count_by_what_they_predict() -> None:
     "Accumulation where rows have different numbers of targets, and one part has none: the whole batch's gradient and loss."
     for learner, limit in (
         (LearnerConfig(algorithm="backprop"), 1e-6),
         (LearnerConfig(solver="sweep"), 1e-6),
         (LearnerConfig(solver="highway", steps=4), 1e-6),
-        (LearnerConfig(), 1e-3),  # every part has precisions of its own
+        (LearnerConfig(), 1e-5),
     ):
         runs = [trainer(learner), trainer(learner, accumulate=4), trainer(learner, accumulate=2)]
         losses = []
