@@ -558,7 +558,7 @@ class Trainer:
         whole = check_batch(self.model, tokens, targets)
         parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
                  if (part[1] != -100).any()]      # a part that predicts nothing teaches nothing
-        own = [tuple(map(self.team.share, part)) for part in parts]
+        own = [(self.team.share(x), self.team.share(y)) for x, y in parts]
         counts = [int((y != -100).sum()) for _, y in own]
         count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
         waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
@@ -578,20 +578,20 @@ class Trainer:
 
     def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
         "This step's learner for the parts of a batch: where precisions are relative, to the whole batch's mean squares."
-        learner, solver = self.learner, getattr(self.learner, "solver", None)
-        relative = isinstance(solver, ErrorSettling | StateSettling) and solver.weigh is None and solver.per != "token"
-        if len(parts) == 1 or not relative or not isinstance(learner, PredictiveCoding):
+        learner = self.learner
+        if len(parts) == 1 or not isinstance(learner, PredictiveCoding): return learner
+        solver = learner.solver
+        if not isinstance(solver, ErrorSettling | StateSettling) or solver.weigh is not None or solver.per == "token":
             return learner
         sums, positions = [], 0
         for x, y in parts:
             up, reach = predict_up(self.model, x, y, lean=True, noise=noise_seed(self.model)), in_reach(y)
             n = y.numel() if reach is None else int(reach.sum())
-            sums.append(torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]).double() * n)
+            sums.append(n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]))
             positions += n
-        own = torch.stack(sums).sum(0)
-        mean = shared_mean(own / max(positions, 1), positions, self.team.reduce or (lambda x: x))
-        unit = mean.to(widened(up.states[0]).dtype) * weight_at_zero(solver.family, up.states[0].shape[-1])
-        precision = list(solver.relative_precision / unit)
+        own = torch.stack(sums).sum(0) / max(positions, 1)
+        mean = shared_mean(own, positions, self.team.reduce or (lambda x: x))
+        precision = list(solver.relative_precision / (mean * weight_at_zero(solver.family, self.config.model.d_model)))
         return dataclasses.replace(learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision))
 
     def divide_gradients(self, by: float) -> None:
