@@ -53,7 +53,10 @@ def distance(up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]) ->
 
 @dataclass(frozen=True)
 class SweepSettling:
-    "One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020)."
+    """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020).
+
+    Its residual is not measured (`None`): at fixed predictions a second sweep would only repeat the first.
+    """
 
     relative_precision: float = 1e4     # beta; scales the errors, not what is learned
     lean: bool = False                  # keep states only and make each layer's graph again
@@ -68,29 +71,26 @@ class SweepSettling:
     ) -> Settled:
         with torch.enable_grad():
             count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
-            deltas, taught = self.down(model, up, measure_residual)
+            deltas, taught = self.down(model, up)
             errors = step_errors(zero, deltas, precision, 1.0)
             check_errors(errors)
-            residual = distance(up, errors, precision) if measure_residual else None
         resting = normalisers(up.states, precision, live=that_matter(targets, deltas))
         node_energy = (energies + resting)[None].cpu() / count
         loss = up.output_energy.item() / count
-        return Settled(up, errors, precision, count, loss, node_energy, [1.0], residual, taught=taught)
+        return Settled(up, errors, precision, count, loss, node_energy, [1.0], taught=taught)
 
-    def down(
-        self, model: Any, up: Pass, keep_graph: bool = False     # for a second use
-    ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    def down(self, model: Any, up: Pass) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         "Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l = delta_l` reads what `mu_l` was made of."
-        own, keep = lambda f: [p for p in f.parameters() if p.requires_grad], keep_graph and up.keeps
-        delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)], retain_graph=keep)
+        own = lambda f: [p for p in f.parameters() if p.requires_grad]
+        delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)])
         deltas, taught = [delta], [tuple(found)]
         for l in range(len(up.states) - 1, 0, -1):
             wanted = [up.inputs[l], *own(model.predictors[l])]
-            delta, *found = torch.autograd.grad(up.predict(l), wanted, delta, retain_graph=keep)
+            delta, *found = torch.autograd.grad(up.predict(l), wanted, delta)
             deltas.append(delta)
             taught.append(tuple(found))
         first = own(model.predictors[0])
-        taught.append(torch.autograd.grad(up.predict(0), first, delta, retain_graph=keep) if first else ())
+        taught.append(torch.autograd.grad(up.predict(0), first, delta) if first else ())
         return deltas[::-1], [*taught[:0:-1], taught[0]]
 
 # %% ../nbs/25_solvers.ipynb #625b0e3a
@@ -156,7 +156,7 @@ def curvatures(
     iterations: int = 8,           # of power iteration; approaches the truth from below
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> list[float]:                  # `|J_{l+1}|^2` for the nodes 0..N-1, then the output's curvature at s_N (nats)
-    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences, rounded up."
+    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences."
     within = lambda x: x if live is None else x * live.unsqueeze(-1)
     found = []
     for l in range(1, len(up.inputs)):
@@ -174,8 +174,7 @@ def curvatures(
                 ahead, behind = (predict_node(up.model, l, m, up.noise) for m in moved)
             return torch.autograd.grad(up.predict(l), s, within((ahead - behind) / (2 * h)), retain_graph=up.keeps)[0]
 
-        value = largest(apply, s.detach(), iterations, live)
-        found.append(2 ** (math.ceil(16 * math.log2(value)) / 16) if 0 < value < math.inf else value)
+        found.append(largest(apply, s.detach(), iterations, live))
     return found
 
 
@@ -340,13 +339,14 @@ class StateWalk:
         self.trace.append(energies)
         self.sizes.append(eta)
 
-    @torch.enable_grad()
     def settled(self, measure_residual: bool = True) -> Settled:
         "The present states as a result."
         errors, count, family = errors_of(self.up, self.live), int((self.targets != -100).sum()), self.solver.family
         residual = None
         if measure_residual:
-            end = gradient_norm(errors, errors_down(self.up, keep_graph=True), self.precision, family)
+            with torch.enable_grad():
+                deltas = errors_down(self.up, keep_graph=True)
+            end = gradient_norm(errors, deltas, self.precision, family)
             residual = end / self.start if self.start else 0.0
             if residual > FAR:      # the sentence has no number in it, so that Python shows it once
                 warnings.warn(f"parallel states stopped at a residual above {FAR}, far from equilibrium: what they teach is "

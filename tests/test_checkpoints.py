@@ -632,8 +632,8 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
     monkeypatch.setattr(run, "learn", fail)
     refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
     with torch.no_grad():
-        for p in run.model.parameters():
-            p.mul_(100)
+        for n, p in run.model.named_parameters():
+            p.mul_(1 if "precision" in n else 100)  # an overflowing precision has words of its own
     refused(run.advance, says="diverged by step 1", kind=FloatingPointError)
 
 
@@ -655,6 +655,43 @@ def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
         run.model.predictors[1].attention.log_precision.fill_(1e4)
     refused(save_checkpoint, run, tmp_path / "run", says="diverged by step 1, .*lower", kind=FloatingPointError)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
+def test_a_wrong_batch_is_no_divergence(algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Unknown tokens, nothing to predict, targets out of range: their own sentence, also where weights are large but finite."
+    for large in (False, True):
+        run = trainer(replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}), steps=1)
+        tokens, targets = run.batch(1)
+        if large:
+            with torch.no_grad():
+                run.model.predictors[0].token.weight.mul_(1000)
+        for wrong, says in (
+            ((torch.full_like(tokens, 50), targets), "50"),
+            ((tokens, torch.full_like(targets, 50)), "50"),
+            ((tokens, torch.full_like(targets, -100)), "predicts nothing"),
+        ):
+            monkeypatch.setattr(run, "batch", lambda _, both=wrong: both)
+            said = refused(run.advance, says=says, kind=ValueError)
+            assert "diverged" not in said and "learning rate" not in said
+
+
+def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Where the plain loss is no worse than guessing, whatever failed keeps its own words; where it is, divergence is named."
+    run = trainer(steps=1)
+
+    def fail(*args: Any) -> float:
+        raise training.SettlingError("raise relative_precision above 10")
+
+    monkeypatch.setattr(run, "learn", fail)
+    with torch.no_grad():
+        for f in run.model.predictors[1:]:  # in front of a norm, and back: the output is what it was
+            for p in f.parameters():
+                p.mul_(3 if p.dim() >= 2 else 1)
+        run.model.predictors[0].position.weight.fill_(5.0)
+    assert not run.exploded(run.plain_loss())
+    refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
 
 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
