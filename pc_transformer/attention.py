@@ -143,6 +143,7 @@ def check_attend(
     "Raise one clear sentence for types, shapes, masks, names or numbers that `attend` cannot mean."
     for what, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
+        if x.layout != torch.strided: raise TypeError(f"{what} must be a dense tensor, not {x.layout}")
     if attn_mask is not None:
         kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else shown(attn_mask)
         if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
@@ -467,6 +468,8 @@ def attend(
     looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
     """
     check_attend(q, k, v, family, backend, is_causal, attn_mask, window, dropout_p, settle_steps)
+    for what, x in (("return_attention", return_attention), ("return_lse", return_lse)):
+        if not isinstance(x, bool): raise TypeError(f"{what} must be True or False, not {shown(x)}")
     full = full_dtype(q)
     if precision is None: precision = 1 / math.sqrt(q.shape[-1])
     check_shapes(q, k, precision, log_mix, attn_mask, query_precision)
@@ -733,5 +736,5 @@ class PCAttention(nn.Module):
         out = found[0] if isinstance(found, tuple) else found
         if self.background is not None:
             background = sound(self.background, full_dtype(x), False, f"the background of {self.family} attention")
-            out = out * torch.sigmoid(found[1] - background)[..., None]
+            out = (out * torch.sigmoid(found[1] - background)[..., None]).to(out.dtype)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -29,10 +29,10 @@ from .config import RunConfig, replace
 from .experiments.components import damage
 from .experiments.tinyshakespeare import about_run, seconds
 from .generation import is_int, is_real
-from .isolation import evaluating
+from .isolation import evaluating, view
 from .layers import AttentionLayer, Embedding
 from .model import PCTransformer, check_tokens
-from .settling import SettlingError
+from .settling import SettlingError, widened
 from .training import TextData, Trainer, load, pick_device, write_text
 
 # %% ../nbs/29_evidence.ipynb #5aba6788
@@ -58,6 +58,11 @@ class Memory:
     def by_key(self, p: Tensor | None) -> bool:
         "Whether a precision or a mixing weight was given for each key."
         return p is not None and p.shape == self.k.shape[:-1]
+
+    def wide(self) -> "Memory":
+        "The same numbers in float32 at least."
+        own = lambda p: None if p is None else widened(p)
+        return Memory(widened(self.k), widened(self.v), own(self.precision), own(self.log_mix))
 
     def append(self, new: "Memory") -> "Memory":
         "These columns and later ones."
@@ -93,7 +98,7 @@ def look(
         found = attend(q, past.k, past.v, attention.family, past.precision, past.log_mix, **options)
         out, lse = kernels.merge([found[0], out], [found[1], lse])
     if attention.background is not None:
-        out = out * torch.sigmoid(lse - attention.background)[..., None]
+        out = (out * torch.sigmoid(lse - attention.background)[..., None]).to(out.dtype)
     return attention.out(out.transpose(1, 2).flatten(2)), own
 
 
@@ -119,7 +124,7 @@ def climb(
     assert isinstance(embedding, Embedding)
     mu = embedding.token(tokens) + embedding.position.weight[start : start + tokens.shape[1]]
     predictions, memories, behind = [mu], [], iter(past)
-    states = [mu if errors is None else mu + errors[0]]
+    states = [mu if errors is None else (mu + errors[0]).to(mu.dtype)]
     for l, f in enumerate(layers, 1):
         if isinstance(f, AttentionLayer):
             out, own = look(f.attention, f.norm(states[-1]), next(behind), start)
@@ -128,7 +133,7 @@ def climb(
         else:
             mu = f(states[-1])
         predictions.append(mu)
-        states.append(mu if errors is None else mu + errors[l])
+        states.append(mu if errors is None else (mu + errors[l]).to(mu.dtype))
     return predictions, states, memories
 
 # %% ../nbs/29_evidence.ipynb #fb3b4412
@@ -183,7 +188,7 @@ def memory_stream(model: PCTransformer, tokens: Int[Tensor, "B T"], errors: Sequ
     embedding, *layers = model.predictors
     s, found = embedding(tokens), []
     for l, f in enumerate(layers):
-        s = s if errors is None else s + errors[l]
+        s = s if errors is None else (s + errors[l]).to(s.dtype)
         if isinstance(f, AttentionLayer): found.append(remember(f.attention, f.norm(s))[1])
         s = f(s)
     return found
@@ -197,7 +202,9 @@ def column_energy(
     variances: Sequence[Float[Tensor, "B T 1"]],
     start: int = 0,
 ) -> Energy:
-    "Equation (1) as a function of the errors, nats."
+    "Equation (1) as a function of the errors, nats; float32 at least, to tell small steps apart."
+    if model.output.weight.dtype != widened(model.output.weight).dtype:
+        model, past = view(model, tensor=widened), [m and m.wide() for m in past]
     def energy(errors: list[Tensor]) -> Float[Tensor, "B T"]:
         _, states, _ = climb(model, tokens, past, errors, start)
         priors = torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True)]).sum(0)
@@ -228,8 +235,10 @@ class EvidenceTransformer(nn.Module):
         self.log_beta = nn.Parameter(torch.full((len(model.predictors),), math.log(relative_precision)))
 
     def variances(self, predictions: Sequence[Tensor]) -> list[Tensor]:
-        "`v_l` of equation (1), from predictions without errors; no graph."
-        return [(mu.square().mean(-1, keepdim=True) / b.exp()).detach() for mu, b in zip(predictions, self.log_beta, strict=True)]
+        "`v_l` of equation (1), from predictions without errors; float32 at least, no graph."
+        squares = [widened(mu.detach()).square().mean(-1, keepdim=True) for mu in predictions]
+        beta = widened(self.log_beta.detach()).exp()
+        return [s / b for s, b in zip(squares, beta, strict=True)]
 
     def settle(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None,
@@ -246,7 +255,7 @@ class EvidenceTransformer(nn.Module):
                 predictions, _, _ = climb(self.model, tokens, past)
                 variances = self.variances(predictions)
             energy = column_energy(self.model, tokens, evidence, past, variances)
-            zero = [torch.zeros_like(mu) for mu in predictions]
+            zero = [torch.zeros_like(widened(mu)) for mu in predictions]
             errors, trace = settle_columns(energy, zero, variances, self.steps, self.step_size)
         return errors, trace
 
@@ -319,7 +328,7 @@ def finish(
     model, last, start = evidence.model, past.tokens[:, -1:], past.tokens.shape[1] - 1
     variances = evidence.variances(past.predictions)
     energy = column_energy(model, last, token, past.memories, variances, start)
-    zero = [torch.zeros_like(mu) for mu in past.predictions]
+    zero = [torch.zeros_like(widened(mu)) for mu in past.predictions]
     errors, trace, log_weights = settle(energy, zero, variances, evidence.steps, evidence.step_size)
     with torch.no_grad():
         _, _, new = climb(model, last, past.memories, errors, start)
@@ -501,7 +510,8 @@ class EvidenceSettler:
         assert past is not None
         self.past = past
         by_past = lambda x: x.view(self.samples, len(tokens), *x.shape[1:])
-        return by_past(logits.log_softmax(-1)), by_past(past.log_weights).log_softmax(0).to(logits)
+        log_p = by_past(widened(logits).log_softmax(-1))
+        return log_p, by_past(past.log_weights).log_softmax(0).to(log_p)
 
     def logits(self, model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
         "Log of the mean predicted distribution, weighted."
@@ -560,7 +570,7 @@ def read_losses(
     found = []
     for x, y in zip(windows.split(batch_size), targets.split(batch_size), strict=True):
         logits = read_in_order(evidence, x)
-        found.append(F.cross_entropy(logits.mT, y, reduction="none").mean(1))
+        found.append(F.cross_entropy(widened(logits).mT, y, reduction="none").mean(1))
     return torch.cat(found)
 
 # %% ../nbs/29_evidence.ipynb #212e3cc9

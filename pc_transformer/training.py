@@ -7,15 +7,16 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'PROGRESS', 'ENTRY', 'not_f
            'whole_folder', 'write_text', 'CheckpointError', 'read_json', 'write_tensors', 'read_tensors', 'check_fit',
            'check_finite', 'restore', 'blueprint', 'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of',
            'anatomy', 'check_savable', 'SavedTokenizer', 'tokenizer_of', 'description', 'write_model', 'save',
-           'checkpoints', 'step_of', 'newest', 'steady', 'load', 'read_model', 'load_tokenizer', 'load_pair',
-           'read_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'optimizer_tensors',
-           'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume', 'take_up', 'check_progress',
-           'is_entry', 'is_number', 'flat', 'restore_optimizer', 'Interrupted', 'graceful_stop', 'sole_run', 'names',
-           'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'halves', 'TextData', 'start',
-           'write_run_config', 'read_run_config']
+           'as_path', 'checkpoints', 'step_of', 'newest', 'steady', 'load', 'read_model', 'freeze', 'load_tokenizer',
+           'load_pair', 'read_tokenizer', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer',
+           'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume',
+           'take_up', 'check_progress', 'is_entry', 'is_number', 'flat', 'restore_optimizer', 'Interrupted',
+           'graceful_stop', 'sole_run', 'names', 'locked', 'train', 'check_folder', 'go_on', 'progress_bar', 'halves',
+           'TextData', 'start', 'write_run_config', 'read_run_config']
 
 # %% ../nbs/31_training.ipynb #87f84952
 import ctypes
+import dataclasses
 import errno
 import hashlib
 import json
@@ -47,10 +48,13 @@ from .config import ConfigError, ModelConfig, RunConfig, TrainConfig, from_dict,
 from .data import Batches, CharTokenizer, split, windows
 from .generation import Tokenizer
 from .isolation import Draws, drawing, evaluating
-from .learning import Learner, gradient_cosine, rehearse
+from .learning import Learner, PredictiveCoding, gradient_cosine, rehearse
 from .model import PCTransformer
 from .processes import DataParallel, all_sum, sync_gradients
-from .settling import SettlingError
+from pc_transformer.settling import (
+    ErrorSettling, SettlingError, check_batch, in_reach, mean_square, noise_seed, predict_up,
+    shared_mean, weight_at_zero, widened,
+)
 from .solvers import StateSettling, make_learner
 
 # %% ../nbs/31_training.ipynb #99df7346
@@ -69,6 +73,8 @@ def evaluate(
 
     Raises FloatingPointError when the loss is not finite: a table must not show it as a result.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"only a model can be evaluated, not a {type(model).__name__}")
     device = next(model.parameters()).device
     total = count = 0
     with evaluating(model) as still:
@@ -107,6 +113,9 @@ def whole_folder(place: Path) -> Iterator[Path]:
     A folder that is there already is replaced, unless other files lie in it. Raises OSError.
     """
     place = place.resolve() if place.is_symlink() else place
+    if not place.name or place.exists() and os.path.samefile(place, "."):
+        raise IsADirectoryError(f"{str(place)!r} is the working folder or the root, which cannot be "
+                                "replaced: name a folder in it")
     place.parent.mkdir(parents=True, exist_ok=True)
     (work := beside(place)).mkdir()
     try:
@@ -308,7 +317,7 @@ def check_savable(model: PCTransformer) -> None:
 
     FloatingPointError for weights that are not finite. One sentence, which names what cannot be saved.
     """
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
         raise ValueError(f"only a PCTransformer can be saved, not a {type(model).__name__}")
     with torch.device("meta"):
         fresh = PCTransformer(model.config)
@@ -326,6 +335,12 @@ def check_savable(model: PCTransformer) -> None:
     if wrong := sorted(n for n in shapes | own if shapes.get(n) != own.get(n)):
         raise ValueError(f"{UNSAVED}: {wrong[0]!r} is missing, added or of another shape than its "
                          "configuration has")
+    for name, part in model.named_modules():
+        at = f"{name}." if name else ""
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise ValueError(f"{UNSAVED}: {at}forward has a hook; remove it first")
+        if wrong := sorted(k for k in vars(part) if callable(getattr(type(part), k, None))):
+            raise ValueError(f"{UNSAVED}: {at}{wrong[0]} was replaced by another; delete it first")
     named = dict(model.named_parameters())
     if wrong := sorted(dict(fresh.named_parameters()).keys() ^ named.keys()):
         raise ValueError(f"{UNSAVED}: {wrong[0]!r} is no parameter of its own")
@@ -357,11 +372,16 @@ def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[
     """What `config.json` says. Raises ValueError, FloatingPointError for a model or a tokenizer
     that could not be loaded."""
     check_savable(model)
+    if tokenizer is not None and not callable(getattr(tokenizer, "to_dict", None)):
+        raise TypeError("a tokenizer to be saved must have to_dict, as CharTokenizer has, but a "
+                        f"{type(tokenizer).__name__} has none")
     words = None if tokenizer is None else tokenizer.to_dict()
     if words is not None and tokenizer_of(words, Path("to_dict")).to_dict() != words:
         raise ValueError(f"this {type(tokenizer).__name__} cannot be saved: read back from its own "
                          "to_dict it is another")
-    return {"config": to_dict(model.config), "tokenizer": words}
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    about = {"config": to_dict(model.config), "tokenizer": words}
+    return about | {"frozen": frozen} if frozen else about
 
 
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
@@ -380,10 +400,17 @@ def save(
 
     Raises ValueError or FloatingPointError, nothing written, for what `load` could not give back.
     """
-    about = description(model, tokenizer)
-    with whole_folder(Path(folder)) as work:
+    place, about = as_path(folder), description(model, tokenizer)
+    with whole_folder(place) as work:
         write_model(model, about, work)
-    return Path(folder)
+    return place
+
+
+def as_path(name: Any) -> Path:
+    "The name of a file or folder as a path; TypeError for what is no name."
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"a file or folder is named by a text or a path, not by {brief(name)}")
+    return Path(name)
 
 # %% ../nbs/31_training.ipynb #42343892
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
@@ -432,7 +459,7 @@ def load(
 
     Raises CheckpointError, one sentence, for what does not fit, is damaged or is not finite.
     """
-    return steady(Path(folder), lambda place: read_model(place, config))
+    return steady(as_path(folder), lambda place: read_model(place, config))
 
 
 def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer:
@@ -458,12 +485,23 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
     check_seal(about, folder / "config.json", "model.safetensors")
     model = PCTransformer(stored)
     restore(model, tensors, weights)
+    freeze(model, about.get("frozen", []), folder / "config.json")
     return model
+
+
+def freeze(model: nn.Module, names: Any, source: Path) -> None:
+    "These parameters do not learn. CheckpointError for anything but a list of their names."
+    own = dict(model.named_parameters())
+    if not isinstance(names, list) or not all(isinstance(n, str) and n in own for n in names):
+        raise CheckpointError(f"{source}: frozen is no list of the model's parameters, but "
+                              f"{brief(names)}")
+    for name in names:
+        own[name].requires_grad_(False)
 
 
 def load_tokenizer(folder: str | Path) -> SavedTokenizer:
     "The tokenizer saved with a model. Raises CheckpointError when there is none or it is damaged."
-    return steady(Path(folder), read_tokenizer)
+    return steady(as_path(folder), read_tokenizer)
 
 
 def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
@@ -556,21 +594,44 @@ class Trainer:
     def backward(self) -> float:
         "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
         tokens, targets = self.batch(self.step)
+        whole = check_batch(self.model, tokens, targets)
         parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
-                 if (part[1] != -100).any()] or [(tokens, targets)]      # a part that predicts nothing teaches nothing
-        own = [tuple(map(self.team.share, part)) for part in parts]
+                 if (part[1] != -100).any()]      # a part that predicts nothing teaches nothing
+        own = [(self.team.share(x), self.team.share(y)) for x, y in parts]
         counts = [int((y != -100).sum()) for _, y in own]
         count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
+        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
+        learner = self.of_the_whole(own)
         for (x, y), n in zip(own, counts, strict=True):
+            if n == 0 and not waits:     # this process's rows predict nothing, others' do
+                continue
             self.divide_gradients(n / unit if n and unit else 1.0)
-            report = self.learner.backward(self.model, x, y)
+            report = learner.backward(self.model, x, y)
             loss += report.loss / (count / n) if n else 0.0
             unit = n or unit
         self.divide_gradients(count / unit if unit else 1.0)
         if self.team.size > 1:
             sync_gradients(self.model, count)
-            loss = self.total(loss * count) / int((targets != -100).sum())
+            loss = self.total(loss * count) / whole
         return loss
+
+    def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
+        "This step's learner for the parts of a batch: where precisions are relative, to the whole batch's mean squares."
+        learner = self.learner
+        if len(parts) == 1 or not isinstance(learner, PredictiveCoding): return learner
+        solver = learner.solver
+        if not isinstance(solver, ErrorSettling | StateSettling) or solver.weigh is not None or solver.per == "token":
+            return learner
+        sums, positions = [], 0
+        for x, y in parts:
+            up, reach = predict_up(self.model, x, y, lean=True, noise=noise_seed(self.model)), in_reach(y)
+            n = y.numel() if reach is None else int(reach.sum())
+            sums.append(n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]))
+            positions += n
+        own = torch.stack(sums).sum(0) / max(positions, 1)
+        mean = shared_mean(own, positions, self.team.reduce or (lambda x: x))
+        precision = list(solver.relative_precision / (mean * weight_at_zero(solver.family, self.config.model.d_model)))
+        return dataclasses.replace(learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision))
 
     def divide_gradients(self, by: float) -> None:
         if by != 1:
@@ -611,30 +672,28 @@ class Trainer:
         try:
             yield
         except (FloatingPointError, SettlingError, ValueError) as error:
-            bad = not_finite(self.model.named_parameters())
-            loss, size = self.plain_loss(), self.weight_size()
-            if bad is None and not self.exploded(loss) and size <= 0.5:
+            if (what := self.divergence()) is None:
                 raise
-            what = f"the weights {bad!r} are not finite" if bad else f"the loss of its batch is {loss:.4g} " \
-                f"nats per token and the weights have a root mean square of {size:.3g}"
             rate = f"lower the learning rate ({self.config.train.learning_rate:g})"
             raise FloatingPointError(f"training diverged by step {self.step}, {what}: {rate}") from error
 
-    def weight_size(self) -> float:
-        "Root mean square of the matrices: 0.02 at the start, a tenth or two after a long training."
-        named = self.model.named_parameters()
-        matrices = [p.detach().double() for n, p in named if p.dim() >= 2 and not n.endswith(LEARNED)]
-        total = sum(p.square().sum().item() for p in matrices)
-        return math.sqrt(total / sum(p.numel() for p in matrices))
+    def divergence(self) -> str | None:
+        """What shows that training has diverged: weights that are not finite, or a loss far worse
+        than guessing; `None`: nothing does."""
+        if bad := not_finite(self.model.named_parameters()):
+            return f"the weights {bad!r} are not finite"
+        try:
+            loss = self.plain_loss()
+        except (TypeError, ValueError):      # the batch is wrong, or a layer refuses: that has its own words
+            return None
+        return f"the loss of its batch is {loss:.4g} nats per token" if self.exploded(loss) else None
 
     def plain_loss(self) -> float:
-        "The feed-forward loss of this step's batch; nan when it cannot be computed."
+        "The feed-forward loss of this step's batch, without dropout. Raises TypeError or ValueError for a wrong batch."
         tokens, targets = self.batch(self.step)
-        try:
-            with torch.no_grad():
-                return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten()).item()
-        except (FloatingPointError, SettlingError, ValueError):
-            return math.nan
+        check_batch(self.model, tokens, targets)
+        with evaluating(self.model) as still:
+            return F.cross_entropy(still(tokens).flatten(0, 1), targets.flatten()).item()
 
     def advance(self) -> float:
         "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
@@ -723,6 +782,9 @@ def save_checkpoint(
     if bad := not_finite([*trainer.model.named_parameters(), *moments.items()]):
         raise FloatingPointError(f"{bad!r} is not finite after step {trainer.step}, so nothing is "
                                  "saved: lower the learning rate")
+    if not math.isfinite(loss := trainer.plain_loss()):
+        raise FloatingPointError(f"training diverged by step {trainer.step}, the loss of the next "
+                                 f"batch is {loss}, so nothing is saved: lower the learning rate")
     about = description(trainer.model, tokenizer)
     check_moments(trainer, moments, trainer.step)
     sweep(run)
@@ -748,12 +810,11 @@ def sweep(run: Path) -> None:
 
 
 def outdated(trainer: Trainer, run: Path) -> list[Path]:
-    """All but the last two checkpoints and, where the loss has exploded since, the last one from
-    before."""
+    "All but the last two checkpoints and the one whose weights had the lowest training loss."
     found = [p for p in checkpoints(run) if step_of(p) <= trainer.step]
-    loss = {p: trainer.losses[step_of(p)] for p in found if step_of(p) < len(trainer.losses)}
-    calm = [p for p in found[:-1] if p in loss and not trainer.exploded(loss[p])]
-    return [p for p in found[:-2] if p not in calm[-1:]]
+    known = [p for p in found if step_of(p) < len(trainer.losses)]
+    best = min(known, key=lambda p: trainer.losses[step_of(p)], default=None)
+    return [p for p in found[:-2] if p != best]
 
 
 def data_hash(trainer: Trainer) -> str:
