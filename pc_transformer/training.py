@@ -782,9 +782,14 @@ def save_checkpoint(
     if bad := not_finite([*trainer.model.named_parameters(), *moments.items()]):
         raise FloatingPointError(f"{bad!r} is not finite after step {trainer.step}, so nothing is "
                                  "saved: lower the learning rate")
-    if not math.isfinite(loss := trainer.plain_loss()):
-        raise FloatingPointError(f"training diverged by step {trainer.step}, the loss of the next "
-                                 f"batch is {loss}, so nothing is saved: lower the learning rate")
+    check_batch(trainer.model, *trainer.batch(trainer.step))
+    try:
+        found = f"the loss of the next batch is {loss}" if not math.isfinite(loss := trainer.plain_loss()) else ""
+    except ValueError as error:
+        found = f"the model refuses the next batch ({error})"
+    if found:
+        raise FloatingPointError(f"training diverged by step {trainer.step}, {found}, so nothing is "
+                                 "saved: lower the learning rate")
     about = description(trainer.model, tokenizer)
     check_moments(trainer, moments, trainer.step)
     sweep(run)
