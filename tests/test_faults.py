@@ -170,6 +170,7 @@ def fill_disk() -> None:
 
 def child(args: list[str], log: Path, fate: str, number: int) -> None:
     "`pct` in a process of its own."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(target, 1), os.dup2(target, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
