@@ -27,8 +27,9 @@ from pc_transformer.config import (
 quick = settings(deadline=None, max_examples=40)
 sizes = st.integers(1, 10**6)
 positive = st.floats(5e-324, 1e300, allow_nan=False)
+rate = st.floats(5e-324, 1e30, allow_nan=False)  # what an optimiser multiplies by
 fraction = st.floats(0, 1, exclude_max=True)
-rates = st.tuples(positive, positive).map(sorted)
+rates = st.tuples(rate, rate).map(sorted)
 counts = st.fixed_dictionaries({k: sizes for k in ("iters", "batch_size", "eval_interval", "checkpoint_interval")})
 
 
@@ -53,8 +54,8 @@ def trainings(draw) -> TrainConfig:
     low, high = draw(rates)
     return TrainConfig(
         **draw(counts), learning_rate=high, min_learning_rate=low, warmup_iters=draw(st.integers(0, 10**6)),
-        weight_decay=draw(positive), beta1=draw(fraction), beta2=draw(fraction), grad_clip=draw(positive),
-        precision_lr_scale=draw(positive), seed=draw(st.integers(0, 2**63 - 1)),
+        weight_decay=draw(rate), beta1=draw(fraction), beta2=draw(fraction), grad_clip=draw(positive),
+        precision_lr_scale=draw(rate), seed=draw(st.integers(0, 2**63 - 1)),
     )  # fmt: skip
 
 
