@@ -981,7 +981,8 @@ def test_files_that_may_not_be_read(
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert f"Permission denied: '{text}'" in fails(["data", str(text)], capsys)
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert "config.yaml" in fails(["evaluate", str(whole)], capsys)
+    assert "config.json cannot be read (Permission denied)" in fails(["evaluate", str(whole)], capsys)
+    assert "config.yaml cannot be read" in fails(["train", str(whole), "--resume", "true"], capsys)
 
 
 def test_a_bug_keeps_its_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
