@@ -39,7 +39,7 @@ serve: docs ## build the site and serve it on this machine
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
 
 lab: $(STAMP) ## open JupyterLab on the first chapter
-	$(BIN)/jupyter lab --port $(PORT) nbs/00_notation.ipynb
+	$(BIN)/jupyter lab --port $(PORT) nbs/0_theory/00_notation.ipynb
 
 bench: $(STAMP) ## step time and peak memory of each learner on this machine, interleaved
 	$(BIN)/pct bench --out runs/bench
@@ -52,24 +52,25 @@ test-triton: $(STAMP) ## the Triton kernels in its interpreter and, ahead of tim
 	$(BIN)/python -m pytest -q tests/test_gpu_kernels.py
 	$(BIN)/python tools/compile_triton.py
 
-export: $(STAMP) ## notebooks -> package and README
+export: $(STAMP) ## notebooks -> package, order of reading and README
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/make_order.py
 	$(BIN)/python tools/make_readme.py
 
 clean-nbs: $(STAMP) ## strip what changes from run to run from the notebooks
 	$(BIN)/nbdev_clean
 
-run: $(STAMP) ## run notebooks and save their outputs: make run NB=nbs/10_config.ipynb
+run: $(STAMP) ## run notebooks and save their outputs: make run NB=nbs/1_model/14_layers.ipynb
 	$(BIN)/python tools/run_notebooks.py $(NB)
 
 readme: $(STAMP) ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/make_readme.py
 
-py: $(STAMP) ## notebook -> .nbpy/*.py, to edit it as text: make py NB=nbs/10_config.ipynb
+py: $(STAMP) ## notebook -> .nbpy/, to edit it as text: make py NB=nbs/1_model/14_layers.ipynb
 	$(BIN)/python tools/percent.py to $(NB)
 
-nb: $(STAMP) ## .nbpy/*.py -> notebook: make nb NB=nbs/10_config.ipynb
+nb: $(STAMP) ## .nbpy/ -> notebook: make nb NB=nbs/1_model/14_layers.ipynb
 	$(BIN)/python tools/percent.py from $(NB)
 
 hooks: $(STAMP) ## git merges notebooks cell by cell, and JupyterLab saves them clean

@@ -15,6 +15,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
 PHONE = 390  # CSS pixels
+BOOK = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if not any(x[0] in "_." for x in p.relative_to(ROOT).parts))
 
 pytest.importorskip("smalldocs", reason="the docs extra is not installed")
 
@@ -44,8 +45,8 @@ def pages(site: Path) -> list[Path]:
 
 def test_one_page_for_each_notebook(site: Path) -> None:
     """Every notebook is a page, and the front page leads to the first."""
-    there = [p.relative_to(ROOT) for p in ROOT.glob("nbs/**/*.ipynb") if not any(x[0] in "_." for x in p.relative_to(ROOT).parts)]
-    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == sorted(p.with_suffix("") for p in there)
+    there = [p.relative_to(ROOT).with_suffix("") for p in BOOK]
+    assert [p.relative_to(site).with_suffix("") for p in pages(site)] == there
     assert "nbs/index.html" in (site / "index.html").read_text(encoding="utf-8")
 
 
@@ -178,7 +179,7 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
     assert json.loads(found[1].removeprefix("done ")) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BOOK, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
     "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

@@ -91,36 +91,89 @@ def test_runner_names_the_cell_that_failed(tmp_path: Path) -> None:
 
 def test_percent_and_back(tmp_path: Path) -> None:
     """Ids stay, unchanged cells keep their outputs, changed ones lose them, new ones get an id."""
-    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/1_part").mkdir(parents=True)
     write(
-        tmp_path / "nbs/a.ipynb",
+        tmp_path / "nbs/1_part/a.ipynb",
         new_markdown_cell("# Title $x_l$"),
         new_code_cell("#| export\nx = 1", outputs=shown("one")),
         new_code_cell("x", outputs=shown("two")),
     )
-    assert tool("percent.py", "to", "nbs/a.ipynb", cwd=tmp_path).returncode == 0
-    script = tmp_path / ".nbpy/a.py"
+    assert tool("percent.py", "to", "nbs/1_part/a.ipynb", cwd=tmp_path).returncode == 0
+    script = tmp_path / ".nbpy/1_part/a.py"
     text = script.read_text(encoding="utf-8")
     assert '# %% id="c1"\n#| export\nx = 1' in text
     script.write_text(text.replace("\nx\n", "\nx + 1\n") + "\n# %%\nnew = 3\n", encoding="utf-8")
-    assert tool("percent.py", "from", "nbs/a.ipynb", cwd=tmp_path).returncode == 0
-    cells = nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells
+    assert tool("percent.py", "from", "nbs/1_part/a.ipynb", cwd=tmp_path).returncode == 0
+    cells = nbformat.read(tmp_path / "nbs/1_part/a.ipynb", 4).cells
     assert [c.id for c in cells[:3]] == ["c0", "c1", "c2"] and len(cells) == 4
     assert [c.source for c in cells] == ["# Title $x_l$", "#| export\nx = 1", "x + 1", "new = 3"]
     assert [len(c.outputs) for c in cells[1:]] == [1, 0, 0]
 
 
+def ends(root: Path, name: str) -> list[str]:
+    """The sources of a notebook after the title."""
+    return [c.source for c in nbformat.read(root / "nbs" / name, 4).cells][1:]
+
+
+def test_one_order_of_reading(tmp_path: Path) -> None:
+    """Numbers are the order of the sidebar and of the `Next` lines; stale ones are named and written anew."""
+    config, root = tmp_path / "_quarto.yml", ("--root", str(tmp_path))
+    for folder in ("nbs/0_theory", "nbs/1_first_model"):
+        (tmp_path / folder).mkdir(parents=True)
+    config.write_text("sidebar:\n    contents:\n      - {text: old, href: nbs/old.ipynb}\n\nformat: html\n", encoding="utf-8")
+    write(tmp_path / "nbs/index.ipynb", new_markdown_cell("# Home"), new_code_cell("1", outputs=shown("one")))
+    old = "Next: [Gone](../gone.ipynb) says more.\n\n<details>\nA proof.\n</details>"
+    write(tmp_path / "nbs/0_theory/02_b.ipynb", new_markdown_cell("# It's \"b\"\n\n> why"), new_markdown_cell(old))
+    write(tmp_path / "nbs/0_theory/10_c.ipynb", new_markdown_cell("# C"), new_markdown_cell("Words."))
+    write(tmp_path / "nbs/1_first_model/01_d.ipynb", new_markdown_cell("# D"), new_markdown_cell("**Next.** [A](a.ipynb)"))
+    stale = tool("make_order.py", "--check", *root)
+    assert stale.returncode == 1 and "_quarto.yml" in stale.stderr and "nbs/1_first_model/01_d.ipynb" in stale.stderr
+    assert tool("make_order.py", *root).returncode == 0
+    assert config.read_text(encoding="utf-8") == """sidebar:
+    contents:
+      - {text: "Home", href: nbs/index.ipynb}
+      - section: "0 · Theory"
+        contents:
+          - {text: "It's \\"b\\"", href: nbs/0_theory/02_b.ipynb}
+          - {text: "C", href: nbs/0_theory/10_c.ipynb}
+      - section: "1 · First model"
+        contents:
+          - {text: "D", href: nbs/1_first_model/01_d.ipynb}
+
+format: html
+"""
+    assert ends(tmp_path, "index.ipynb") == ["1", 'Next: [It\'s "b"](0_theory/02_b.ipynb)']
+    assert ends(tmp_path, "0_theory/02_b.ipynb") == ["<details>\nA proof.\n</details>\n\nNext: [C](10_c.ipynb)"]
+    assert ends(tmp_path, "0_theory/10_c.ipynb") == ["Words.\n\nNext: [D](../1_first_model/01_d.ipynb)"]
+    assert ends(tmp_path, "1_first_model/01_d.ipynb") == [], "the last chapter leads nowhere"
+    done = tool("make_order.py", "--check", *root)
+    assert done.returncode == 0, done.stderr
+    assert tool("make_order.py", *root).stdout == "order of reading: 4 notebooks, 0 file(s) changed\n"
+
+
+def test_only_the_last_cell_leads_on(tmp_path: Path) -> None:
+    """A written line moves down when cells follow it; one in an author's words is named and left."""
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "_quarto.yml").write_text("sidebar:\n    contents:\n", encoding="utf-8")
+    ours, theirs = new_markdown_cell("Next: [Old](old.ipynb)"), new_markdown_cell("**Next:** [B](b.ipynb), which is hard.")
+    write(tmp_path / "nbs/a.ipynb", new_markdown_cell("# A"), ours, theirs, new_code_cell("1"))
+    write(tmp_path / "nbs/b.ipynb", new_markdown_cell("# B"))
+    done = tool("make_order.py", "--root", str(tmp_path))
+    assert done.returncode == 1 and "nbs/a.ipynb: delete this line of cell c2" in done.stderr
+    assert ends(tmp_path, "a.ipynb") == [theirs.source, "1", "Next: [B](b.ipynb)"]
+
+
 def test_readme_follows_the_index(tmp_path: Path) -> None:
     """Links gain their folder; `--check` tells when README.md is old."""
     (tmp_path / "nbs").mkdir()
-    cells = [new_markdown_cell("# T\n\n[a](00_a.ipynb) [l](../LICENSE) [w](https://example.org)"), new_code_cell("1")]
+    cells = [new_markdown_cell("# T\n\n[a](0_part/00_a.ipynb) [l](../LICENSE) [w](https://example.org)"), new_code_cell("1")]
     write(tmp_path / "nbs/index.ipynb", *cells)
     root = ("--root", str(tmp_path))
     assert tool("make_readme.py", "--check", *root).returncode == 1
     assert tool("make_readme.py", *root).returncode == 0
     assert tool("make_readme.py", "--check", *root).returncode == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "[a](nbs/00_a.ipynb) [l](LICENSE) [w](https://example.org)" in text and "```python\n1\n```" in text
+    assert "[a](nbs/0_part/00_a.ipynb) [l](LICENSE) [w](https://example.org)" in text and "```python\n1\n```" in text
     (tmp_path / "README.md").write_text(text + "edited", encoding="utf-8")
     done = tool("make_readme.py", "--check", *root)
     assert done.returncode == 1 and "README.md" in done.stderr

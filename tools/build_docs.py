@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from make_order import notebooks
 from nb_filter import filter_notebook
 from quickjax import MathJaxRenderer, MathJaxRenderError
 from smalldocs.config import BuildError, ConfigError
@@ -63,11 +64,6 @@ def hrefs(entries: list[Any]) -> list[str]:
         found += [item["href"]] if "href" in item else []
         found += hrefs(item.get("contents", []))
     return found
-
-
-def notebooks(root: Path) -> list[Path]:
-    """Every notebook of the book, in whichever folder."""
-    return [p for p in sorted(root.glob("nbs/**/*.ipynb")) if not any(x[0] in "._" for x in p.relative_to(root).parts)]
 
 
 def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:

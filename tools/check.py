@@ -97,6 +97,12 @@ def export() -> str:
     return f"{len(before)} modules"
 
 
+def order() -> str:
+    """Sidebar and `Next` lines follow the numbers of the notebooks."""
+    sh(sys.executable, "tools/make_order.py", "--check")
+    return ""
+
+
 def readme() -> str:
     """README.md is made from nbs/index.ipynb."""
     sh(sys.executable, "tools/make_readme.py", "--check")
@@ -139,7 +145,7 @@ def tests() -> str:
     return ""
 
 
-CHECKS: list[Callable[[], str]] = [clean, export, readme, lint, types, docs, notebooks, tests]
+CHECKS: list[Callable[[], str]] = [clean, export, order, readme, lint, types, docs, notebooks, tests]
 
 
 def main() -> int:

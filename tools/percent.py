@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Edit a notebook as a plain Python script, and bring it back: cell ids stay, unchanged cells keep their outputs.
 
-`percent.py to nbs/10_config.ipynb` writes `.nbpy/10_config.py` in the percent format (`# %%` starts a cell; its id
-is beside it; leave the id away for a new cell). `percent.py from nbs/10_config.ipynb` writes the notebook from it.
+`percent.py to nbs/1_model/14_layers.ipynb` writes `.nbpy/1_model/14_layers.py` in the percent format (`# %%` starts a
+cell; its id is beside it; leave the id away for a new cell). `percent.py from nbs/1_model/14_layers.ipynb` writes the
+notebook from it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 
 
 def script_of(path: Path) -> Path:
-    """Where the script of a notebook lies."""
-    return Path(".nbpy") / f"{path.stem}.py"
+    """Where the script of a notebook lies: in `.nbpy` as the notebook in `nbs`."""
+    parts = path.parent.parts
+    folder = parts[parts.index("nbs") + 1 :] if "nbs" in parts else ()
+    return Path(".nbpy", *folder, f"{path.stem}.py")
 
 
 def to_script(path: Path) -> Path:
@@ -33,7 +36,7 @@ def to_script(path: Path) -> Path:
     for cell in nb.cells:
         cell.metadata["id"] = cell.id
     script = script_of(path)
-    script.parent.mkdir(exist_ok=True)
+    script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(jupytext.writes(nb, FORMAT), encoding="utf-8")
     return script
 
@@ -65,7 +68,7 @@ def main() -> None:
     """Convert the notebooks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=["to", "from"], help="to the script, or from it")
-    parser.add_argument("notebooks", nargs="+", type=Path, help="paths such as nbs/10_config.ipynb")
+    parser.add_argument("notebooks", nargs="+", type=Path, help="paths such as nbs/1_model/14_layers.ipynb")
     args = parser.parse_args()
     for path in args.notebooks:
         source = path if args.direction == "to" else script_of(path)
