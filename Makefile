@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-NB     ?= $(shell find nbs -name "*.ipynb" -not -path "*/.*")
+NB     ?= $(sort $(shell find nbs -name "*.ipynb" -not -path "*/.*"))
 PORT   ?= 8888
 
 export OMP_NUM_THREADS := 1

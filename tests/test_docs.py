@@ -78,6 +78,7 @@ SICK = {
     "bad formula": (r"$\frac{a$", "bad formula"),
     "unknown command": (r"$\notacommand{a}$", "bad formula"),
     "broken link": ("[gone](nowhere.ipynb)", "broken link"),
+    "link to a file that is not where it says": ("[gone](../../_quarto.yml)", "broken link"),
     "broken anchor": ("[gone](#nowhere)", "broken link"),
     "picture from another host": ("![x](https://example.org/x.png)", "another host"),
     "TeX that is left": (r"\begin{align} a \end{align}", "TeX is left"),
@@ -118,6 +119,24 @@ def test_a_sick_page_fails(tiny: Path, name: str) -> None:
     done = build(tiny, tiny / "out")
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_links_between_folders_and_out_of_the_book(tiny: Path) -> None:
+    """A page in a folder links to pages above and beside it, and to a file of the repository in its place."""
+    for folder in ("0_theory", "1_model"):
+        (tiny / "nbs" / folder).mkdir()
+    links = "[home](../index.ipynb) [other](../1_model/01_b.ipynb#part) [config](../../_quarto.yml)"
+    write(tiny, "0_theory/01_a", links)
+    write(tiny, "1_model/01_b", "B.")
+    config = tiny / "_quarto.yml"
+    text = config.read_text(encoding="utf-8")
+    names = "nbs/index.ipynb, nbs/0_theory/01_a.ipynb, nbs/1_model/01_b.ipynb"
+    config.write_text(text.replace("[nbs/index.ipynb]", f"[{names}]"), encoding="utf-8")
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 0, done.stderr
+    page = (tiny / "out/nbs/0_theory/01_a.html").read_text(encoding="utf-8")
+    for href in ("../index.html", "../1_model/01_b.html#part", "https://github.com/pc-transformer/pc_transformer/blob/main/_quarto.yml"):
+        assert f'href="{href}"' in page, href
 
 
 def test_a_page_outside_the_sidebar_fails(tiny: Path) -> None:

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ KATEX = re.compile(
 )
 GLYPH = re.compile(r'<path id="MJX-\d+-([^"]+)" d="([^"]*)"/>')
 RAW_TEX = re.compile(r"\\[(\[].|\\(?:begin|frac|text|math\w+|displaystyle|sum|left)\b|\$[^$\n]*[\\_^{][^$\n]*\$")
-REPO_LINK = re.compile(r"\]\((?:\.\./)+([^)\s#]+)(#[^)\s]*)?\)")
+REPO_LINK = re.compile(r"\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 REMOTE_CSS = re.compile(r"(?:@import\s+|url\()[\s\"'(]*((?:https?:)?//[^\"')\s]+)")
 WEB_FONT = re.compile(r"@import\s+url\([^)]*\);?")  # the themes fall back to the reader's own fonts
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -75,9 +76,11 @@ def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
     return bad + [f"_quarto.yml: the sidebar names {p} twice" for p in sorted(set(listed)) if listed.count(p) > 1]
 
 
-def repo_link(match: re.Match[str], root: Path, blob: str) -> str:
-    """A link to a file above nbs/ as a link to the public repository, when there is such a file."""
-    return f"]({blob}{match[1]}{match[2] or ''})" if (root / match[1]).exists() else match[0]
+def repo_link(match: re.Match[str], root: Path, folder: Path, blob: str) -> str:
+    """A link from a notebook's folder to a file outside nbs/ as a link to the public repository, if there is such a file."""
+    target = (folder / match[1]).resolve()
+    inside = target.is_relative_to(root) and not target.is_relative_to(root / "nbs")
+    return f"]({blob}{target.relative_to(root).as_posix()}{match[2] or ''})" if inside and target.exists() else match[0]
 
 
 def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
@@ -91,9 +94,10 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
         shutil.copy(css, to / "tools")
     for path in notebooks(root):
         nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")))
+        public = partial(repo_link, root=root, folder=path.parent, blob=blob)
         for cell in nb["cells"]:
             if cell["cell_type"] == "markdown":  # a link to a file of the repository leads to its page there
-                cell["source"] = REPO_LINK.sub(lambda m: repo_link(m, root, blob), "".join(cell["source"]))
+                cell["source"] = REPO_LINK.sub(public, "".join(cell["source"]))
             if any(o["output_type"] == "error" for o in cell.get("outputs", [])):
                 bad.append(f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved outputs")
         place = to / path.relative_to(root)
@@ -214,7 +218,7 @@ def check_site(site: Path) -> list[str]:
                 continue
             target = (path.parent / unquote(url.path)).resolve() if url.path else path
             target = target / "index.html" if target.is_dir() else target
-            if not target.is_file():
+            if not target.is_file() or not target.is_relative_to(site):
                 bad.append(f"{name}: broken link {href}")
             elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids:
                 bad.append(f"{name}: broken link {href}: there is no such heading")

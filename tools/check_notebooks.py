@@ -50,6 +50,11 @@ class Running:
         """How long it has been running."""
         return time.perf_counter() - self.start
 
+    @property
+    def name(self) -> str:
+        """Its path from the root, as `make run NB=` wants it."""
+        return self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else self.path.name
+
     def begin(self) -> Running:
         """Fork the process that runs the cells; it ends itself, with its stacks, when its time is over."""
         sys.stdout.flush()
@@ -108,9 +113,9 @@ def test_all(paths: list[Path], limit: float, workers: int) -> list[str]:
                 if (problem := each.ended()) is None:
                     continue
                 running.remove(each)
-                line = f"{'FAIL' if problem else 'ok':4}  {each.seconds:6.1f} s  {each.path.name}  {problem}".rstrip()
+                line = f"{'FAIL' if problem else 'ok':4}  {each.seconds:6.1f} s  {each.name}  {problem}".rstrip()
                 print(f"{line}\n{each.said()}\n" if problem else line, flush=True)
-                failed += [f"{each.path.name} {problem}"] if problem else []
+                failed += [f"{each.name} {problem}"] if problem else []
                 each.log.close()
             time.sleep(0.05)
     finally:

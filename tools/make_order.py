@@ -74,7 +74,8 @@ def with_next(path: Path, after: Path | None) -> str:
     text = NEXT.sub("", cells[-1]["source"]).rstrip()
     link = f"Next: [{title(after)}]({Path(os.path.relpath(after, path.parent)).as_posix()})" if after else ""
     cells[-1]["source"] = f"{text}\n\n{link}".strip()
-    nb["cells"] = [c | {"source": c["source"].splitlines(keepends=True)} for c in cells if c["source"] or c["cell_type"] == "code"]
+    cells = [c for c in cells if c["source"] or c["cell_type"] == "code"]
+    nb["cells"] = [c | {"source": c["source"].splitlines(keepends=True)} for c in cells]
     return nb2str(nb)
 
 
