@@ -196,9 +196,9 @@ def attend(
     query_precision: float | Tensor | None = None,  # how exactly a query wants to be matched, to `(B, H, Tq)`; `None`: 1
     **family_parameters: Any,                 # `nu`, `eps`, `delta`, `p`, ... numbers or `(H, 1)`; mixtures: `component`
 ) -> Tensor | tuple[Tensor, ...]:
-    """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`, "Attention as precision-weighted prediction error" equation (9).
+    """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`.
 
-    Scores are equation (1) of this chapter; for `dot`, `precision q.k + log_mix`; for `mixture`, the log of the sum over
+    Scores are equation (1) of `attention.scores`; for `dot`, `precision q.k + log_mix`; for `mixture`, the log of the sum over
     components, each of the family named by `component` ("gaussian"). Raises ValueError or TypeError, one sentence, for types,
     shapes, families or numbers that make no sense.
 

@@ -33,7 +33,7 @@ from .settled import Settled
 
 # %% ../../nbs/2_learning/07_states.ipynb #7d4f208f
 def distance(up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]) -> float:
-    "Equation (5) of `settling.errors` at the fixed predictions of a pass that keeps its graphs, by one more sweep down."
+    "Equation (5) of `settling.settled` at the fixed predictions of a pass that keeps its graphs, by one more sweep down."
     exact = errors_down(up, keep_graph=True)
     start = gradient_norm(no_errors(up.states), exact, precision)
     return gradient_norm(errors, exact, precision) / start if start else 0.0
