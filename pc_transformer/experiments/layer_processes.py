@@ -304,7 +304,7 @@ DIALS = ("steps", "relative_precision", "step_size", "max_halvings")
 
 START = """import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)    # to be interrupted is no traceback
-from pc_transformer.processes import work
+from pc_transformer.experiments.layer_processes import work
 work(int(sys.argv[1]), [int(x) for x in sys.argv[2:]])"""
 
 
