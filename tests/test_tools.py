@@ -179,6 +179,33 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
     assert done.returncode == 1 and "README.md" in done.stderr
 
 
+def test_the_index_lists_every_chapter(tmp_path: Path) -> None:
+    """Parts and chapters in order, each with its own promise; a new one puts the table out of step."""
+    (tmp_path / "nbs/1_model").mkdir(parents=True)
+    (tmp_path / "nbs/0_theory").mkdir()
+    table = "# T\n\n| part | chapter | teaches |\n|---|---|---|\n| old | [x](x.ipynb) | y |\n\nAfter the table."
+    write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table))
+    write(tmp_path / "nbs/1_model/01_b.ipynb", new_markdown_cell("# B\n\n> Builds."))
+    write(tmp_path / "nbs/1_model/02_c.ipynb", new_markdown_cell("# C\n\n> Counts."))
+    root = ("--root", str(tmp_path))
+    assert tool("make_readme.py", *root).returncode == 0
+    write(tmp_path / "nbs/0_theory/00_a.ipynb", new_markdown_cell("# A\n\n> Asks."))
+    done = tool("make_readme.py", "--check", *root)
+    assert done.returncode == 1 and "table of chapters" in done.stderr
+    assert tool("make_readme.py", *root).returncode == 0
+    assert tool("make_readme.py", "--check", *root).returncode == 0
+    rows = [
+        "| Theory | [A](nbs/0_theory/00_a.ipynb) | Asks. |",
+        "| Model | [B](nbs/1_model/01_b.ipynb) | Builds. |",
+        "|  | [C](nbs/1_model/02_c.ipynb) | Counts. |",
+    ]
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "|---|---|---|\n" + "\n".join(rows) + "\n\nAfter the table." in text
+    write(tmp_path / "nbs/0_theory/01_d.ipynb", new_markdown_cell("# No promise"))
+    done = tool("make_readme.py", *root)
+    assert done.returncode == 1 and "01_d.ipynb must begin with" in done.stderr
+
+
 def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path) -> None:
     """One that fails, one that hangs, one that dies: each is named with what it said, and the others are tested."""
     paths = {

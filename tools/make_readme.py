@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX, which
-GitHub shows.
+The index's table of chapters comes first: titles and promises of all notebooks, in order. Pictures go to
+README_files/, links to other notebooks get their folder in front, and formulas stay as TeX, which GitHub shows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from execnb.nbio import nb2str
 from nb_filter import filter_notebook
 from nbconvert import MarkdownExporter
 
@@ -23,6 +24,7 @@ LINK = re.compile(r"(\]\()(?!https?:|#|/|mailto:|README_files/|data:)([^)\s]+)(\
 CAPTION = re.compile(r"^#\|\s*fig-(?:alt|cap):\s*(.+?)\s*$", re.M)
 SILENT = re.compile(r"^#\|\s*echo:\s*false", re.M)
 IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
+TABLE = re.compile(r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S)  # the table of chapters in the index
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
 
@@ -30,6 +32,37 @@ def repo_link(match: re.Match[str]) -> str:
     """The link as seen from the root: `../x` is a file of the root, anything else lies beside the notebook."""
     target = match[2]
     return match[1] + (target[3:] if target.startswith("../") else f"nbs/{target}") + match[3]
+
+
+def title_and_promise(path: Path) -> tuple[str, str]:
+    """The first heading of a notebook, and the quotation below it, which says what the chapter teaches."""
+    first = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+    promise = " ".join(line.lstrip("> ") for line in first if line.startswith(">"))
+    if not first[0].startswith("# ") or not promise:
+        raise SystemExit(f"{path} must begin with '# Title' and a '> promise' that says what it teaches")
+    return first[0][2:], promise
+
+
+def chapters(root: Path) -> str:
+    """The table of all chapters: parts and notebooks in their order, with a line for each."""
+    rows, before = ["| part | chapter | teaches |", "|---|---|---|"], ""
+    for path in sorted((root / "nbs").glob("[0-9]*_*/[0-9]*.ipynb")):
+        part = path.parent.name.split("_", 1)[1].capitalize()
+        title, promise = title_and_promise(path)
+        link = f"[{title}]({path.parent.name}/{path.name})"
+        rows.append(f"| {'' if part == before else part} | {link} | {promise} |")
+        before = part
+    return "\n".join(rows) + "\n"
+
+
+def index_in_step(root: Path) -> str | None:
+    """The index with its table of chapters in step, or None when it is."""
+    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
+    before = [cell.source for cell in nb.cells]
+    for cell in nb.cells:
+        if cell.cell_type == "markdown" and TABLE.search(cell.source):
+            cell.source = TABLE.sub(lambda _: chapters(root), cell.source + "\n").rstrip("\n")
+    return None if [cell.source for cell in nb.cells] == before else nb2str(json.loads(nbformat.writes(nb)))
 
 
 def render(root: Path) -> dict[str, bytes]:
@@ -73,6 +106,11 @@ def main() -> int:
     if not (args.root / "nbs/index.ipynb").is_file():
         print("nbs/index.ipynb is missing: README.md is made from it", file=sys.stderr)
         return 1
+    if (index := index_in_step(args.root)) is not None:
+        if args.check:
+            print("nbs/index.ipynb: its table of chapters is out of step (run `make readme`)", file=sys.stderr)
+            return 1
+        (args.root / "nbs/index.ipynb").write_text(index, encoding="utf-8")
     want, have = render(args.root), on_disk(args.root)
     stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if args.check:

@@ -6,7 +6,8 @@
 __all__ = ['expand', 'run_name', 'verdict']
 
 # %% ../../nbs/6_experiments/02_harness.ipynb #8543b53b
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -20,10 +21,6 @@ def expand(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
 def run_name(changes: Mapping[str, Any]) -> str:
     "What a run is called: its changes in alphabetical order."
     return ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sorted(changes.items())) or "default"
-
-# %% ../../nbs/6_experiments/02_harness.ipynb #6e03a6d3
-import statistics
-from collections.abc import Sequence
 
 # %% ../../nbs/6_experiments/02_harness.ipynb #39977e5f
 def verdict(

@@ -166,7 +166,7 @@ class Node:
         self.parent.send("energy", self.precision * self.trial.square().sum(dtype=torch.float64) / 2)
 
     def stiff(self, state: Tensor) -> Tensor:
-        "`Pi_l`, equation (3) of `settling.errors`. Raises SettlingError, naming the node."
+        "`Pi_l`, equation (3) of `settling.free_energy`. Raises SettlingError, naming the node."
         try:
             return relative_precisions([state], self.beta, reach=self.reach)[0]
         except SettlingError as error:
@@ -304,7 +304,7 @@ DIALS = ("steps", "relative_precision", "step_size", "max_halvings")
 
 START = """import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)    # to be interrupted is no traceback
-from pc_transformer.processes import work
+from pc_transformer.experiments.layer_processes import work
 work(int(sys.argv[1]), [int(x) for x in sys.argv[2:]])"""
 
 

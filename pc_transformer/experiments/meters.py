@@ -6,6 +6,7 @@
 __all__ = ['seconds', 'peak_bytes', 'optimizer_step', 'contender', 'plain_contender', 'ratio', 'about_run', 'spread']
 
 # %% ../../nbs/6_experiments/01_meters.ipynb #bfaa2d4e
+import gc
 import os
 import platform
 import statistics
@@ -42,6 +43,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         held = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - held
+    gc.collect()     # garbage of before must not be freed, and counted, within
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler announces itself on stderr otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
