@@ -178,7 +178,7 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
     assert json.loads(found[1].removeprefix("done ")) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
 def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
     "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

@@ -16,7 +16,7 @@ from common import stir
 from torch import Tensor, nn
 
 import pc_transformer
-from pc_transformer.attention import kernels
+from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.inference import Recompute, generate, stream
@@ -240,7 +240,7 @@ class Masks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.step, self.seen = 0, {}
-        own, keep = Dropout.forward, kernels.Plan.keep
+        own, keep = Dropout.forward, Plan.keep
 
         def forward(layer: Dropout, x: Tensor) -> Tensor:
             out = own(layer, torch.ones_like(x)) if layer.training else x
@@ -254,7 +254,7 @@ class Masks:
             return out
 
         monkeypatch.setattr(Dropout, "forward", forward)
-        monkeypatch.setattr(kernels.Plan, "keep", kept)
+        monkeypatch.setattr(Plan, "keep", kept)
 
     def note(self, kind: str, mask: Any) -> None:
         self.seen.setdefault((kind, self.step), []).append(mask)

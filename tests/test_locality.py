@@ -37,7 +37,7 @@ import sys
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from pc_transformer.layers import AttentionLayer, Embedding, FeedForwardLayer
+from pc_transformer.model import AttentionLayer, Embedding, FeedForwardLayer
 from pc_transformer.energies import Gaussian, Laplace, StudentT
 from pc_transformer.learning import local_gradient
 assert "pc_transformer.experiments" not in sys.modules

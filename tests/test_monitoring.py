@@ -310,7 +310,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
         return x.square().sum() / 2 + F.cross_entropy(model.output(s).flatten(0, 1), targets.flatten(), reduction="sum")
 
     at = torch.cat([(e * r).flatten() for e, r in zip(settled.errors, roots, strict=True)])
-    with patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", "")):
+    with patch("pc_transformer.attention.kernels.choose", lambda *_, **__: ("reference", "")):
         exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(energy, at))  # type: ignore[arg-type]
     low, high = curvature(model, tokens, targets, settled, products=40)
     assert high == pytest.approx(exact[-1].item(), rel=1e-5) and low == pytest.approx(exact[0].item(), abs=1e-3 * high)

@@ -459,7 +459,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
         judged = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return judged + sum((p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(()))
 
-    reference = patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", ""))
+    reference = patch("pc_transformer.attention.kernels.choose", lambda *_, **__: ("reference", ""))
     for l, s in enumerate(walk.up.states):
 
         def along(x: Tensor, l: int = l) -> Tensor:

@@ -447,7 +447,7 @@ def test_what_is_fitted_is_judged_on_other_text(
         seen["states"].append(tokens)
         return known(model, tokens)
 
-    monkeypatch.setattr("pc_transformer.uncertainty.fit_temperature", spy)
+    monkeypatch.setattr("pc_transformer.experiments.uncertainty.fit_temperature", spy)
     monkeypatch.setattr(StateGaussians, "fit", spy_states)
 
     def study(fit: int, test: int) -> tuple[dict[str, Any], dict[str, Any]]:

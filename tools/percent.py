@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Edit a notebook as a plain Python script, and bring it back: cell ids stay, unchanged cells keep their outputs.
 
-`percent.py to nbs/10_config.ipynb` writes `.nbpy/10_config.py` in the percent format (`# %%` starts a cell; its id
-is beside it; leave the id away for a new cell). `percent.py from nbs/10_config.ipynb` writes the notebook from it.
+`percent.py to nbs/1_model/01_configuration.ipynb` writes `.nbpy/01_configuration.py` in the percent format (`# %%` starts a cell; its id
+is beside it; leave the id away for a new cell). `percent.py from nbs/1_model/01_configuration.ipynb` writes the notebook from it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     """Convert the notebooks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=["to", "from"], help="to the script, or from it")
-    parser.add_argument("notebooks", nargs="+", type=Path, help="paths such as nbs/10_config.ipynb")
+    parser.add_argument("notebooks", nargs="+", type=Path, help="paths such as nbs/1_model/01_configuration.ipynb")
     args = parser.parse_args()
     for path in args.notebooks:
         source = path if args.direction == "to" else script_of(path)
