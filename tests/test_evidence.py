@@ -18,10 +18,11 @@ from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import CharTokenizer
 from pc_transformer.experiments.evidence import evidence_study, gains, read_losses, some_windows
 from pc_transformer.inference import (
-    EvidenceSettler, EvidenceTransformer, Memory, at_the_mode, column_energy, make_settler,
+    EvidenceSettler, EvidenceTransformer, at_the_mode, column_energy, make_settler,
     read_in_order, resample, sample_columns, settle_columns,
 )
 from pc_transformer.inference import generate
+from pc_transformer.inference.evidence import Memory
 from pc_transformer.settling import SettlingError
 from pc_transformer.data import TextData
 from pc_transformer.training import Trainer, save
