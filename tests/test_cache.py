@@ -12,11 +12,20 @@ from torch.nn.utils import prune
 
 from pc_transformer.attention import PCAttention, attend
 from pc_transformer.attention.sharpness import TAILS
-from pc_transformer.inference import (
-    DTYPES, KVCache, cache_bytes, cacheable, columns, copied, extend, has_blocks, probe,
-    quantise, square,
-)
 from pc_transformer.config import ConfigError, ModelConfig, replace
+from pc_transformer.inference import (
+    DTYPES,
+    KVCache,
+    cache_bytes,
+    cacheable,
+    columns,
+    copied,
+    extend,
+    has_blocks,
+    probe,
+    quantise,
+    square,
+)
 from pc_transformer.model import PCTransformer
 
 FAMILIES = ["dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]

@@ -27,7 +27,14 @@ from pc_transformer.data import CORPORA, CharTokenizer, corpora
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.settling import ErrorSettling
 from pc_transformer.training import (
-    CheckpointError, Trainer, checkpoints, evaluate, files, save_checkpoint, trainer, write_text,
+    CheckpointError,
+    Trainer,
+    checkpoints,
+    evaluate,
+    files,
+    save_checkpoint,
+    trainer,
+    write_text,
 )
 
 PROGRAM = "from pc_transformer.cli import main; raise SystemExit(main())"

@@ -11,9 +11,22 @@ from torch import Tensor, nn
 from pc_transformer.config import ModelConfig, from_yaml
 from pc_transformer.data import CharTokenizer
 from pc_transformer.inference import (
-    EVERY, Recompute, SamplingConfig, Texts, distribution, generate, generate_text,
-    min_p_filter, penalise, recompute, sample, stream, temperature_scale, top_k_filter,
-    top_p_filter, typical_filter,
+    EVERY,
+    Recompute,
+    SamplingConfig,
+    Texts,
+    distribution,
+    generate,
+    generate_text,
+    min_p_filter,
+    penalise,
+    recompute,
+    sample,
+    stream,
+    temperature_scale,
+    top_k_filter,
+    top_p_filter,
+    typical_filter,
 )
 from pc_transformer.inference.generate import Memory
 from pc_transformer.model import PCTransformer

@@ -22,7 +22,12 @@ from pc_transformer import ModelConfig, PCTransformer, convert, generate, load, 
 from pc_transformer.config import replace
 from pc_transformer.data import BPETokenizer, CharTokenizer, HashMismatch, bpe_file, tokenizers
 from pc_transformer.interop import (
-    GPT2, as_transformers, from_huggingface, from_nanogpt, to_huggingface, transformers_tokenizer,
+    GPT2,
+    as_transformers,
+    from_huggingface,
+    from_nanogpt,
+    to_huggingface,
+    transformers_tokenizer,
     with_tails,
 )
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient

@@ -19,7 +19,16 @@ import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
 from pc_transformer.experiments.families import evaluate_damaged
-from pc_transformer.inference import Recompute, generate, stream
+from pc_transformer.experiments.uncertainty import flat_predictions
+from pc_transformer.inference import (
+    Recompute,
+    StateGaussians,
+    ensemble_log_probs,
+    generate,
+    noisy_log_probs,
+    stream,
+    token_scores,
+)
 from pc_transformer.isolation import (
     Draws,
     Dropout,
@@ -31,17 +40,19 @@ from pc_transformer.isolation import (
     private,
     view,
 )
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradient_cosine, gradients, rehearse
+from pc_transformer.learning import (
+    Backprop,
+    IncrementalPC,
+    Learner,
+    PredictiveCoding,
+    gradient_cosine,
+    gradients,
+    rehearse,
+)
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
-from pc_transformer.settling import ErrorSettling
-from pc_transformer.learning import IncrementalPC
-from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
 from pc_transformer.training import Trainer, evaluate
-from pc_transformer.experiments.uncertainty import flat_predictions
-from pc_transformer.inference import (
-    StateGaussians, ensemble_log_probs, noisy_log_probs, token_scores,
-)
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
 IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(0))

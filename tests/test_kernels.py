@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pc_transformer.attention import kernels
-from pc_transformer.energies import FAMILIES, Elliptical, Gaussian, Laplace, StudentT
 from pc_transformer.attention.kernels import chunked, merge, sdpa
+from pc_transformer.energies import FAMILIES, Elliptical, Gaussian, Laplace, StudentT
 
 LINKS = {"dot": "dot", **{name: family() for name, family in FAMILIES.items()}}
 BACKENDS = [("dot", sdpa), ("gaussian", sdpa)] + [(name, chunked) for name in LINKS]

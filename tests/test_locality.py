@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.energies import Laplace, StudentT
 from pc_transformer.learning import PredictiveCoding, Solver, accumulate
-from pc_transformer.settling import ErrorSettling, Settled
-from pc_transformer.settling import StateSettling
+from pc_transformer.settling import ErrorSettling, Settled, StateSettling
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import RunConfig, TrainConfig, replace
 from pc_transformer.energies import StudentT
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding
+from pc_transformer.learning import Backprop, IncrementalPC, Learner, PredictiveCoding
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
@@ -52,9 +52,7 @@ from pc_transformer.monitoring import (
     take_snapshot,
     undisturbed,
 )
-from pc_transformer.settling import ErrorSettling, Settled
-from pc_transformer.learning import IncrementalPC
-from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import ErrorSettling, HighwaySettling, Settled, StateSettling, SweepSettling
 from pc_transformer.training import CheckpointError, Trainer, train
 
 SIZES: dict[str, Any] = {"vocab_size": 9, "block_size": 8, "n_layer": 2, "n_head": 2, "d_model": 16}

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from pc_transformer.config import ModelConfig
+from pc_transformer.experiments.layer_processes import LayerProcesses
 from pc_transformer.learning import PredictiveCoding
 from pc_transformer.model import PCTransformer
-from pc_transformer.experiments.layer_processes import LayerProcesses
-from pc_transformer.training import DataParallel, ProcessError
 from pc_transformer.settling import ErrorSettling, SettlingError
+from pc_transformer.training import DataParallel, ProcessError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
 CONFIG = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)

@@ -18,24 +18,28 @@ from torch import Tensor
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
 from pc_transformer.learning import (
+    ENERGIES,
     Backprop,
+    IncrementalPC,
     PredictiveCoding,
     Solver,
     gradient_cosine,
     gradients,
     local_gradient,
+    make_learner,
 )
 from pc_transformer.settling import (
     ErrorSettling,
+    HighwaySettling,
     Pathway,
     SettlingError,
+    StateSettling,
+    StateWalk,
+    SweepSettling,
+    UnsettledWarning,
     errors_down,
     predict_up,
     relative_precisions,
-)
-from pc_transformer.learning import ENERGIES, IncrementalPC, make_learner
-from pc_transformer.settling import (
-    HighwaySettling, StateSettling, StateWalk, SweepSettling, UnsettledWarning,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 

@@ -16,21 +16,34 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pc_transformer import ModelConfig, PCTransformer, save
-from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.cli import main
 from pc_transformer.config import RunConfig, replace
-from pc_transformer.data import CharTokenizer, baselines
+from pc_transformer.data import CharTokenizer, TextData, baselines, damage
+from pc_transformer.experiments import (
+    costs,
+    evidence,
+    families,
+    settled_reading,
+    settling,
+    tinyshakespeare,
+    uncertainty,
+)
 from pc_transformer.experiments.evidence import EvidenceTrainer
-from pc_transformer.inference import EvidenceTransformer, noisy_log_probs
-from pc_transformer.experiments import costs, families, settled_reading, settling, tinyshakespeare
-from pc_transformer.data import damage
 from pc_transformer.experiments.families import DamagedTrainer
 from pc_transformer.experiments.settling import AlteredTrainer
+from pc_transformer.inference import EvidenceTransformer, noisy_log_probs
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
-from pc_transformer.data import TextData
 from pc_transformer.training import (
-    CheckpointError, Trainer, checkpoints, evaluate, load, resume, save_checkpoint, start, train,
+    CheckpointError,
+    Trainer,
+    checkpoints,
+    evaluate,
+    load,
+    resume,
+    save_checkpoint,
+    start,
+    train,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

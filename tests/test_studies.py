@@ -7,20 +7,24 @@ import pytest
 import torch
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import Batches
+from pc_transformer.experiments import evidence, uncertainty
+from pc_transformer.experiments.costs import RATIOS, cost_table
 from pc_transformer.experiments.families import (
-    best_sharpness, changes_of, loss_at, run_config, run_name, select,
+    best_sharpness,
+    changes_of,
+    loss_at,
+    run_config,
+    run_name,
+    select,
 )
-from pc_transformer.experiments.harness import verdict
+from pc_transformer.experiments.harness import expand, verdict
+from pc_transformer.experiments.meters import ratio, spread
 from pc_transformer.experiments.settled_reading import best_of, judge_rule, paired_difference, read_text, tune
-from pc_transformer.experiments.harness import expand
 from pc_transformer.experiments.settling import InOrder, part_step, settle_config
 from pc_transformer.experiments.settling import select as select_by_seed
-from pc_transformer.experiments.costs import RATIOS, cost_table
-from pc_transformer.experiments.meters import ratio, spread
 from pc_transformer.experiments.tinyshakespeare import variant_config
 from pc_transformer.inference import SamplingConfig, noisy_log_probs
 

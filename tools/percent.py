@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Edit a notebook as a plain Python script, and bring it back: cell ids stay, unchanged cells keep their outputs.
 
-`percent.py to nbs/1_model/01_configuration.ipynb` writes `.nbpy/01_configuration.py` in the percent format (`# %%` starts a cell; its id
-is beside it; leave the id away for a new cell). `percent.py from nbs/1_model/01_configuration.ipynb` writes the notebook from it.
+`percent.py to nbs/1_model/01_configuration.ipynb` writes `.nbpy/01_configuration.py` in the percent format (`# %%` starts
+a cell; its id is beside it; leave the id away for a new cell). `percent.py from` the same path writes the notebook from it.
 """
 
 from __future__ import annotations
