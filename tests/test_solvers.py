@@ -191,7 +191,7 @@ def test_adam_of_states_is_adam() -> None:
 
 
 def test_bounds_of_states_are_of_their_own_surroundings() -> None:
-    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next; norms rounded up."
     model, (tokens, targets) = build(), batch()
     gains = (2.0, 0.5, 3.0, 1.5)
     for l, gain in enumerate(gains, 1):
@@ -202,7 +202,7 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
     Pi = [7 / s.square().mean().item() for s in walk.up.states]
     assert max(Pi) > 3 * min(Pi)
     for l, gain in enumerate(gains):
-        assert walk.bounds[l] == pytest.approx(Pi[l] + gain**2 * Pi[l + 1], rel=1e-5), l
+        assert 1 - 1e-5 < (walk.bounds[l] - Pi[l]) / (gain**2 * Pi[l + 1]) < 2 ** (1 / 16) + 1e-5, l
     assert walk.bounds[-1] > Pi[-1]
 
 
