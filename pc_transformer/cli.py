@@ -308,6 +308,7 @@ def compare(
         overwrite: replace an earlier comparison in `out`
     """
     from pc_transformer.experiments import tinyshakespeare as page
+    from pc_transformer.experiments.costs import cost_table
 
     asked = RunConfig(model=model, learner=learner, train=train, data=data)
     own = ("train.iters", "train.eval_interval", "train.seed", "learner.algorithm", "model.attention")
@@ -327,7 +328,7 @@ def compare(
     page.plot(results, out / "curves.png")
     for name, words in results["samples"].items():
         print(f"\n--- {name}\n{words}")
-    print(f"\n{page.table(results)}\n\n{page.cost_table(results)}\n")
+    print(f"\n{page.table(results)}\n\n{cost_table(results)}\n")
     print(f"results  {out / 'results.json'}\nplot     {out / 'curves.png'}\nsamples  {out / 'samples.txt'}")
     if keep_models and (out / "models" / "ours-predictive_coding").is_dir():
         print(f"models   {out / 'models'}  (pct sample {out / 'models' / 'ours-predictive_coding'})")
@@ -409,12 +410,12 @@ def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) 
         n: how many configurations
         first_seed: seed of the first; the others follow
     """
-    from pc_transformer.experiments import settling as page
+    from pc_transformer.experiments.stress import stress as stress_study
 
     if n < 1:
         raise ConfigError(f"stress needs n of at least 1, got {n}")
     make_folder(out)
-    found = page.stress(n, out, first_seed)
+    found = stress_study(n, out, first_seed)
     print(", ".join(f"{v} {k}" for k, v in found["outcomes"].items()) + f"\nresults  {out / 'results.json'}")
 
 
@@ -433,7 +434,8 @@ def bench(
     """
     import json
 
-    from pc_transformer.experiments import tinyshakespeare as page
+    from pc_transformer.experiments.costs import step_costs
+    from pc_transformer.experiments.meters import about_run
     from pc_transformer.training.files import write_text
     from pc_transformer.training.trainer import pick_device
 
@@ -441,7 +443,7 @@ def bench(
     if rounds < 1:
         raise ConfigError(f"bench needs rounds >= 1, got {rounds}")
     config = RunConfig(model=model)
-    costs = {**page.about_run(config, pick_device(device)), "costs": page.step_costs(config, device, rounds, True, compiled)}
+    costs = {**about_run(config, pick_device(device)), "costs": step_costs(config, device, rounds, True, compiled)}
     write_text(out / "costs.json", json.dumps(costs, indent=1))
     for name, ms in costs["costs"]["milliseconds"].items():
         print(f"{name:38} {ms:8.2f} ms  {costs['costs']['peak_bytes'][name] / 2**20:8.1f} MiB")

@@ -21,8 +21,8 @@ from pc_transformer.attention import (
     scores,
     settle_query,
 )
-from pc_transformer.experiments.attention_node import AttentionNode
 from pc_transformer.energies import FAMILIES, Gaussian, GeneralizedGaussian
+from pc_transformer.experiments.attention_node import AttentionNode
 from pc_transformer.model import convert
 
 close = torch.testing.assert_close

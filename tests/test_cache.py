@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune
 
 from pc_transformer.attention import PCAttention, attend
-from pc_transformer.inference import (
-    DTYPES, TAILS, KVCache, cache_bytes, cacheable, columns, copied, extend, has_blocks, probe,
-    quantise, square,
-)
+from pc_transformer.attention.sharpness import TAILS
 from pc_transformer.config import ConfigError, ModelConfig, replace
+from pc_transformer.inference import (
+    DTYPES,
+    KVCache,
+    cache_bytes,
+    cacheable,
+    columns,
+    copied,
+    extend,
+    has_blocks,
+    probe,
+    quantise,
+    square,
+)
 from pc_transformer.model import PCTransformer
 
 FAMILIES = ["dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]
@@ -398,7 +408,7 @@ def test_a_training_step_makes_a_cache_stale() -> None:
 @pytest.mark.parametrize("option", ["plain", "GPT-2", "grouped", "everything"])
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "laplace", "mixture"])
 def test_rule_5_with_copies_of_the_weights(family, option, rows, monkeypatch):
-    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
     model, tokens = make(configs(family, option)), random_tokens(rows, 14)
     cache = KVCache.allocate(model, rows)
     cache.copy_weights()
@@ -409,7 +419,7 @@ def test_rule_5_with_copies_of_the_weights(family, option, rows, monkeypatch):
 
 
 def test_copies_follow_the_weights_and_the_rows(monkeypatch):
-    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
     model, tokens = make(SMALL), random_tokens(4, 6)
     cache = KVCache.allocate(model, 4)
     cache.copy_weights()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,28 @@ import torch
 from common import stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pc_transformer import ModelConfig, PCTransformer, load, save, training
+from pc_transformer import ModelConfig, PCTransformer, load, save
 from pc_transformer.config import ConfigError, LearnerConfig, RunConfig, TrainConfig, replace
 from pc_transformer.data import CharTokenizer
+from pc_transformer.learning import make_learner
+from pc_transformer.settling import SettlingError
 from pc_transformer.training import (
     CheckpointError,
     Trainer,
     checkpoints,
     digest,
     evaluate,
+    file_hash,
     load_tokenizer,
     read_run_config,
     resume,
     save_checkpoint,
     sole_run,
+    step_of,
     train,
     write_run_config,
     write_text,
@@ -241,9 +247,9 @@ def test_weights_that_are_no_numbers(bad: float, tmp_path: Path) -> None:
     name = r"predictors\.1\.attention\.out\.weight"
     refused(save, model, tmp_path / "other", says=name, kind=FloatingPointError)
     refused(evaluate, model, IDS, 6, says=name, kind=FloatingPointError)
-    tensors = training.load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     tensors["predictors.1.attention.out.weight"][0, 1] = bad
-    training.save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     reseal(folder / "config.json")
     refused(load, folder, says=name + ".*finite")
 
@@ -351,7 +357,7 @@ def test_a_file_where_a_folder_is_meant_and_the_reverse(name: str, tmp_path: Pat
 def reseal(path: Path, **changes: Any) -> None:
     "Change JSON and give it and its files the hashes that they would have had: what a forger does."
     about = json.loads(path.read_text()) | changes
-    about["files"] = {name: training.file_hash(path.with_name(name)) for name in about["files"]}
+    about["files"] = {name: file_hash(path.with_name(name)) for name in about["files"]}
     path.write_text(json.dumps(about | {"sha256": digest(about)}))
 
 
@@ -510,9 +516,9 @@ def test_a_configuration_that_asks_for_the_moon(size: str, tmp_path: Path, monke
     for huge in (10**9, 10**12, 2**63, 10**30):
         reseal(folder / "config.json", config=saved | {size: huge})
         began = time.process_time()
-        refused(load, folder, says="too few")
+        refused(load, folder, says="too few|must be below 2")
         assert time.process_time() - began < 5
-    monkeypatch.setattr(training, "PCTransformer", built)
+    monkeypatch.setattr(import_module("pc_transformer.training.checkpoints"), "PCTransformer", built)
     for other in (3, 5, 11):
         reseal(folder / "config.json", config=saved | {size: other * (2 if size == "d_model" else 1)})
         refused(load, folder, says="has shape|lacks|too few")
@@ -564,7 +570,7 @@ def plain_descent(t: Trainer) -> None:
 def test_a_run_that_could_not_be_resumed_is_not_saved(change: Callable[[Trainer], None], tmp_path: Path) -> None:
     run = trainer()
     change(run)
-    run.learner = training.make_learner(LearnerConfig("backprop"))
+    run.learner = make_learner(LearnerConfig("backprop"))
     run.config = replace(run.config, **{"learner.algorithm": "backprop"})
     run.advance()
     refused(save_checkpoint, run, tmp_path / "run", says="optimiser", kind=ValueError)
@@ -578,9 +584,9 @@ def test_moments_that_are_no_numbers(whole: Path, tmp_path: Path) -> None:
     refused(save_checkpoint, run, tmp_path / "new", says=r"exp_avg_sq:predictors\.1\.norm", kind=FloatingPointError)
     assert not (tmp_path / "new").exists()
     place = shutil.copytree(whole, tmp_path / "run") / "step-000004"
-    moments = training.load_file(place / "optimizer.safetensors")
+    moments = load_file(place / "optimizer.safetensors")
     moments["exp_avg:output.norm.weight"][0] = math.nan
-    training.save_file(moments, place / "optimizer.safetensors")
+    save_file(moments, place / "optimizer.safetensors")
     reseal(place / "training.json")
     refused(resume, trainer(), tmp_path / "run", says=r"exp_avg:output\.norm\.weight.*finite")
 
@@ -597,7 +603,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
     kept = checkpoints(tmp_path / "run")
     assert 2 <= len(kept) <= 3 and all(p.isfinite().all() for f in kept for p in load(f).parameters())
     good = min(kept)
-    assert run.losses[training.step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
+    assert run.losses[step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
     assert math.isfinite(evaluate(load(good), IDS, 6)) and good.name in said
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -620,10 +626,10 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
     run = trainer(steps=1)
 
     def fail(*args: Any) -> float:
-        raise training.SettlingError("raise relative_precision above 10")
+        raise SettlingError("raise relative_precision above 10")
 
     monkeypatch.setattr(run, "learn", fail)
-    refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
+    refused(run.advance, says="raise relative_precision", kind=SettlingError)
     with torch.no_grad():
         for p in run.model.parameters():
             p.mul_(100)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pc_transformer.energies import Gaussian, Huber, IndependentLaplace, Laplace, StudentT
 from pc_transformer.attention.kernels import chunked, merge, sdpa
+from pc_transformer.energies import Gaussian, Huber, IndependentLaplace, Laplace, StudentT
 
 CHAPTER = Path(__file__).resolve().parents[1] / "nbs/0_theory/01_attention.ipynb"
 SIZES = [(1, 1, 64, 8), (2, 3, 96, 16), (1, 2, 130, 33)]

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc_transformer import data
 from pc_transformer.data import (
     CORPORA,
     Batches,
@@ -26,6 +25,7 @@ from pc_transformer.data import (
     WittenBell,
     baselines,
     bits_per_byte,
+    corpora,
     load,
     locate,
     ngram_loss,
@@ -107,7 +107,7 @@ def test_order_of_sources(place, site, monkeypatch):
     change(monkeypatch, url=f"{site}/whole")
     fetched = locate("toy")
     assert fetched == place / "data/toy/input.txt" and fetched.read_bytes() == TEXT
-    monkeypatch.setattr(data, "fetch", None)  # from here on a download would raise
+    monkeypatch.setattr(corpora, "fetch", None)  # from here on a download would raise
     assert locate("toy") == fetched
     own = place / "mine.txt"
     own.write_bytes(TEXT)
@@ -200,7 +200,7 @@ def test_read_only_cache(place, site, monkeypatch):
 def test_no_cache_can_be_written(place, site, monkeypatch):
     change(monkeypatch, url=f"{site}/whole")
     (place / "file").write_text("")
-    monkeypatch.setattr(data, "cache_folders", lambda: [place / "file" / "a", place / "file" / "b"])
+    monkeypatch.setattr(corpora, "cache_folders", lambda: [place / "file" / "a", place / "file" / "b"])
     with pytest.raises(PermissionError, match="set PC_TRANSFORMER_DATA to a folder that you can write"):
         load("toy")
 

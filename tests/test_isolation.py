@@ -16,10 +16,19 @@ from common import stir
 from torch import Tensor, nn
 
 import pc_transformer
-from pc_transformer.attention import kernels
+from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
 from pc_transformer.experiments.families import evaluate_damaged
-from pc_transformer.inference import Recompute, generate, stream
+from pc_transformer.experiments.uncertainty import flat_predictions
+from pc_transformer.inference import (
+    Recompute,
+    StateGaussians,
+    ensemble_log_probs,
+    generate,
+    noisy_log_probs,
+    stream,
+    token_scores,
+)
 from pc_transformer.isolation import (
     Draws,
     Dropout,
@@ -31,17 +40,19 @@ from pc_transformer.isolation import (
     private,
     view,
 )
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradient_cosine, gradients, rehearse
+from pc_transformer.learning import (
+    Backprop,
+    IncrementalPC,
+    Learner,
+    PredictiveCoding,
+    gradient_cosine,
+    gradients,
+    rehearse,
+)
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
-from pc_transformer.settling import ErrorSettling
-from pc_transformer.learning import IncrementalPC
-from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
 from pc_transformer.training import Trainer, evaluate
-from pc_transformer.experiments.uncertainty import flat_predictions
-from pc_transformer.inference import (
-    StateGaussians, ensemble_log_probs, noisy_log_probs, token_scores,
-)
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
 IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(0))
@@ -240,7 +251,7 @@ class Masks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.step, self.seen = 0, {}
-        own, keep = Dropout.forward, kernels.Plan.keep
+        own, keep = Dropout.forward, Plan.keep
 
         def forward(layer: Dropout, x: Tensor) -> Tensor:
             out = own(layer, torch.ones_like(x)) if layer.training else x
@@ -254,7 +265,7 @@ class Masks:
             return out
 
         monkeypatch.setattr(Dropout, "forward", forward)
-        monkeypatch.setattr(kernels.Plan, "keep", kept)
+        monkeypatch.setattr(Plan, "keep", kept)
 
     def note(self, kind: str, mask: Any) -> None:
         self.seen.setdefault((kind, self.step), []).append(mask)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.energies import Laplace, StudentT
 from pc_transformer.learning import PredictiveCoding, Solver, accumulate
-from pc_transformer.settling import ErrorSettling, Settled
-from pc_transformer.settling import StateSettling
+from pc_transformer.settling import ErrorSettling, Settled, StateSettling
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -37,7 +36,7 @@ import sys
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from pc_transformer.layers import AttentionLayer, Embedding, FeedForwardLayer
+from pc_transformer.model import AttentionLayer, Embedding, FeedForwardLayer
 from pc_transformer.energies import Gaussian, Laplace, StudentT
 from pc_transformer.learning import local_gradient
 assert "pc_transformer.experiments" not in sys.modules

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import RunConfig, TrainConfig, replace
 from pc_transformer.energies import StudentT
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding
+from pc_transformer.learning import Backprop, IncrementalPC, Learner, PredictiveCoding
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
@@ -52,9 +52,7 @@ from pc_transformer.monitoring import (
     take_snapshot,
     undisturbed,
 )
-from pc_transformer.settling import ErrorSettling, Settled
-from pc_transformer.learning import IncrementalPC
-from pc_transformer.settling import HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import ErrorSettling, HighwaySettling, Settled, StateSettling, SweepSettling
 from pc_transformer.training import CheckpointError, Trainer, train
 
 SIZES: dict[str, Any] = {"vocab_size": 9, "block_size": 8, "n_layer": 2, "n_head": 2, "d_model": 16}
@@ -310,7 +308,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
         return x.square().sum() / 2 + F.cross_entropy(model.output(s).flatten(0, 1), targets.flatten(), reduction="sum")
 
     at = torch.cat([(e * r).flatten() for e, r in zip(settled.errors, roots, strict=True)])
-    with patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", "")):
+    with patch("pc_transformer.attention.kernels.choose", lambda *_, **__: ("reference", "")):
         exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(energy, at))  # type: ignore[arg-type]
     low, high = curvature(model, tokens, targets, settled, products=40)
     assert high == pytest.approx(exact[-1].item(), rel=1e-5) and low == pytest.approx(exact[0].item(), abs=1e-3 * high)

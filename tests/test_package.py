@@ -10,7 +10,9 @@ import pc_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"nbdev", "fastcore", "execnb", "IPython"}  # what made the package
-LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton", "tensorboard"}
+LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton", "tqdm",
+        "tensorboard"}  # fmt: skip
+UNASKED = {f"pc_transformer.{room}" for room in ("cli", "experiments", "interop", "monitoring", "theory")}
 
 
 def modules_after(code: str) -> set[str]:
@@ -41,10 +43,12 @@ def test_every_module_imports_without_the_tools() -> None:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    """`import pc_transformer` adds a few modules to those of torch, and none of the heavy optional ones."""
+    """`import pc_transformer` adds a few modules to those of torch: none of the heavy ones, and no room that it does not need."""
     before = modules_after("import torch, numpy")
     added = modules_after("import pc_transformer") - before
     foreign = {m for m in added if not m.startswith("pc_transformer")}
+    assert not {".".join(m.split(".")[:2]) for m in added - foreign} & UNASKED
+    assert not {m for m in added if "triton" in m}
     assert not top(added) & (TOOLS | LAZY | (set() if "sympy" in top(before) else {"sympy"}))
     assert len(foreign) < 150, f"{len(foreign)} modules beside torch's own: {sorted(top(foreign))}"
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from pc_transformer.config import ModelConfig
+from pc_transformer.experiments.layer_processes import LayerProcesses
 from pc_transformer.learning import PredictiveCoding
 from pc_transformer.model import PCTransformer
-from pc_transformer.experiments.layer_processes import LayerProcesses
-from pc_transformer.training import DataParallel, ProcessError
 from pc_transformer.settling import ErrorSettling, SettlingError
+from pc_transformer.training import DataParallel, ProcessError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
 CONFIG = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)
@@ -179,7 +179,7 @@ import sys, torch
 from functools import partial
 from pc_transformer.config import ModelConfig
 from pc_transformer.model import PCTransformer
-from pc_transformer.processes import LayerProcesses
+from pc_transformer.experiments.layer_processes import LayerProcesses
 config = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)
 ring = LayerProcesses(PCTransformer(config), partial(torch.optim.SGD, lr=0.1))
 print(*[p.pid for p in ring.processes], flush=True)
@@ -202,7 +202,7 @@ def test_when_the_parent_is_killed_its_children_end() -> None:
 
 
 LONELY = """
-from pc_transformer.processes import join
+from pc_transformer.training import join
 with join(timeout=2.0) as team: pass
 """
 
@@ -216,7 +216,7 @@ def test_a_rank_whose_partner_never_comes_gives_up() -> None:
 
 HALF = """
 import os, sys, torch
-from pc_transformer.processes import all_sum, join
+from pc_transformer.training import all_sum, join
 with join(timeout=5.0) as team:
     all_sum(torch.ones(2))
     if team.rank: os._exit(0)

@@ -10,6 +10,7 @@ from common import stir
 
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.cli import main
+from pc_transformer.data import TextData
 from pc_transformer.experiments.settled_reading import (
     DRIVERS,
     STEPS,
@@ -22,7 +23,6 @@ from pc_transformer.experiments.settled_reading import (
     tune,
 )
 from pc_transformer.inference import SamplingConfig
-from pc_transformer.data import TextData
 
 SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))

@@ -18,24 +18,28 @@ from torch import Tensor
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
 from pc_transformer.learning import (
+    ENERGIES,
     Backprop,
+    IncrementalPC,
     PredictiveCoding,
     Solver,
     gradient_cosine,
     gradients,
     local_gradient,
+    make_learner,
 )
 from pc_transformer.settling import (
     ErrorSettling,
+    HighwaySettling,
     Pathway,
     SettlingError,
+    StateSettling,
+    StateWalk,
+    SweepSettling,
+    UnsettledWarning,
     errors_down,
     predict_up,
     relative_precisions,
-)
-from pc_transformer.learning import ENERGIES, IncrementalPC, make_learner
-from pc_transformer.settling import (
-    HighwaySettling, StateSettling, StateWalk, SweepSettling, UnsettledWarning,
 )
 from pc_transformer.training import Trainer, resume, save_checkpoint
 
@@ -187,7 +191,7 @@ def test_adam_of_states_is_adam() -> None:
 
 
 def test_bounds_of_states_are_of_their_own_surroundings() -> None:
-    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next; norms rounded up."
     model, (tokens, targets) = build(), batch()
     gains = (2.0, 0.5, 3.0, 1.5)
     for l, gain in enumerate(gains, 1):
@@ -198,7 +202,7 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
     Pi = [7 / s.square().mean().item() for s in walk.up.states]
     assert max(Pi) > 3 * min(Pi)
     for l, gain in enumerate(gains):
-        assert walk.bounds[l] == pytest.approx(Pi[l] + gain**2 * Pi[l + 1], rel=1e-5), l
+        assert 1 - 1e-5 < (walk.bounds[l] - Pi[l]) / (gain**2 * Pi[l + 1]) < 2 ** (1 / 16) + 1e-5, l
     assert walk.bounds[-1] > Pi[-1]
 
 
@@ -459,7 +463,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
         judged = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return judged + sum((p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(()))
 
-    reference = patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", ""))
+    reference = patch("pc_transformer.attention.kernels.choose", lambda *_, **__: ("reference", ""))
     for l, s in enumerate(walk.up.states):
 
         def along(x: Tensor, l: int = l) -> Tensor:

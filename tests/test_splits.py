@@ -16,21 +16,34 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pc_transformer import ModelConfig, PCTransformer, save
-from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.cli import main
 from pc_transformer.config import RunConfig, replace
-from pc_transformer.data import CharTokenizer, baselines
+from pc_transformer.data import CharTokenizer, TextData, baselines, damage
+from pc_transformer.experiments import (
+    costs,
+    evidence,
+    families,
+    settled_reading,
+    settling,
+    tinyshakespeare,
+    uncertainty,
+)
 from pc_transformer.experiments.evidence import EvidenceTrainer
-from pc_transformer.inference import EvidenceTransformer
-from pc_transformer.experiments import families, settled_reading, settling, tinyshakespeare
-from pc_transformer.data import damage
 from pc_transformer.experiments.families import DamagedTrainer
 from pc_transformer.experiments.settling import AlteredTrainer
+from pc_transformer.inference import EvidenceTransformer, noisy_log_probs
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
-from pc_transformer.data import TextData
 from pc_transformer.training import (
-    CheckpointError, Trainer, checkpoints, evaluate, load, resume, save_checkpoint, start, train,
+    CheckpointError,
+    Trainer,
+    checkpoints,
+    evaluate,
+    load,
+    resume,
+    save_checkpoint,
+    start,
+    train,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,12 +261,12 @@ def test_a_cosine_is_without_dropout() -> None:
 def test_other_looks_are_without_dropout() -> None:
     still, drops = lively().eval(), lively(dropout=0.5)
     ids, windows = DATA.valid_ids, DATA.valid_ids[: 8 * T].view(8, T)
-    assert components.evaluate_damaged(drops, ids, T, V, 0.1) == components.evaluate_damaged(still, ids, T, V, 0.1)
+    assert families.evaluate_damaged(drops, ids, T, V, 0.1) == families.evaluate_damaged(still, ids, T, V, 0.1)
     assert settled_reading.query_looks(drops, windows) == settled_reading.query_looks(still, windows)
     a, b = (settled_reading.read_text(m, windows, windows) for m in (drops, still))
     assert torch.equal(a.logits, b.logits) and all(torch.equal(a.drivers[n], b.drivers[n]) for n in a.drivers)
     assert torch.equal(uncertainty.flat_predictions(drops, windows)[0], uncertainty.flat_predictions(still, windows)[0])
-    for look in (uncertainty.ensemble_log_probs, lambda m, x: uncertainty.noisy_log_probs(m[0], x, 0.1, 2)):
+    for look in (uncertainty.ensemble_log_probs, lambda m, x: noisy_log_probs(m[0], x, 0.1, 2)):
         assert torch.equal(look([drops], windows), look([still], windows))
     known = [uncertainty.StateGaussians.fit(m, windows) for m in (drops, still)]
     assert all(torch.equal(p, q) for p, q in zip(known[0].precision, known[1].precision, strict=True))
@@ -265,11 +278,11 @@ def test_other_looks_are_without_dropout() -> None:
 
 def test_a_damaged_loss_is_that_of_damaged_context_and_clean_targets() -> None:
     model = lively()
-    assert components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.0) == evaluate(model, DATA.valid_ids, T)
+    assert families.evaluate_damaged(model, DATA.valid_ids, T, V, 0.0) == evaluate(model, DATA.valid_ids, T)
     draw = torch.Generator().manual_seed(3)
     hurt = by_hand(model, VALID[: T + 1], lambda x: damage(x[None], V, 0.5, draw)[0])
-    assert components.evaluate_damaged(model, DATA.valid_ids[: T + 1], T, V, 0.5, 3) == pytest.approx(hurt, rel=1e-6)
-    losses = {components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.5, seed) for seed in (0, 1, 2)}
+    assert families.evaluate_damaged(model, DATA.valid_ids[: T + 1], T, V, 0.5, 3) == pytest.approx(hurt, rel=1e-6)
+    losses = {families.evaluate_damaged(model, DATA.valid_ids, T, V, 0.5, seed) for seed in (0, 1, 2)}
     assert len(losses) == 3, "the damage is a function of its seed"
 
 
@@ -424,8 +437,8 @@ def test_a_comparison_reads_every_number_from_its_split(tmp_path: Path, monkeypa
 
 def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) -> None:
     models: list[nn.Module] = []
-    for page, run in ((components, lambda: components.run_one(config(), DATA, 0.1, "cpu")),
-                      (settling_study, lambda: settling_study.run_one(config(**PC), DATA, {"label_noise": 0.1}, "cpu"))):
+    for page, run in ((families, lambda: families.run_one(config(), DATA, 0.1, "cpu")),
+                      (settling, lambda: settling.run_one(config(**PC), DATA, {"label_noise": 0.1}, "cpu"))):
         kept: list[Trainer] = []
         measure = Trainer.measure
         with pytest.MonkeyPatch.context() as patch, Spy() as spy:
@@ -436,12 +449,12 @@ def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) ->
         models.append(t.model)
         assert found["valid_loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5) and t.step == 6
         assert [e["step"] for e in found["record"]] == [3, 6] and found["tokens"] == 6 * 4 * T
-        if page is components:
-            assert found["damaged"] == {str(f): components.evaluate_damaged(t.model, DATA.valid_ids, T, V, f)
-                                        for f in components.DAMAGE}
-    few = components.study(config(**{"train.iters": 1}), DATA, tmp_path / "a", ["dot"], (None,), (1, 2), device="cpu")
+        if page is families:
+            assert found["damaged"] == {str(f): families.evaluate_damaged(t.model, DATA.valid_ids, T, V, f)
+                                        for f in families.DAMAGE}
+    few = families.study(config(**{"train.iters": 1}), DATA, tmp_path / "a", ["dot"], (None,), (1, 2), device="cpu")
     grid = {"train.seed": [1, 2], "train.iters": 1}
-    runs = settling_study.settle_study(config(**PC), DATA, tmp_path / "b", grid, "cpu")
+    runs = settling.settle_study(config(**PC), DATA, tmp_path / "b", grid, "cpu")
     for results in (few, runs):
         assert results["baselines"] == BASELINES and len({r["valid_loss"] for r in results["runs"].values()}) == 2
 
@@ -692,7 +705,7 @@ def test_studies_from_the_command_line(run: tuple[Path, Path, Spy], tmp_path: Pa
     for name, options in commands.items():
         with pytest.MonkeyPatch.context() as patch, Spy() as spy:
             patch.setattr(tinyshakespeare, "step_costs", lambda *a, **k: {})
-            patch.setattr(tinyshakespeare, "cost_table", lambda *a, **k: "")
+            patch.setattr(costs, "cost_table", lambda *a, **k: "")
             assert main([name, f"--out={tmp_path / name}", *options]) == 0
         assert set(spy.learned) == {"train"}, name
         assert json.loads((tmp_path / name / "results.json").read_text())["baselines"] == BASELINES

@@ -7,22 +7,26 @@ import pytest
 import torch
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import RunConfig, replace
 from pc_transformer.data import Batches
+from pc_transformer.experiments import evidence, uncertainty
+from pc_transformer.experiments.costs import RATIOS, cost_table
 from pc_transformer.experiments.families import (
-    best_sharpness, changes_of, loss_at, run_config, run_name, select,
+    best_sharpness,
+    changes_of,
+    loss_at,
+    run_config,
+    run_name,
+    select,
 )
-from pc_transformer.experiments.harness import verdict
+from pc_transformer.experiments.harness import expand, verdict
+from pc_transformer.experiments.meters import ratio, spread
 from pc_transformer.experiments.settled_reading import best_of, judge_rule, paired_difference, read_text, tune
-from pc_transformer.experiments.harness import expand
 from pc_transformer.experiments.settling import InOrder, part_step, settle_config
 from pc_transformer.experiments.settling import select as select_by_seed
-from pc_transformer.experiments.costs import RATIOS, cost_table
-from pc_transformer.experiments.meters import ratio, spread
 from pc_transformer.experiments.tinyshakespeare import variant_config
-from pc_transformer.inference import SamplingConfig
+from pc_transformer.inference import SamplingConfig, noisy_log_probs
 
 
 @pytest.mark.parametrize(("a", "b", "word"), [
@@ -237,7 +241,7 @@ def test_intervals_know_their_level_and_noise_its_seed() -> None:
     assert interval(0.95, 1) != interval(0.95)
     model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0)
     tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
-    noisy = lambda sigma, seed=0: uncertainty.noisy_log_probs(model, tokens, sigma, 2, seed)
+    noisy = lambda sigma, seed=0: noisy_log_probs(model, tokens, sigma, 2, seed)
     assert torch.equal(noisy(0.1), noisy(0.1)) and not torch.equal(noisy(0.1), noisy(0.1, 1))
     assert not torch.equal(*noisy(0.1)) and torch.equal(*noisy(0.0))
 
@@ -246,14 +250,14 @@ def test_noise_is_in_units_of_a_nodes_size() -> None:
     "States a hundred times as large, behind a norm that takes their size away: the same predictions."
     model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0).double()
     tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
-    before = uncertainty.noisy_log_probs(model, tokens, 0.5, 2)
+    before = noisy_log_probs(model, tokens, 0.5, 2)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("attention.out.weight", "down.weight", "position.weight")):
                 p.mul_(100)
         model.output.weight = torch.nn.Parameter(model.output.weight.clone())       # the head keeps its size
         model.predictors[0].token.weight.mul_(100)
-    torch.testing.assert_close(uncertainty.noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2)
 
 
 def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:

@@ -17,19 +17,42 @@ from torch import Tensor
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
-from pc_transformer.data import CharTokenizer
-from pc_transformer.model import convert
-from pc_transformer.data import TextData
-from pc_transformer.training import load
+from pc_transformer.data import CharTokenizer, TextData
 from pc_transformer.experiments.uncertainty import (
-    DAMAGES, damage, even_windows, foreign_tokens, replace_characters, shuffle_words,
-    study_ensemble, study_one, uncertainty_study,
+    DAMAGES,
+    damage,
+    even_windows,
+    foreign_tokens,
+    replace_characters,
+    shuffle_words,
+    study_ensemble,
+    study_one,
+    uncertainty_study,
 )
 from pc_transformer.inference import (
-    SCORES, StateGaussians, aurc, auroc, bootstrap_interval, brier, confidence_and_correct,
-    decompose, ensemble_log_probs, entropy, fit_logistic, fit_temperature, head_energies,
-    midranks, node_states, noisy_log_probs, reliability, risk_coverage, scaled_nll, token_scores,
+    SCORES,
+    StateGaussians,
+    aurc,
+    auroc,
+    bootstrap_interval,
+    brier,
+    confidence_and_correct,
+    decompose,
+    ensemble_log_probs,
+    entropy,
+    fit_logistic,
+    fit_temperature,
+    head_energies,
+    midranks,
+    node_states,
+    noisy_log_probs,
+    reliability,
+    risk_coverage,
+    scaled_nll,
+    token_scores,
 )
+from pc_transformer.model import convert
+from pc_transformer.training import load
 
 SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
@@ -447,7 +470,7 @@ def test_what_is_fitted_is_judged_on_other_text(
         seen["states"].append(tokens)
         return known(model, tokens)
 
-    monkeypatch.setattr("pc_transformer.uncertainty.fit_temperature", spy)
+    monkeypatch.setattr("pc_transformer.experiments.uncertainty.fit_temperature", spy)
     monkeypatch.setattr(StateGaussians, "fit", spy_states)
 
     def study(fit: int, test: int) -> tuple[dict[str, Any], dict[str, Any]]:
