@@ -331,7 +331,7 @@ def make_source(
         copies = longest - max(texts.lengths) >= PAYS if copy_weights is None else copy_weights
         return Memory(model, len(texts.rows), longest, dtype, steps if within else 0, driven, not cache, cache and copies)
     if isinstance(settle, str):
-        settle = importlib.import_module("pc_transformer.evidence").make_settler(settle, steps)
+        settle = importlib.import_module("pc_transformer.inference.evidence").make_settler(settle, steps)
     source = settle if isinstance(settle, NextToken) else Recompute()
     still = Still(model)
     return lambda texts: (recompute(source, still(), texts), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.tokenizers import BPETokenizer
+from ..data.tokenizers import BPETokenizer, CharTokenizer
 from .gpt2 import refuse
 from ..model.transformer import PCTransformer
 
