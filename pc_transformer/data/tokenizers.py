@@ -6,9 +6,18 @@
 __all__ = ['ENCODINGS', 'BPE_FILES', 'Tokenizer', 'code_points', 'CharTokenizer', 'bpe_file', 'fetch_bpe', 'BPETokenizer']
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #9482463b
-from typing import Protocol, runtime_checkable
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
+from jaxtyping import Int, Int64
 from torch import Tensor
+
+from .corpora import Corpus, cache_folders, from_url, from_wheel, keep, verify
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #e238e844
 @runtime_checkable
@@ -19,15 +28,6 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     def encode(self, text: str) -> Tensor: ...
     def decode(self, tokens: Tensor) -> str: ...
-
-# %% ../../nbs/4_practice/02_tokenizers.ipynb #964b9044
-from dataclasses import dataclass
-from reprlib import repr as brief
-
-import numpy as np
-import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #3b9c8d6b
 def code_points(text: str) -> np.ndarray:  # (N,) uint32
@@ -90,18 +90,6 @@ class CharTokenizer:
         if not isinstance(saved, dict) or saved.keys() != {"type", "vocabulary"} or saved["type"] != "char":
             raise ValueError(f"not a saved character tokenizer: {brief(saved)}.")
         return cls(saved["vocabulary"])
-
-# %% ../../nbs/4_practice/02_tokenizers.ipynb #e7eb8ef7
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from jaxtyping import Int, Int64
-from torch import Tensor
-
-from .corpora import Corpus, cache_folders, from_url, from_wheel, keep, verify
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #802ddd60
 ENCODINGS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

@@ -53,7 +53,8 @@ def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d
 
 # %% ../../nbs/3_inference/03_cache.ipynb #47bbe963
 def cacheable(model: nn.Module) -> bool:
-    "Whether a model is the chain of `model.transformer` and nothing else: its forward pass replaced or hooked, a cache would miss it."
+    """Whether a model is the chain of `model.transformer` and nothing else: a forward pass that is
+    replaced or hooked a cache would miss."""
     if not isinstance(model, PCTransformer) or type(model).forward is not PCTransformer.forward: return False
     plain = type(model.predictors[0]) is Embedding and all(
         type(f) in (AttentionLayer, FeedForwardLayer) for f in list(model.predictors)[1:])

@@ -61,7 +61,7 @@ def sync_gradients(
     count: int,                  # n_p, predicted tokens of this process's rows
     reduce: Reduce = all_sum,    # sums a tensor over the processes
 ) -> None:
-    "Replace every `p.grad` by the whole batch's, equation (2). Every process must call it, even one that predicts nothing."
+    "Replace every `p.grad` by the whole batch's, equation (1). Every process must call it, even one that predicts nothing."
     parameters = [p for p in model.parameters() if p.requires_grad]
     share = count / reduce(torch.tensor(count, dtype=torch.float64, device=parameters[0].device)).item()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad * share).flatten() for p in parameters])

@@ -141,7 +141,8 @@ NEAR = 1e-3
 
 
 def is_sharp(link: Link) -> bool:
-    "Whether the link's slope at zero is infinite; a link made of another (`attention.attend`'s `Reweighted`) is as sharp as that."
+    """Whether the link's slope at zero is infinite; a link made of another
+    (`attention.attend`'s `Reweighted`) is as sharp as that."""
     if isinstance(inner := getattr(link, "family", None), Elliptical): return is_sharp(inner)
     if isinstance(link, Laplace): return not isinstance(link.eps, Tensor) and link.eps == 0
     return isinstance(link, GeneralizedGaussian) and (isinstance(link.p, Tensor) or link.p < 2)
