@@ -277,6 +277,8 @@ class TrainConfig(Config):
         super().__post_init__()
         _positive(self, "iters", "batch_size", "learning_rate", "eval_interval", "checkpoint_interval")
         _positive(self, "accumulate")
+        for n in ("learning_rate", "weight_decay", "precision_lr_scale"):
+            _check((v := getattr(self, n)) <= 1e30, f"{n} must be at most 1e30, got {v}")
         _check(self.batch_size % self.accumulate == 0, f"a batch of {self.batch_size} cannot be learned in {self.accumulate} "
                "equal parts")
         _not_negative(self, "min_learning_rate", "warmup_iters", "weight_decay", "grad_clip",

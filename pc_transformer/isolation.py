@@ -6,7 +6,8 @@
 __all__ = ['CPU', 'CURRENT', 'M', 'HOLDS', 'LOOKS', 'check_seed', 'Draws', 'drawing', 'generator', 'ahead', 'dropout', 'Dropout',
            'linear', 'table', 'view', 'evaluating', 'leaf', 'private']
 
-# %% ../nbs/1_model/02_isolation.ipynb #5eb5951f
+# %% ../nbs/1_model/02_isolation.ipynb #51f8d785
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -77,8 +78,10 @@ def ahead() -> Draws:
 # %% ../nbs/1_model/02_isolation.ipynb #c197f667
 def dropout(x: Tensor, p: float) -> Tensor:
     "Each number is dropped with probability `p`, the others are scaled up; drawn from `generator`."
+    if p == 0:      # before anything is asked for: a compiled layer has one graph
+        return x
     own = generator(x.device)
-    if own is None or p in (0, 1):      # then there is nothing to draw
+    if own is None or p == 1:      # then there is nothing to draw
         return F.dropout(x, p)
     return x * torch.empty_like(x).bernoulli_(1 - p, generator=own).div_(1 - p)
 
@@ -123,11 +126,10 @@ def view(
 ) -> M:
     """A model of new modules over the same parameters, buffers and hooks, in a mode of its own; the model stays as it is.
 
-    The model itself when it is like that already. Of a compiled module it is the view of what was compiled. Raises
-    TypeError for TorchScript, which cannot be seen in two modes.
+    Of a compiled module it is the view of what was compiled. Hooks and closures that hold a module hold the model's own.
+    A view in training mode moves the model's running statistics (BatchNorm), unless `tensor` copies buffers. Raises
+    TypeError for TorchScript in another mode, which cannot be seen in two.
     """
-    if tensor is None and all(training in (None, m.training) for m in model.modules()):
-        return model
     seen: dict[int, Any] = {}
 
     def once(x: Any, make: Callable[[Any], Any]) -> Any:
@@ -143,24 +145,31 @@ def view(
             return once(x, tensor)
         if isinstance(x, MethodType) and isinstance(x.__self__, nn.Module):
             return MethodType(x.__func__, module(x.__self__))
-        if type(x) not in HOLDS or not x:
+        if not isinstance(x, HOLDS):
             return x
         held: Any = x
         items = list(held.values() if isinstance(x, dict) else held)
         new = [of(y) for y in items]
         if all(a is b for a, b in zip(new, items, strict=True)):
             return x
-        return dict(zip(x, new, strict=True)) if isinstance(x, dict) else tuple(new) if isinstance(x, tuple) else new
+        if isinstance(x, tuple):
+            return held._make(new) if hasattr(x, "_make") else tuple(new)
+        held = copy.copy(x)             # of whatever kind of dict or list it is
+        held.update(zip(x, new, strict=True)) if isinstance(x, dict) else held.__setitem__(slice(None), new)
+        return held
 
     def module(m: nn.Module) -> nn.Module:
         m = getattr(m, "_orig_mod", m)
         if isinstance(m, torch.jit.ScriptModule):
+            if tensor is None and all(training in (None, x.training) for x in m.modules()):
+                return m
             raise TypeError("a TorchScript module has one mode for everybody: call its eval() first")
         if id(m) not in seen:
             new = seen[id(m)] = object.__new__(type(m))
             held = {k: v for k, v in m.__dict__.items() if k != "_compiled_call_impl"}
             new.__dict__.update(held)       # first as they are: modules may know each other in a circle
-            new.__dict__.update({k: of(v) for k, v in held.items() if isinstance(v, LOOKS)})
+            looked = {k: v for k, v in held.items() if isinstance(v, LOOKS) and "_hooks" not in k}
+            new.__dict__.update({k: of(v) for k, v in looked.items()})
             new.__dict__["training"] = m.training if training is None else training
         return seen[id(m)]
 

@@ -673,7 +673,7 @@ def test_a_reader_refuses_numbers_that_are_none(name):
         if name == "log_mix" and value == 1e4:
             continue                                               # a log weight may be large
         for call in (lambda model=model: KVCache.allocate(model), lambda model=model: model(random_tokens(1, 4))):
-            with pytest.raises(ValueError, match="positive and finite|must lie in|a number or minus infinity"):
+            with pytest.raises(ValueError, match="positive and finite|must lie in|minus infinity or lie within"):
                 call()
 
 
@@ -741,3 +741,17 @@ def test_what_is_no_number_stays_none_in_eight_bits():
         x[0, 1] = value
         code, scale = quantise(x)
         assert (code * scale)[0].isnan().all() and (code * scale)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["dot", "gaussian", "mixture", "student_t"])
+def test_a_background_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    """The score of nothing is float32, what is read stays in the model's own precision; cached and not."""
+    model, x = make(replace(SMALL, attention=family, background=True), dtype, 1.0), random_tokens(2, 8)
+    with torch.no_grad():
+        logits, cache = model(x), KVCache.allocate(model, 2, 8)
+        at_once = extend(model, x, KVCache.allocate(model, 2, 8))
+        by_one = torch.cat([extend(model, x[:, t : t + 1], cache) for t in range(8)], 1)
+    assert logits.dtype == dtype and torch.equal(at_once, logits)
+    spread = logits.float().std()
+    assert (by_one.float() - logits.float()).abs().max() < 16 * torch.finfo(dtype).eps * spread

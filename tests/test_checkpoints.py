@@ -80,6 +80,7 @@ def same(a: PCTransformer, b: PCTransformer) -> None:
     assert a.config == b.config and b.output.weight is b.predictors[0].token.weight
     for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert name == other and p.dtype == q.dtype and torch.equal(p, q), name
+        assert p.requires_grad == q.requires_grad, name
         p.data = p.data.contiguous()  # a product of matrices rounds by their layout
     if len({p.dtype for p in a.parameters()}) == 1:
         with torch.no_grad():
@@ -129,7 +130,7 @@ ACCEPTED: dict[str, ChangeModel] = {
     "memory used twice": same_memory,
     "loaded with assign and tied again": lambda m: (
         m.load_state_dict(m.state_dict(), assign=True), setattr(m.output, "weight", m.predictors[0].token.weight)),
-    "with a hook": lambda m: m.register_forward_hook(lambda *_: None),
+    "partly frozen": lambda m: m.predictors[1].requires_grad_(False),
     "with a gradient": lambda m: m(TOKENS).sum().backward(),
 }  # fmt: skip
 
@@ -156,6 +157,12 @@ def set_to(name: str, value: Any) -> ChangeModel:
 
 
 REFUSED: dict[str, tuple[ChangeModel, str]] = {
+    "with a hook": (lambda m: m.register_forward_hook(lambda m, x, y: 2 * y), "forward has a hook"),
+    "a layer with a hook": (
+        lambda m: m.predictors[2].up.register_forward_pre_hook(lambda m, x: (2 * x[0],)), r"predictors\.2\.up\.forward"),
+    "another forward": (set_to("forward", lambda tokens: tokens), "forward was replaced"),
+    "a layer's other forward": (set_to("predictors.1.forward", lambda s: s), r"predictors\.1\.forward"),
+    "another method": (set_to("predictors.1.attention.split", lambda x: x), r"attention\.split"),
     "loaded with assign": (lambda m: m.load_state_dict(m.state_dict(), assign=True), "embedding's table"),
     "an output of its own": (set_to("output.weight", nn.Parameter(torch.ones(7, 8))), "embedding's table"),
     "another class": (lambda m: setattr(m, "__class__", Other), "Other"),
@@ -510,7 +517,7 @@ def test_a_configuration_that_asks_for_the_moon(size: str, tmp_path: Path, monke
     for huge in (10**9, 10**12, 2**63, 10**30):
         reseal(folder / "config.json", config=saved | {size: huge})
         began = time.process_time()
-        refused(load, folder, says="too few")
+        refused(load, folder, says="too few|must be below 2")
         assert time.process_time() - began < 5
     monkeypatch.setattr(training, "PCTransformer", built)
     for other in (3, 5, 11):
@@ -596,7 +603,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
     assert "precision" not in said and "step-" in said
     kept = checkpoints(tmp_path / "run")
     assert 2 <= len(kept) <= 3 and all(p.isfinite().all() for f in kept for p in load(f).parameters())
-    good = min(kept)
+    good = min(kept, key=lambda p: run.losses[training.step_of(p)] if training.step_of(p) < len(run.losses) else math.inf)
     assert run.losses[training.step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
     assert math.isfinite(evaluate(load(good), IDS, 6)) and good.name in said
     assert not list((tmp_path / "run").glob(".*"))
@@ -625,9 +632,66 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
     monkeypatch.setattr(run, "learn", fail)
     refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
     with torch.no_grad():
-        for p in run.model.parameters():
-            p.mul_(100)
+        for n, p in run.model.named_parameters():
+            p.mul_(1 if "precision" in n else 100)  # an overflowing precision has words of its own
     refused(run.advance, says="diverged by step 1", kind=FloatingPointError)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2, 3, 9, 4, 3.5, 9], [3.0, 2, 1.2, 1.3, 1.6, 1.9, 2.5], [4.0, 3, 2, 1.5, 1, 0.9, 0.5]])
+def test_the_best_checkpoint_stays_however_slowly_a_run_diverges(losses: list[float], tmp_path: Path) -> None:
+    "Training loss k is that of the weights after k steps."
+    run = trainer()
+    for step in range(1, 8):
+        run.advance()
+        run.losses[-1] = losses[step - 1]
+        save_checkpoint(run, tmp_path)
+    best = min(range(1, 7), key=lambda k: losses[k])
+    assert {training.step_of(p) for p in checkpoints(tmp_path)} == {best, 6, 7}
+
+
+def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
+    run = trainer(steps=1)
+    with torch.no_grad():
+        run.model.predictors[1].attention.log_precision.fill_(1e4)
+    refused(save_checkpoint, run, tmp_path / "run", says="diverged by step 1, .*lower", kind=FloatingPointError)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
+def test_a_wrong_batch_is_no_divergence(algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Unknown tokens, nothing to predict, targets out of range: their own sentence, also where weights are large but finite."
+    for large in (False, True):
+        run = trainer(replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}), steps=1)
+        tokens, targets = run.batch(1)
+        if large:
+            with torch.no_grad():
+                run.model.predictors[0].token.weight.mul_(1000)
+        for wrong, says in (
+            ((torch.full_like(tokens, 50), targets), "50"),
+            ((tokens, torch.full_like(targets, 50)), "50"),
+            ((tokens, torch.full_like(targets, -100)), "predicts nothing"),
+        ):
+            monkeypatch.setattr(run, "batch", lambda _, both=wrong: both)
+            said = refused(run.advance, says=says, kind=ValueError)
+            assert "diverged" not in said and "learning rate" not in said
+
+
+def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Where the plain loss is no worse than guessing, whatever failed keeps its own words; where it is, divergence is named."
+    run = trainer(steps=1)
+
+    def fail(*args: Any) -> float:
+        raise training.SettlingError("raise relative_precision above 10")
+
+    monkeypatch.setattr(run, "learn", fail)
+    with torch.no_grad():
+        for f in run.model.predictors[1:]:  # in front of a norm, and back: the output is what it was
+            for p in f.parameters():
+                p.mul_(3 if p.dim() >= 2 else 1)
+        run.model.predictors[0].position.weight.fill_(5.0)
+    assert not run.exploded(run.plain_loss())
+    refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
 
 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:

@@ -685,6 +685,30 @@ def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
         assert found[2].isnan().all()
 
 
+def test_only_rows_that_need_it_are_computed_in_float64() -> None:
+    "A zero error needs no more than float32; a huge one among many goes there alone, and is what it would be alone."
+
+    class Watched(StudentT):
+        def weight(self, u: Tensor, dim: int) -> Tensor:
+            seen.append((u.dtype, u.numel()))
+            return super().weight(u, dim)
+
+    seen: list[tuple[torch.dtype, int]] = []
+    error = tensor(0, (8, 16, 4)).float()
+    error[0, 0] = 0
+    Watched(4.0).score(error, 1.0)
+    assert seen == [(torch.float32, 128)]
+    seen.clear()
+    error[1, 2], error[3, 4] = 1e30, 1e-30
+    precision = torch.rand(16, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    slope = Watched(4.0).score(error, precision)
+    assert seen == [(torch.float32, 128), (torch.float64, 2)]
+    own = torch.full((16, 1), 4.0)  # a parameter that tells rows apart
+    for i, j in ((1, 2), (3, 4), (0, 0), (7, 7)):
+        assert torch.equal(slope[i, j], StudentT(4.0).score(error[i, j], precision[j]))
+    close(StudentT(own[:, 0]).score(error, precision), slope, rtol=0, atol=0)
+
+
 def test_slopes_of_extreme_errors() -> None:
     "Autograd goes the way of the values: the slope of the energy is the score, and NaN reaches nobody else."
     for family in ELLIPTICAL:

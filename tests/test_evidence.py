@@ -352,6 +352,39 @@ def test_a_step_leaves_the_prior_exactly_as_it_is() -> None:
         assert e.var().item() == pytest.approx(0.5, rel=0.04)
 
 
+def test_a_proposal_that_overflows_is_rejected() -> None:
+    "Only a start that overflows is an error; draws have the moments that quadrature gives."
+    steep = lambda e: (e[0].square() / 2 + (10 * e[0]).exp()).sum(-1)
+    zero, four = [torch.zeros(4000, 1, 1)], [torch.full((4000, 1, 1), 4.0)]
+    (e,), trace, log_w = sample_columns(steep, zero, four, 40, generator=torch.Generator().manual_seed(0))
+    assert e.isfinite().all() and log_w.isfinite().all() and all(t.isfinite().all() for t in trace)
+    x = torch.linspace(-9, 3, 20_001, dtype=torch.float64)
+    p = (-x.square() / 2 - (10 * x).exp()).softmax(0)
+    want, w = (p * x).sum(), log_w.flatten().double().softmax(0)
+    mean = (w * e.flatten()).sum()
+    assert abs(mean - want) < 0.06 and abs((w * (e.flatten() - mean).square()).sum() - (p * (x - want).square()).sum()) < 0.06
+    bottomless = lambda e: torch.where(e[0] > 9.0, -math.inf, e[0].square() / 8).sum(-1)    # no place to be in
+    (e,), trace, _ = sample_columns(bottomless, zero, four, 40, generator=torch.Generator().manual_seed(0))
+    assert (e < 9).all() and all(t.isfinite().all() for t in trace)
+    for start in (lambda e: (e[0] + math.inf).sum(-1), lambda e: (0 * e[0]).sqrt().sum(-1)):
+        with pytest.raises(SettlingError, match="not finite"):
+            sample_columns(start, zero, four, 1)
+
+
+def test_a_settler_leaves_the_numbers_of_the_model_alone() -> None:
+    "Only the precision that is new takes the dtype of the model's output; the model stays the caller's."
+    model = made("by key").float()
+    model.predictors[1].attention.log_precision.data = model.predictors[1].attention.log_precision.data.double()
+    kept = {n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters()}
+    settled = EvidenceSettler().evidence(model)
+    assert settled.log_beta.dtype == torch.float32
+    own = EvidenceTransformer(model)
+    own.log_beta.data = own.log_beta.data.double()
+    assert EvidenceSettler().evidence(own).log_beta is own.log_beta
+    gains(own, TOKENS, TOKENS, [1])
+    assert kept == {n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters()}
+
+
 def test_without_weights_the_past_is_not_the_posterior() -> None:
     "The walk that is known: means .25 and .5 and a variance of .625 where Kalman has .2, .6 and .6."
     one = torch.ones(2, dtype=torch.float64)
@@ -523,3 +556,33 @@ def test_gains_are_losses_of_these_windows_with_these_steps() -> None:
         assert found[str(k)]["loss"] == pytest.approx(loss.mean().item(), rel=1e-8)
         assert found[str(k)]["difference"] == pytest.approx(apart.mean().item(), abs=1e-8)
         assert found[str(k)]["standard_error"] == pytest.approx(apart.std().item() / math.sqrt(3), abs=1e-8)
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("name", ["evidence", "langevin"])
+def test_half_models_settle(name: str, background: bool, dtype: torch.dtype) -> None:
+    "Variances of 1e-6 and energies of thousands of nats are no numbers of half precision."
+    config = ModelConfig(**SIZES, attention="gaussian", background=background)
+    model = PCTransformer(config).to(dtype).eval()
+    for steps in (1, 2, 8):
+        out = generate(model, TOKENS[0, :3], 3, settle=name, settle_steps=steps)
+        assert out.shape == (1, 6)
+    loss = read_losses(EvidenceTransformer(model), TOKENS[:, :-1], TOKENS[:, 1:])
+    assert loss.dtype == torch.float32 and loss.isfinite().all()
+    gains(EvidenceTransformer(model), TOKENS[:, :-1], TOKENS[:, 1:], [1])
+    assert model.output.weight.dtype == dtype, "the model is shared, and stays as it is"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_in_half_precision_are_those_of_full(family: str) -> None:
+    half = made(family, scale=2.0).half()
+    full = copy.deepcopy(half).float()
+    for beta in (1.0, 100.0, 1e4):
+        found, want = (EvidenceTransformer(m, beta, steps=2).settle(TOKENS)[0] for m in (half, full))
+        assert found is not None and want is not None
+        for a, b in zip(found, want, strict=True):
+            assert a.dtype == torch.float32 and abs(a.norm() / b.norm() - 1) < 0.01

@@ -4,10 +4,11 @@ import ast
 import copy
 import dataclasses
 import itertools
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import pc_transformer
 from pc_transformer.attention import kernels
 from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
 from pc_transformer.experiments.families import evaluate_damaged
-from pc_transformer.inference import Recompute, generate, stream
+from pc_transformer.inference import Recompute, Still, generate, stream
 from pc_transformer.isolation import (
     Draws,
     Dropout,
@@ -31,6 +32,7 @@ from pc_transformer.isolation import (
     private,
     view,
 )
+from pc_transformer.model import FeedForwardLayer
 from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradient_cosine, gradients, rehearse
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
@@ -378,7 +380,6 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     assert torch.equal(still(x), expected) and calls == [calls[0], still.a] and model.training and model.norm.training
     assert type(still) is Tied and still.norm.owner[0] is still and still.a.weight is still.b.weight is model.a.weight
     assert [n for n, _ in still.named_modules()] == [n for n, _ in model.named_modules()]
-    assert view(still, training=False) is still and view(model) is model
     apart = view(model, tensor=leaf)
     assert apart.training and apart.a.weight is apart.b.weight is not model.a.weight
     apart(x).sum().backward()
@@ -391,6 +392,63 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     assert torch.equal(still.a.bias, model.a.bias)
     model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
     assert torch.equal(still.a.bias, model.a.bias)  # parameters that are replaced are seen, too
+
+
+class Ordered(OrderedDict[str, Any]):
+    "A dict of a kind of its own."
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Keeps(nn.Module):
+    "What drops out stands in containers that are no plain ones, none of them registered; one hook is a method."
+
+    def __init__(self) -> None:
+        super().__init__()
+        drop = nn.Dropout(0.5)
+        self.ordered, self.pair = Ordered(drop=drop, other=1), Pair(drop, 2)
+        self.default = defaultdict(list, drop=[drop])
+        self.drop, self.notes = drop, []
+        drop.register_forward_hook(self.note)
+
+    def note(self, *_: Any) -> None:
+        self.notes.append(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.default["drop"][0](self.pair.first(self.ordered["drop"](x)))
+
+
+def test_views_follow_every_kind_of_container() -> None:
+    model, x = Keeps(), torch.ones(50)
+    still = view(model, training=False)
+    assert torch.equal(still(x), x) and model.notes == [True] * 3, "hooks are the model's own"
+    assert type(still.ordered) is Ordered and type(still.pair) is Pair and type(still.default) is defaultdict
+    assert still.ordered["drop"] is still.pair.first is still.default["drop"][0] is still.drop is not model.drop
+    assert model.ordered["drop"] is model.drop and still.ordered["other"] == 1
+
+
+def test_nobody_else_turns_the_mode_of_a_reader() -> None:
+    """A model that is in eval mode already: its `train()`, called while it is read, is not heard."""
+    model = trained().eval()
+    with evaluating(model) as still:
+        a = still(X)
+        model.train()
+        assert torch.equal(still(X), a) and not torch.equal(model(X), a)
+    model.eval()
+    reads = Still(model)
+    seen = reads()
+    model.train()
+    with torch.no_grad():
+        assert reads() is seen is not model and torch.equal(seen(X), a), "one view for all tokens"
+
+
+def test_a_layer_without_dropout_compiles_as_one_graph() -> None:
+    """Who drops nothing asks for no randomness."""
+    layer, x = FeedForwardLayer(16), torch.randn(2, 5, 16)
+    assert layer.training and torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
 def test_a_failure_inside_changes_nothing() -> None:

@@ -119,4 +119,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             assert rule["clean"]["nll"] > 0 and 0 <= rule["10 % replaced"]["ece_equal_width"] <= 1
     assert main(["settled-reading", "[]", *map(str, options)]) == 1
     said = capsys.readouterr().err
-    assert "no models" in said and "Traceback" not in said
+    assert "must name at least one" in said and "Traceback" not in said

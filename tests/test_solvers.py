@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import linecache
 import math
 import warnings
 from typing import Any
@@ -25,6 +26,7 @@ from pc_transformer.learning import (
     gradients,
     local_gradient,
 )
+from pc_transformer.training import DataParallel
 from pc_transformer.settling import (
     ErrorSettling,
     Pathway,
@@ -90,7 +92,7 @@ def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
     assert math.isclose(settled.loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel_tol=1e-12)
     assert (settled.energy.diff() <= 1e-12 * settled.energy.abs().max()).all()
     solver = SOLVERS[name]
-    if isinstance(solver, ErrorSettling) and solver.fused:       # no pass goes up after its last step
+    if isinstance(solver, SweepSettling) or (isinstance(solver, ErrorSettling) and solver.fused):   # not measured
         assert settled.residual is None
     else:
         assert settled.residual is not None and math.isfinite(settled.residual)
@@ -186,20 +188,37 @@ def test_adam_of_states_is_adam() -> None:
         walk.sizes.append(1.0)
 
 
-def test_bounds_of_states_are_of_their_own_surroundings() -> None:
-    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
-    model, (tokens, targets) = build(), batch()
-    gains = (2.0, 0.5, 3.0, 1.5)
+def linear_chain(gains: tuple[float, ...]) -> PCTransformer:
+    "A model whose layers are orthogonal maps times a gain: |J|^2 is the gain's square."
+    model = build()
     for l, gain in enumerate(gains, 1):
         layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
         torch.nn.init.orthogonal_(layer.weight, gain, generator=torch.Generator().manual_seed(l))
         model.predictors[l] = layer
+    return model
+
+
+def test_bounds_of_states_are_of_their_own_surroundings() -> None:
+    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    gains = (2.0, 0.5, 3.0, 1.5)
+    model, (tokens, targets) = linear_chain(gains), batch()
     walk = StateWalk.begin(StateSettling(relative_precision=7.0), model, tokens, targets)
     Pi = [7 / s.square().mean().item() for s in walk.up.states]
     assert max(Pi) > 3 * min(Pi)
     for l, gain in enumerate(gains):
         assert walk.bounds[l] == pytest.approx(Pi[l] + gain**2 * Pi[l + 1], rel=1e-5), l
     assert walk.bounds[-1] > Pi[-1]
+
+
+def test_bounds_do_not_jump() -> None:
+    "In float32, rows in another order move a curvature by rounding only, wherever its value lies."
+    gains = (2.0, 0.5, 1.0, 2**0.5)
+    model = linear_chain(gains).float()
+    tokens, targets = batch(B=5)
+    for seed in range(20):
+        order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+        curves = StateSettling().tuned(model, tokens[order], targets[order]).curvature
+        assert curves is not None and curves[:4] == pytest.approx([g**2 for g in gains], rel=1e-4)
 
 
 @pytest.mark.parametrize("nudge", [1.0, 2.0, 0.5, -0.5])
@@ -354,7 +373,7 @@ def test_schedules_are_functions_of_progress() -> None:
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:
-    "Accumulation: backprop's gradient over parts is that of the whole; predictive coding's differs only by its precisions."
+    "Accumulation: the gradient over parts is that of the whole."
     for learner, tol in ((LearnerConfig(algorithm="backprop"), 1e-5), (LearnerConfig(solver="sweep"), 1e-5)):
         whole, parts = trainer(learner), trainer(learner, accumulate=4)
         for t in (whole, parts):
@@ -364,13 +383,36 @@ def test_parts_of_a_batch_make_the_batch() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=tol, atol=1e-7)
 
 
+@pytest.mark.parametrize("ragged_rows", [False, True])
+@pytest.mark.parametrize("changes", [
+    {}, {"per": "coordinate"}, {"per": "token"}, {"energy": "student_t"}, {"centred": True}, {"lean": True},
+    {"solver": "state", "curvature_interval": 10},
+])  # fmt: skip
+def test_parts_of_a_batch_settle_as_one(changes: dict[str, Any], ragged_rows: bool) -> None:
+    "At soft latents, too: every part's precisions are in units of the whole batch's mean squares."
+    learner = LearnerConfig(**({"steps": 2, "relative_precision": 1.0, "step_size": 0.2} | changes))
+    found = []
+    for accumulate in (1, 4):
+        t = trainer(learner, accumulate=accumulate)
+        t.model.double()
+        tokens, targets = t.batch(0)
+        if ragged_rows:
+            targets[0, 1:], targets[2, 3:], targets[3, 5] = -100, -100, -100
+        t.batch = lambda _, both=(tokens, targets): both  # type: ignore[method-assign]
+        t.look()
+        t.learner = make_learner(learner, curvature=t.curvature)
+        t.backward()
+        found.append({n: p.grad for n, p in t.model.named_parameters()})
+    assert apart(*found) < 1e-5
+
+
 def test_parts_count_by_what_they_predict() -> None:
     "Accumulation where rows have different numbers of targets, and one part has none: the whole batch's gradient and loss."
     for learner, limit in (
         (LearnerConfig(algorithm="backprop"), 1e-6),
         (LearnerConfig(solver="sweep"), 1e-6),
         (LearnerConfig(solver="highway", steps=4), 1e-6),
-        (LearnerConfig(), 1e-3),  # every part has precisions of its own
+        (LearnerConfig(), 1e-5),
     ):
         runs = [trainer(learner), trainer(learner, accumulate=4), trainer(learner, accumulate=2)]
         losses = []
@@ -385,6 +427,30 @@ def test_parts_count_by_what_they_predict() -> None:
     targets[:] = -100
     with pytest.raises(ValueError, match="predicts nothing"):
         runs[2].backward()
+
+
+@pytest.mark.parametrize(
+    "learner", [LearnerConfig(algorithm="backprop"), *(LearnerConfig(solver=s) for s in ("sweep", "highway", "error"))]
+)
+def test_a_share_that_predicts_nothing(learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    "In a team the process whose rows have no targets adds nothing and goes on; a batch without any stops all of them."
+    t = trainer(learner)
+    t.team = DataParallel(1, 2)
+    tokens, targets = t.batch(0)
+    targets[2:] = -100
+    t.batch = lambda _: (tokens, targets)  # type: ignore[method-assign]
+    first = (targets[:2] != -100).sum()
+    others = lambda x: x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))  # what number 0 has
+    monkeypatch.setattr("pc_transformer.processes.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.sync_gradients", lambda model, count: count)
+    t.learner = make_learner(learner, reduce=t.team.reduce)
+    t.backward()
+    assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
+    targets[:] = -100
+    first.zero_()
+    with pytest.raises(ValueError, match="predicts nothing"):
+        t.backward()
 
 
 def test_mixed_precision_stays_close() -> None:
@@ -646,8 +712,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
     "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
-    small, states = dtype == torch.float32, name == "states"  # whose error is a difference: rounding is amplified
-    limit = (1e-3 if states else 1e-6) if small else 1e-11
+    rough = {"states": 1e-3, "states, adam": 1e-5}  # whose error is a difference: rounding is amplified
+    limit = rough.get(name, 1e-6) if dtype == torch.float32 else 1e-11
     model, (tokens, targets) = build().to(dtype), batch(B=5)
     targets[3, 4:] = -100
     first = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
@@ -656,7 +722,7 @@ def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> Non
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
         other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
         assert apart(first, other) < limit
-        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == curves
+        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == pytest.approx(curves, rel=1e-4)
 
 
 # ---- what a solver refuses, says and measures
@@ -686,19 +752,17 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
         StateSettling()(*fed(dtype))
 
 
-def test_a_sweep_measures_its_residual() -> None:
-    "At its fixed predictions it is rounding; a sweep whose messages are wrong says so."
-
-    class Weak(SweepSettling):
-        def down(self, *args: Any, **options: Any) -> Any:
-            deltas, taught = super().down(*args, **options)
-            return [0.9 * d for d in deltas], taught
-
-    model, (tokens, targets) = build().float(), batch()
+def test_a_sweep_measures_no_residual() -> None:
+    "At fixed predictions a second sweep is the first again: it is neither made nor called a measurement."
+    model, (tokens, targets) = build(), batch()
+    calls: list[int] = []
+    model.predictors[1].register_full_backward_pre_hook(lambda *_: calls.append(1))
     for lean in (False, True):
-        right, weak = (kind(lean=lean)(model, tokens, targets).residual for kind in (SweepSettling, Weak))
-        assert right is not None and 0 < right < 1e-6 and weak == pytest.approx(0.1, rel=1e-4)
-    assert SweepSettling()(model, tokens, targets, measure_residual=False).residual is None
+        calls.clear()
+        assert SweepSettling(lean=lean)(model, tokens, targets, measure_residual=True).residual is None
+        assert len(calls) == 1, "one sweep"
+    right, weak = (HighwaySettling(rounds)(model, tokens, targets).residual for rounds in (4, 1))
+    assert right is not None and weak is not None and right < 1e-12 < 1e-3 < weak, "the highway's is measured"
 
 
 def test_parallel_states_say_that_they_are_far_from_rest() -> None:
@@ -710,6 +774,8 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
             settled = StateSettling(steps=2)(model, *batch(seed))
             assert settled.residual is not None and settled.residual > 0.5
     assert [w.category for w in said] == [UnsettledWarning] and len(str(said[0].message).splitlines()) == 1
+    line = linecache.getline(said[0].filename, said[0].lineno)
+    assert said[0].filename == __file__ and "StateSettling(steps=2)(model" in line, "the caller's line is named"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StateSettling(steps=2)(model, *batch(), measure_residual=False)

@@ -608,7 +608,8 @@ def test_evidence_goes_on_with_the_training_text(tmp_path: Path) -> None:
         found = []
         for data in (DATA, OTHER_DATA):
             with Spy() as spy:
-                net, about = evidence.go_on(config(**{"train.iters": 2}), data, tmp_path / "model", beta, torch.device("cpu"))
+                saved = load(tmp_path / "model")
+                net, about = evidence.go_on(config(**{"train.iters": 2}), data, saved, beta, torch.device("cpu"))
             assert set(spy.learned) == {"train"} and set(spy.looked) <= {"train"}
             found.append([*net.model.parameters(), torch.tensor(about["beta"] or [0.0])])
         assert all(torch.equal(p, q) for p, q in zip(*found, strict=True)), "the validation text has taught"

@@ -479,7 +479,7 @@ def test_the_study_refuses(world: tuple[Path, TextData], tmp_path: Path, capsys:
     save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 8, 1, 2, 16)), tmp_path / "short", data.tokenizer)
     save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
     for models, changes, says in (
-        ("[]", {}, "no models"),
+        ("[]", {}, "must name at least one"),
         (f"[{folder / 'nowhere'}]", {}, "no saved model"),
         (f"[{tmp_path / 'abc'}]", {}, "another vocabulary"),
         (f"[{tmp_path / 'silent'}]", {}, "without a tokenizer"),

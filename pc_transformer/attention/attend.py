@@ -203,12 +203,16 @@ def attend(
     shapes, families or numbers that make no sense.
 
     One rule for numbers, for every backend, in the dtype that computes (float32 at least). Precisions and tails must be
-    positive and finite, `log_mix` and an added mask numbers or minus infinity, which hides a key; else ValueError. A row that
-    may see a key or value that is no finite number, or whose score might overflow, is NaN, and so is the row of such a query;
-    no other row changes. A row that may see no key is zero, its log-sum-exp minus infinity. On a GPU, in `vmap` and while
-    PyTorch compiles nothing is looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
+    positive and finite, `log_mix` and an added mask minus infinity, which hides a key, or of at
+    most a quarter of the largest number, so that they do not overflow together; else ValueError.
+    A row that may see a key or value that is no finite number, or whose score might overflow, is
+    NaN, and so is the row of such a query; no other row changes. A row that may see no key is
+    zero, its log-sum-exp minus infinity. On a GPU, in `vmap` and while PyTorch compiles nothing is
+    looked at: what would be refused becomes NaN, and the backend's arithmetic decides the rest.
     """
     check_attend(q, k, v, family, backend, is_causal, attn_mask, window, dropout_p, settle_steps)
+    for what, x in (("return_attention", return_attention), ("return_lse", return_lse)):
+        if not isinstance(x, bool): raise TypeError(f"{what} must be True or False, not {shown(x)}")
     full = full_dtype(q)
     if precision is None: precision = 1 / math.sqrt(q.shape[-1])
     check_shapes(q, k, precision, log_mix, attn_mask, query_precision)

@@ -26,6 +26,7 @@ def check_attend(
     "Raise one clear sentence for types, shapes, masks, names or numbers that `attend` cannot mean."
     for what, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
+        if x.layout != torch.strided: raise TypeError(f"{what} must be a dense tensor, not {x.layout}")
     if attn_mask is not None:
         kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else shown(attn_mask)
         if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
@@ -95,19 +96,26 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 
 
 def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
-    "`x`, or one sentence if an entry is not positive and finite (else: below infinity); NaN there, where nobody can look."
+    """`x`, or one sentence if an entry is not positive and finite; NaN where nobody can look.
+
+    Not `positive`: minus infinity, or at most a quarter of the largest number on either side of
+    zero, so that a mask, a prior and a score do not overflow together.
+    """
     check_number(what, x)
-    good = lambda y: (y > 0) & (y < math.inf) if positive else y < math.inf
+    most = torch.finfo(dtype).max / 4
+    good = lambda y: (y > 0) & (y < math.inf) if positive else (y == -math.inf) | (abs(y) <= most)
     if isinstance(x, Tensor):
         full, looked = x.to(dtype), None
         if x.device.type == "cpu":
-            least, most = full.detach().aminmax()                              # both are NaN if an entry is
-            looked = known(good(least) & good(most))
+            low, high = full.detach().aminmax()                     # both are NaN if an entry is
+            looked = known(good(low) & good(high))
+            if looked and known(low == -math.inf):                  # what is the least besides it?
+                looked = known(good(full.detach().nan_to_num(neginf=0.0).amin()))
         if looked is None: return torch.where(good(full), full, math.nan)
         if looked: return x
         worst = full.detach()[~good(full.detach())][0].item()
     elif good(worst := rounded(float(x), dtype)): return x
-    must = "positive and finite" if positive else "a number or minus infinity"
+    must = "positive and finite" if positive else f"minus infinity or lie within {most:.3g} of zero"
     raise ValueError(f"{what} must be {must} in {str(dtype).removeprefix('torch.')}, but holds {worst:g}")
 
 

@@ -168,5 +168,5 @@ class PCAttention(nn.Module):
         out = found[0] if isinstance(found, tuple) else found
         if self.background is not None:
             background = sound(self.background, full_dtype(x), False, f"the background of {self.family} attention")
-            out = out * torch.sigmoid(found[1] - background)[..., None]
+            out = (out * torch.sigmoid(found[1] - background)[..., None]).to(out.dtype)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -104,17 +104,41 @@ def _log_det(precision: Tensor, dim: int) -> Tensor:
     return log.sum(-1) if log.shape[-1] == dim else dim * log.squeeze(-1)
 
 
-def _held(of: Callable[[Tensor, Tensor, Tensor], Tensor], error: Tensor, precision: Tensor) -> Tensor:
-    "`of(u, error, precision)`; for an error other than zero whose distance float32 cannot hold, by way of float64."
+def _held(
+    of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    error: Tensor,
+    precision: Tensor,
+    family: Any = None,
+) -> Tensor:
+    """`of(u, error, precision)`; in float64 where float32 cannot hold the distance of an error.
+
+    A zero is no such error. Only such rows are computed twice, unless a parameter of `family` is a
+    tensor that tells rows apart: then all are.
+    """
     u = _distance(error, precision)
     if error.dtype == torch.float64: return of(u, error, precision)
     largest = (precision.amax(-1) if precision.dim() else precision).detach().clamp(min=1)
     small, huge = u < largest * (error.shape[-1] * torch.finfo(u.dtype).tiny), u == math.inf
     if not known((small | huge).any()): return of(u, error, precision)
-    beyond = huge | small & (error != 0).any(-1)
-    near, far = error.masked_fill(beyond[..., None], 0.0), error.masked_fill(~beyond[..., None], 0.0).double()
-    plain, exact = (of(_distance(e, p), e, p) for e, p in ((near, precision), (far, precision.double())))
-    return torch.where(beyond if plain.dim() == beyond.dim() else beyond[..., None], exact.to(plain.dtype), plain)
+    beyond = huge | small.masked_scatter(small, (error[small] != 0).any(-1))
+    if not known(beyond.any()): return of(u, error, precision)
+    near = error.masked_fill(beyond[..., None], 0.0)
+    plain = of(_distance(near, precision), near, precision)
+    whole = error.dim() == 1 or _by_row(family)
+    if whole: far, own = error.masked_fill(~beyond[..., None], 0.0).double(), precision.double()
+    else:
+        each = precision.expand(*error.shape[:-1], -1)[beyond] if precision.dim() > 1 else precision
+        far, own = error[beyond].double(), each.double()
+    exact = of(_distance(far, own), far, own).to(plain.dtype)
+    if not whole: return plain.index_put((beyond,), exact)
+    return torch.where(beyond if plain.dim() == beyond.dim() else beyond[..., None], exact, plain)
+
+
+def _by_row(family: Any) -> bool:
+    "Whether a parameter of a family, or of one within it, is a tensor that may tell rows apart."
+    if isinstance(family, Tensor): return family.dim() > 0
+    own = getattr(family, "__dataclass_fields__", ())
+    return any(_by_row(getattr(family, name)) for name in own)
 
 # %% ../../nbs/1_model/03_a_density.ipynb #811f7d8d
 def _observations(errors: Tensor) -> Float[Tensor, "n D"]:
@@ -179,7 +203,7 @@ class Elliptical(Link):
         (wide, precision), dim = _read(error, precision), error.shape[-1]
         check_tails(self, wide.dtype)
         log_p = lambda u, e, p: (_log_det(p, dim) / 2 + self.link(u, dim) - self.log_normaliser(dim)).to(e.dtype)
-        return _held(log_p, wide, precision).to(error.dtype)
+        return _held(log_p, wide, precision, self).to(error.dtype)
 
     def energy(
         self,
@@ -198,7 +222,7 @@ class Elliptical(Link):
         (wide, precision), dim = _read(error, precision), error.shape[-1]
         check_tails(self, wide.dtype)
         slope = lambda u, e, p: -(self.weight(u, dim)[..., None] * p) * e
-        return _held(slope, wide, precision).to(error.dtype)
+        return _held(slope, wide, precision, self).to(error.dtype)
 
     def sample(
         self,

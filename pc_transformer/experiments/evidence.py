@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNTRAINED', 'EvidenceTrainer', 'read_losses', 'gains', 'some_windows', 'go_on', 'evidence_study']
 
-# %% ../../nbs/6_experiments/11_evidence_study.ipynb #257d6743
+# %% ../../nbs/6_experiments/11_evidence_study.ipynb #4b42408c
 import json
 import math
 import statistics
@@ -24,8 +24,10 @@ from ..data.text import TextData
 from .meters import about_run, seconds
 from ..inference.evidence import EvidenceTransformer, read_in_order
 from ..inference.sampling import is_int
-from ..training.checkpoints import load, restore
-from ..training.files import read_tensors, write_text
+from ..model.transformer import PCTransformer
+from ..settling.chain import widened
+from ..training.checkpoints import load
+from ..training.files import write_text
 from ..training.trainer import Trainer, pick_device
 
 # %% ../../nbs/6_experiments/11_evidence_study.ipynb #d248bf05
@@ -56,7 +58,7 @@ def read_losses(
     found = []
     for x, y in zip(windows.split(batch_size), targets.split(batch_size), strict=True):
         logits = read_in_order(evidence, x)
-        found.append(F.cross_entropy(logits.mT, y, reduction="none").mean(1))
+        found.append(F.cross_entropy(widened(logits).mT, y, reduction="none").mean(1))
     return torch.cat(found)
 
 # %% ../../nbs/6_experiments/11_evidence_study.ipynb #212e3cc9
@@ -66,7 +68,7 @@ def gains(
     "By number of steps: mean loss, and its difference to no step with the standard error over windows, nats per token."
     found, base = {}, None
     for k in sorted({0, *steps}):
-        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size).to(evidence.log_beta)
+        changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size)
         changed.log_beta = evidence.log_beta
         losses = read_losses(changed, windows, targets)
         base = losses if base is None else base
@@ -88,11 +90,15 @@ def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[I
 
 # %% ../../nbs/6_experiments/11_evidence_study.ipynb #e31bf7dc
 def go_on(
-    config: RunConfig, data: TextData, folder: Path, relative_precision: float | None, device: torch.device
+    config: RunConfig,
+    data: TextData,
+    saved: PCTransformer,
+    relative_precision: float | None,
+    device: torch.device,
 ) -> tuple[EvidenceTransformer, dict[str, Any]]:
     "Train a saved model further, with a settled past or (no precision) plainly; and what happened."
     t = EvidenceTrainer(config, data.train_ids, data.valid_ids, device)
-    restore(t.model, read_tensors(folder / "model.safetensors"), folder)
+    t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:
         t.backward = lambda: Trainer.backward(t)            # pyright: ignore[reportAttributeAccessIssue]
@@ -122,9 +128,10 @@ def evidence_study(
     x, y = some_windows(data.valid_ids, config.model.block_size, windows)
     hurt = damage(x, config.model.vocab_size, 0.1, torch.Generator().manual_seed(0))
     for seed, folder in enumerate(models, 1):
-        load(folder, config.model)                          # says what does not fit before any work is done
+        saved = load(folder, config.model)          # once: a run may renew its checkpoint
         for how, beta in (("plain", None), ("evidence", relative_precision)):
-            found, about = go_on(replace(config, **{"train.seed": 100 + seed}), data, folder, beta, where)
+            again = replace(config, **{"train.seed": 100 + seed})
+            found, about = go_on(again, data, saved, beta, where)
             tests = {"trained": found}
             if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
             for name, each in tests.items():

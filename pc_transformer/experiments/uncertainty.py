@@ -7,7 +7,7 @@ __all__ = ['WIKITEXT', 'DAMAGES', 'LEVELS', 'replace_characters', 'shuffle_words
            'at_level', 'judge', 'flat_predictions', 'study_one', 'study_ensemble', 'uncertainty_study', 'check_models',
            'summary', 'table']
 
-# %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #4d01eb10
+# %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #f6dcc1ff
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from pc_transformer.inference.uncertainty import (
 from ..isolation import evaluating
 from ..model import convert
 from ..model.transformer import PCTransformer
-from ..training.checkpoints import load, load_tokenizer
+from ..training.checkpoints import load_pair
 from ..training.files import write_text
 from ..training.trainer import pick_device
 
@@ -215,9 +215,10 @@ def uncertainty_study(
 def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]:
     "Load models. Raises ValueError for none, for a foreign vocabulary and for contexts of different lengths."
     if not folders: raise ValueError("no models were given: name the folders of saved models")
-    nets = [load(f).eval() for f in folders]
-    for f, net in zip(folders, nets, strict=True):
-        if load_tokenizer(f) != data.tokenizer:
+    pairs = [load_pair(f) for f in folders]
+    nets = [net.eval() for net, _ in pairs]
+    for f, (net, tokenizer) in zip(folders, pairs, strict=True):
+        if tokenizer != data.tokenizer:
             raise ValueError(f"{f} was trained with another vocabulary than this text has")
         if net.config.block_size != nets[0].config.block_size:
             raise ValueError(f"{f} has a context of {net.config.block_size}, {folders[0]} one of {nets[0].config.block_size}")

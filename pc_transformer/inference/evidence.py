@@ -7,7 +7,7 @@ __all__ = ['Energy', 'Settle', 'Memory', 'remember', 'look', 'alone', 'climb', '
            'column_energy', 'EvidenceTransformer', 'Past', 'at_the_mode', 'read_token', 'finish', 'read_in_order',
            'sample_columns', 'resample', 'EvidenceSettler', 'check_settler', 'make_settler']
 
-# %% ../../nbs/6_experiments/10_evidence.ipynb #2b993869
+# %% ../../nbs/6_experiments/10_evidence.ipynb #1822020b
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +23,10 @@ from ..attention.head import PCAttention
 from ..attention.sharpness import TAILS
 from .packed import Snapshot
 from .sampling import is_int, is_real
-from ..isolation import evaluating
+from ..isolation import evaluating, view
 from ..model.layers import AttentionLayer, Embedding
 from ..model.transformer import PCTransformer, check_tokens
-from ..settling.chain import SettlingError
+from ..settling.chain import SettlingError, widened
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #5aba6788
 @dataclass
@@ -51,6 +51,11 @@ class Memory:
     def by_key(self, p: Tensor | None) -> bool:
         "Whether a precision or a mixing weight was given for each key."
         return p is not None and p.shape == self.k.shape[:-1]
+
+    def wide(self) -> "Memory":
+        "The same numbers in float32 at least."
+        own = lambda p: None if p is None else widened(p)
+        return Memory(widened(self.k), widened(self.v), own(self.precision), own(self.log_mix))
 
     def append(self, new: "Memory") -> "Memory":
         "These columns and later ones."
@@ -86,7 +91,7 @@ def look(
         found = attend(q, past.k, past.v, attention.family, past.precision, past.log_mix, **options)
         out, lse = kernels.merge([found[0], out], [found[1], lse])
     if attention.background is not None:
-        out = out * torch.sigmoid(lse - attention.background)[..., None]
+        out = (out * torch.sigmoid(lse - attention.background)[..., None]).to(out.dtype)
     return attention.out(out.transpose(1, 2).flatten(2)), own
 
 
@@ -112,7 +117,7 @@ def climb(
     assert isinstance(embedding, Embedding)
     mu = embedding.token(tokens) + embedding.position.weight[start : start + tokens.shape[1]]
     predictions, memories, behind = [mu], [], iter(past)
-    states = [mu if errors is None else mu + errors[0]]
+    states = [mu if errors is None else (mu + errors[0]).to(mu.dtype)]
     for l, f in enumerate(layers, 1):
         if isinstance(f, AttentionLayer):
             out, own = look(f.attention, f.norm(states[-1]), next(behind), start)
@@ -121,20 +126,25 @@ def climb(
         else:
             mu = f(states[-1])
         predictions.append(mu)
-        states.append(mu if errors is None else mu + errors[l])
+        states.append(mu if errors is None else (mu + errors[l]).to(mu.dtype))
     return predictions, states, memories
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #fb3b4412
 Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]     # errors `(B, T, D)` of every node to the energy of every column
 
 
-def slopes_of(energy: Energy, errors: Sequence[Tensor]) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
-    "Energies and their derivatives by the errors. Raises SettlingError when an energy is not finite."
+def slopes_of(
+    energy: Energy, errors: Sequence[Tensor], proposed: bool = False,
+) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
+    """Energies and their derivatives by the errors.
+
+    Raises SettlingError for an energy that is not finite, unless it is only proposed.
+    """
     leaves = [e.detach().clone().requires_grad_() for e in errors]
     with torch.enable_grad():
         now = energy(leaves)
         slopes = torch.autograd.grad(now.sum(), leaves)
-    if not now.isfinite().all():
+    if not proposed and not now.isfinite().all():
         raise SettlingError("the energy of a column is not finite: its weights or states overflowed")
     return now.detach(), slopes
 
@@ -171,7 +181,7 @@ def memory_stream(model: PCTransformer, tokens: Int[Tensor, "B T"], errors: Sequ
     embedding, *layers = model.predictors
     s, found = embedding(tokens), []
     for l, f in enumerate(layers):
-        s = s if errors is None else s + errors[l]
+        s = s if errors is None else (s + errors[l]).to(s.dtype)
         if isinstance(f, AttentionLayer): found.append(remember(f.attention, f.norm(s))[1])
         s = f(s)
     return found
@@ -185,7 +195,9 @@ def column_energy(
     variances: Sequence[Float[Tensor, "B T 1"]],
     start: int = 0,
 ) -> Energy:
-    "Equation (1) as a function of the errors, nats."
+    "Equation (1) as a function of the errors, nats; float32 at least, to tell small steps apart."
+    if model.output.weight.dtype != widened(model.output.weight).dtype:
+        model, past = view(model, tensor=widened), [m and m.wide() for m in past]
     def energy(errors: list[Tensor]) -> Float[Tensor, "B T"]:
         _, states, _ = climb(model, tokens, past, errors, start)
         priors = torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True)]).sum(0)
@@ -216,8 +228,10 @@ class EvidenceTransformer(nn.Module):
         self.log_beta = nn.Parameter(torch.full((len(model.predictors),), math.log(relative_precision)))
 
     def variances(self, predictions: Sequence[Tensor]) -> list[Tensor]:
-        "`v_l` of equation (1), from predictions without errors; no graph."
-        return [(mu.square().mean(-1, keepdim=True) / b.exp()).detach() for mu, b in zip(predictions, self.log_beta, strict=True)]
+        "`v_l` of equation (1), from predictions without errors; float32 at least, no graph."
+        squares = [widened(mu.detach()).square().mean(-1, keepdim=True) for mu in predictions]
+        beta = widened(self.log_beta.detach()).exp()
+        return [s / b for s, b in zip(squares, beta, strict=True)]
 
     def settle(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None,
@@ -234,7 +248,7 @@ class EvidenceTransformer(nn.Module):
                 predictions, _, _ = climb(self.model, tokens, past)
                 variances = self.variances(predictions)
             energy = column_energy(self.model, tokens, evidence, past, variances)
-            zero = [torch.zeros_like(mu) for mu in predictions]
+            zero = [torch.zeros_like(widened(mu)) for mu in predictions]
             errors, trace = settle_columns(energy, zero, variances, self.steps, self.step_size)
         return errors, trace
 
@@ -307,7 +321,7 @@ def finish(
     model, last, start = evidence.model, past.tokens[:, -1:], past.tokens.shape[1] - 1
     variances = evidence.variances(past.predictions)
     energy = column_energy(model, last, token, past.memories, variances, start)
-    zero = [torch.zeros_like(mu) for mu in past.predictions]
+    zero = [torch.zeros_like(widened(mu)) for mu in past.predictions]
     errors, trace, log_weights = settle(energy, zero, variances, evidence.steps, evidence.step_size)
     with torch.no_grad():
         _, _, new = climb(model, last, past.memories, errors, start)
@@ -337,7 +351,10 @@ def sample_columns(
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:
     # errors, energies after 0..K steps, log-weights
-    "A draw of each column with its importance weight, equations (2), (3). Raises SettlingError."
+    """A draw of each column with its importance weight, equations (2), (3).
+
+    A proposal whose energy or slope overflows is rejected; a start that does raises SettlingError.
+    """
     spread = step_size * (2 - step_size)
 
     def prior(x: Sequence[Tensor]) -> Tensor:
@@ -355,22 +372,29 @@ def sample_columns(
         parts = zip(x, variances, slopes, strict=True)
         return [(1 - step_size) * e - step_size * share * (v * g - e) for e, v, g in parts]
 
+    def usable(energies: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+        "Columns whose energy and slope are finite."
+        return torch.stack([energies.isfinite(), *(g.isfinite().all(-1) for g in slopes)]).all(0)
+
     def away(to: list[Tensor], mean: list[Tensor]) -> Tensor:
         "`-log q(to | at)` times the temperature, up to a constant."
         return prior([x - m for x, m in zip(to, mean, strict=True)]) / spread
 
     place = noise()
     now, slopes = slopes_of(energy, place)
+    if not usable(now, slopes).all():
+        raise SettlingError("the slope of a column's energy is not finite: "
+                            "its weights or states overflowed")
     surprise, trace = now - prior(place), [now]              # -log p(x | s)
     log_weights = -surprise / temperature / max(steps, 1)
     for k in range(1, steps + 1):
         mean = ahead(place, slopes, k / steps)
         trial = [m + math.sqrt(spread) * x for m, x in zip(mean, noise(), strict=True)]
-        after, back = slopes_of(energy, trial)
+        after, back = slopes_of(energy, trial, proposed=True)
         rise = (prior(trial) - prior(place)) + k / steps * (after - prior(trial) - surprise)
         log_ratio = away(trial, mean) - away(place, ahead(trial, back, k / steps)) - rise
         chance = torch.rand(now.shape, generator=generator, dtype=now.dtype).to(now.device)
-        taken = chance.log() < log_ratio / temperature
+        taken = usable(after, back) & (chance.log() < log_ratio / temperature)
         pick = lambda new, old, taken=taken: [torch.where(taken[..., None], x, y) for x, y in zip(new, old, strict=True)]
         place, slopes, now = pick(trial, place), pick(back, slopes), torch.where(taken, after, now)
         surprise = now - prior(place)
@@ -424,8 +448,9 @@ class EvidenceSettler:
         if not isinstance(plain, PCTransformer):
             raise TypeError(f"evidence settles a PCTransformer, not a {type(plain).__name__}")
         size = (0.5 if self.temperature else 1.0) if self.step_size is None else self.step_size
-        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size).to(plain.output.weight)
-        if own: found.log_beta = model.log_beta
+        found = EvidenceTransformer(plain, self.relative_precision, self.steps, step_size=size)
+        like = plain.output.weight          # only what is new is cast: the model is the caller's
+        found.log_beta = model.log_beta if own else nn.Parameter(found.log_beta.detach().to(like))
         return found
 
     def settle(self, energy: Energy, errors: Sequence[Tensor], variances: Sequence[Tensor], steps: int, step_size: float) -> Any:
@@ -478,7 +503,8 @@ class EvidenceSettler:
         assert past is not None
         self.past = past
         by_past = lambda x: x.view(self.samples, len(tokens), *x.shape[1:])
-        return by_past(logits.log_softmax(-1)), by_past(past.log_weights).log_softmax(0).to(logits)
+        log_p = by_past(widened(logits).log_softmax(-1))
+        return log_p, by_past(past.log_weights).log_softmax(0).to(log_p)
 
     def logits(self, model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
         "Log of the mean predicted distribution, weighted."

@@ -8,7 +8,7 @@ __all__ = ['EVERY', 'PAYS', 'Still', 'check_prompt', 'check_options', 'window_st
            'read_choices', 'check_loop', 'start_texts', 'make_source', 'run', 'count', 'generate', 'collect',
            'generate_text', 'opening']
 
-# %% ../../nbs/3_inference/06_generation.ipynb #60fb0bca
+# %% ../../nbs/3_inference/06_generation.ipynb #e4a0ede7
 import importlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,19 +23,19 @@ from ..data.tokenizers import Tokenizer
 from .cache import KVCache, cacheable
 from .decode import advance
 from .sampling import SamplingConfig, is_int, is_real, sample
-from ..isolation import check_seed, evaluating, view
+from ..isolation import check_seed, view
 
 # %% ../../nbs/3_inference/06_generation.ipynb #afa01219
 class Still:
-    "`still()` is the model in eval mode: the same view each time, until modules or their modes have changed."
+    "`still()` is the model in eval mode: the same view each time, until modules have changed."
 
     def __init__(self, model: nn.Module):
-        self.model, self.modes, self.seen = model, None, model
+        self.model, self.parts, self.seen = model, None, model
 
     def __call__(self) -> nn.Module:
-        modes = [(m, m.training) for m in self.model.modules()]
-        if modes != self.modes:
-            self.modes, self.seen = modes, view(self.model, training=False)
+        parts = list(self.model.modules())
+        if parts != self.parts:
+            self.parts, self.seen = parts, view(self.model, training=False)
         return self.seen
 
 # %% ../../nbs/3_inference/06_generation.ipynb #f728c8b3
@@ -169,12 +169,12 @@ def block(texts: Texts, spans: list[tuple[int, int]], new: int) -> Int64[Tensor,
 
 
 def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor, "b V"]:
-    "Logits without a cache: rows with windows of one length together."
+    "Logits without a cache, of a model that `Still` gave: rows with windows of one length together."
     spans, out = texts.spans(), {}
     for width in {b - a for a, b in spans}:
         places = [i for i, (a, b) in enumerate(spans) if b - a == width]
         rows = torch.stack([texts.tokens[texts.rows[i], spans[i][0] : spans[i][1]] for i in places])
-        with evaluating(model) as still: found = source.logits(still, rows)
+        with torch.no_grad(): found = source.logits(model, rows)
         out |= dict(zip(places, found, strict=True))
     return torch.stack([out[i] for i in range(len(spans))])
 

@@ -170,7 +170,7 @@ class SamplingConfig(Config):
             ("top_k", self.top_k is None or self.top_k >= 1, "be at least 1"),
             ("top_p", within(self.top_p, tiny, 1), "lie in (0, 1]"), ("min_p", within(self.min_p, 0, 1), "lie in [0, 1]"),
             ("typical_p", within(self.typical_p, tiny, 1), "lie in (0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "be positive"),
+            ("repetition_penalty", within(self.repetition_penalty, 1e-30, 1e30), "lie in [1e-30, 1e30]"),
             ("energy_std", self.energy_std > 0, "be positive"),
         ):
             if not fine: raise ConfigError(f"{name} must {words}, but got {getattr(self, name)!r}.")

@@ -8,7 +8,7 @@ __all__ = ['GPT2', 'BLOCK', 'MASK', 'WRAPPED', 'NANOGPT', 'ACTIVATIONS', 'FIXED'
            'nanogpt_config', 'from_nanogpt', 'huggingface_config', 'read_parts', 'from_huggingface', 'check_exportable',
            'huggingface_settings', 'to_huggingface', 'with_tails', 'refuse']
 
-# %% ../../nbs/4_practice/12_interop.ipynb #b0cb7d65
+# %% ../../nbs/4_practice/12_interop.ipynb #b0ca74e0
 import json
 import pickle
 import re
@@ -24,7 +24,7 @@ from ..config import ConfigError, ModelConfig, from_dict, replace, to_dict
 from ..model import convert
 from ..model.transformer import PCTransformer
 from pc_transformer.training.checkpoints import (
-    blueprint, check_finite, check_fit, check_savable, restore,
+    as_path, blueprint, check_finite, check_fit, check_savable, restore,
 )
 from ..training.files import CheckpointError, read_json, read_tensors, whole_folder
 
@@ -158,9 +158,10 @@ def from_nanogpt(
     dropout: float = 0.0,        # for training on; the checkpoint's own is not taken over
 ) -> PCTransformer:
     "A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; never unpickles code."
-    saved = read_pickle(Path(path), "model_args", "model")
-    config = nanogpt_config(saved["model_args"], Path(path), dropout)
-    return fill(config, saved["model"], Path(path), conv1d=False)
+    path = as_path(path)
+    saved = read_pickle(path, "model_args", "model")
+    config = nanogpt_config(saved["model_args"], path, dropout)
+    return fill(config, saved["model"], path, conv1d=False)
 
 # %% ../../nbs/4_practice/12_interop.ipynb #f2f98d5e
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
@@ -223,7 +224,7 @@ def from_huggingface(
     dropout: float = 0.0,        # for training on; the folder's own is not taken over
 ) -> PCTransformer:              # in the file's precision
     "A GPT-2 of Hugging Face as our model with `dot` attention. Raises CheckpointError; never unpickles."
-    folder = Path(folder)
+    folder = as_path(folder)
     saved = read_json(folder / "config.json", "model_type", *HUGGINGFACE)
     config = huggingface_config(saved, folder / "config.json", dropout)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -270,19 +271,20 @@ def to_huggingface(
     """
     from safetensors.torch import save_file
 
-    check_exportable(c := model.config)
+    place = as_path(folder)
     check_savable(model)
+    check_exportable(c := model.config)
     own, names = dict(model.named_parameters()), gpt2_names(replace(c, bias=True))
     zeros = {n: own[n.removesuffix("bias") + "weight"].new_zeros(own[n.removesuffix("bias") + "weight"].shape[0])
              for n in names if n not in own}
     whole = {n: t.detach().cpu() for n, t in (own | zeros).items()}
     out = {names[n]: (t.mT if transposed(n) else t).contiguous() for n, t in whole.items()}
-    with whole_folder(Path(folder)) as work:
+    with whole_folder(place) as work:
         save_file(out, work / "model.safetensors", {"format": "pt"})
         dtype = reduce(torch.promote_types, (t.dtype for t in out.values()))
         settings = huggingface_settings(c, dtype)
         (work / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return Path(folder)
+    return place
 
 # %% ../../nbs/4_practice/12_interop.ipynb #7431806d
 def with_tails(

@@ -78,6 +78,8 @@ class Backprop:
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # nothing to measure here; the same interface
     ) -> Report:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"only a model can learn, not a {type(model).__name__}")
         check_batch(model, tokens, targets)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
@@ -100,6 +102,9 @@ class PredictiveCoding:
     centred: bool = False              # two settled problems with half a nudge of either sign, equation (2)
 
     def __post_init__(self):
+        if not callable(self.solver):
+            raise TypeError("PredictiveCoding needs a solver, such as ErrorSettling(), not "
+                            f"{self.solver!r}")
         if self.centred and not isinstance(self.solver, ErrorSettling):
             raise ValueError(f"only ErrorSettling can be nudged both ways, got {type(self.solver).__name__}")
 
@@ -110,6 +115,9 @@ class PredictiveCoding:
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # also measure the residual: one more sweep down
     ) -> Report:
+        if not (hasattr(model, "predictors") and hasattr(model, "output")):
+            raise TypeError("predictive coding needs a model of predictors and an output, such as "
+                            f"PCTransformer, not a {type(model).__name__}")
         if isinstance(self.solver, ErrorSettling) and self.centred:
             pull, push = (dataclasses.replace(self.solver, nudge=n * self.solver.nudge) for n in (0.5, -0.5))
             with drawing(ahead()):      # what is drawn for one half is drawn again for the other: dropout

@@ -27,6 +27,8 @@ def convert(
 
     Raises ValueError for an unknown family and for a pair without an exact conversion.
     """
+    if not isinstance(model, PCTransformer):
+        raise TypeError(f"only a PCTransformer can be converted, not a {type(model).__name__}")
     if attention not in get_args(Attention):
         raise ValueError(f"unknown attention family {attention!r}: choose from {', '.join(get_args(Attention))}")
     c = model.config

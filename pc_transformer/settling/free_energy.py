@@ -62,6 +62,11 @@ def relative_precisions(
     if not (finite := torch.stack([p.max() for p in precision]).isfinite()).all():
         node = int((~finite).nonzero()[0])
         raise SettlingError(f"the precision of node {node} overflowed: relative_precision = {beta:g} is too large for its states")
+    least = torch.stack([p.min() for p in precision])
+    if not (enough := least >= torch.finfo(least.dtype).tiny).all():
+        node = int((~enough).nonzero()[0])
+        raise SettlingError(f"the precision of node {node} vanished: relative_precision = {beta:g} is "
+                            "too small for its states")
     return precision
 
 

@@ -6,9 +6,8 @@
 __all__ = ['Method', 'FAR', 'distance', 'predict_all', 'errors_of', 'state_gradients', 'largest', 'curvatures', 'output_slope',
            'UnsettledWarning', 'StateSettling', 'StateWalk']
 
-# %% ../../nbs/2_learning/07_states.ipynb #1044f34b
+# %% ../../nbs/2_learning/07_states.ipynb #3d284590
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def curvatures(
     iterations: int = 8,           # of power iteration; approaches the truth from below
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> list[float]:                  # `|J_{l+1}|^2` for the nodes 0..N-1, then the output's curvature at s_N (nats)
-    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences, rounded up."
+    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences."
     within = lambda x: x if live is None else x * live.unsqueeze(-1)
     found = []
     for l in range(1, len(up.inputs)):
@@ -119,8 +118,7 @@ def curvatures(
                 ahead, behind = (predict_node(up.model, l, m, up.noise) for m in moved)
             return torch.autograd.grad(up.predict(l), s, within((ahead - behind) / (2 * h)), retain_graph=up.keeps)[0]
 
-        value = largest(apply, s.detach(), iterations, live)
-        found.append(2 ** (math.ceil(16 * math.log2(value)) / 16) if 0 < value < math.inf else value)
+        found.append(largest(apply, s.detach(), iterations, live))
     return found
 
 
@@ -287,13 +285,14 @@ class StateWalk:
         self.trace.append(energies)
         self.sizes.append(eta)
 
-    @torch.enable_grad()
     def settled(self, measure_residual: bool = True) -> Settled:
         "The present states as a result."
         errors, count, family = errors_of(self.up, self.live), int((self.targets != -100).sum()), self.solver.family
         residual = None
         if measure_residual:
-            end = gradient_norm(errors, errors_down(self.up, keep_graph=True), self.precision, family)
+            with torch.enable_grad():
+                deltas = errors_down(self.up, keep_graph=True)
+            end = gradient_norm(errors, deltas, self.precision, family)
             residual = end / self.start if self.start else 0.0
             if residual > FAR:      # the sentence has no number in it, so that Python shows it once
                 warnings.warn(f"parallel states stopped at a residual above {FAR}, far from equilibrium: what they teach is "

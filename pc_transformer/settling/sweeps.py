@@ -41,7 +41,10 @@ def at_rest(
 
 @dataclass(frozen=True)
 class SweepSettling:
-    "One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020)."
+    """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020).
+
+    Its residual is not measured (`None`): at fixed predictions a second sweep would only repeat the first.
+    """
 
     relative_precision: float = 1e4     # beta; scales the errors, not what is learned
     lean: bool = False                  # keep states only and make each layer's graph again
@@ -56,29 +59,26 @@ class SweepSettling:
     ) -> Settled:
         with torch.enable_grad():
             count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
-            deltas, taught = self.down(model, up, measure_residual)
+            deltas, taught = self.down(model, up)
             errors = step_errors(zero, deltas, precision, 1.0)
             check_errors(errors)
-            residual = distance(up, errors, precision) if measure_residual else None
         resting = normalisers(up.states, precision, live=that_matter(targets, deltas))
         node_energy = (energies + resting)[None].cpu() / count
         loss = up.output_energy.item() / count
-        return Settled(up, errors, precision, count, loss, node_energy, [1.0], residual, taught=taught)
+        return Settled(up, errors, precision, count, loss, node_energy, [1.0], taught=taught)
 
-    def down(
-        self, model: Any, up: Pass, keep_graph: bool = False     # for a second use
-    ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    def down(self, model: Any, up: Pass) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         "Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l = delta_l` reads what `mu_l` was made of."
-        own, keep = lambda f: [p for p in f.parameters() if p.requires_grad], keep_graph and up.keeps
-        delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)], retain_graph=keep)
+        own = lambda f: [p for p in f.parameters() if p.requires_grad]
+        delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)])
         deltas, taught = [delta], [tuple(found)]
         for l in range(len(up.states) - 1, 0, -1):
             wanted = [up.inputs[l], *own(model.predictors[l])]
-            delta, *found = torch.autograd.grad(up.predict(l), wanted, delta, retain_graph=keep)
+            delta, *found = torch.autograd.grad(up.predict(l), wanted, delta)
             deltas.append(delta)
             taught.append(tuple(found))
         first = own(model.predictors[0])
-        taught.append(torch.autograd.grad(up.predict(0), first, delta, retain_graph=keep) if first else ())
+        taught.append(torch.autograd.grad(up.predict(0), first, delta) if first else ())
         return deltas[::-1], [*taught[:0:-1], taught[0]]
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #e12f5df1

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'PROGRESS', 'ENTRY', 'check_fit', 'check_finite', 'restore', 'blueprint',
            'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of', 'anatomy', 'check_savable', 'SavedTokenizer',
-           'tokenizer_of', 'description', 'write_model', 'save', 'checkpoints', 'step_of', 'newest', 'steady', 'load',
-           'read_model', 'load_tokenizer', 'read_tokenizer', 'optimizer_tensors', 'check_moments', 'save_checkpoint',
-           'sweep', 'outdated', 'data_hash', 'resume', 'take_up', 'check_progress', 'is_entry', 'is_number',
-           'restore_optimizer', 'sole_run', 'names', 'locked', 'check_folder', 'go_on', 'write_run_config',
-           'read_run_config']
+           'tokenizer_of', 'description', 'write_model', 'save', 'as_path', 'checkpoints', 'step_of', 'newest',
+           'steady', 'load', 'read_model', 'freeze', 'load_tokenizer', 'load_pair', 'read_tokenizer',
+           'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume',
+           'take_up', 'check_progress', 'is_entry', 'is_number', 'restore_optimizer', 'sole_run', 'names', 'locked',
+           'check_folder', 'go_on', 'write_run_config', 'read_run_config']
 
-# %% ../../nbs/4_practice/09_checkpoints.ipynb #415f9c4f
+# %% ../../nbs/4_practice/09_checkpoints.ipynb #c9e4e755
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from pc_transformer.config import (
 )
 from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
+from ..settling.chain import check_batch
 from pc_transformer.training.files import (
     CheckpointError, Interrupted, beside, not_finite, read_json, read_tensors, whole_folder,
     write_tensors, write_text,
@@ -169,7 +171,7 @@ def check_savable(model: PCTransformer) -> None:
 
     FloatingPointError for weights that are not finite. One sentence, which names what cannot be saved.
     """
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
         raise ValueError(f"only a PCTransformer can be saved, not a {type(model).__name__}")
     with torch.device("meta"):
         fresh = PCTransformer(model.config)
@@ -187,6 +189,12 @@ def check_savable(model: PCTransformer) -> None:
     if wrong := sorted(n for n in shapes | own if shapes.get(n) != own.get(n)):
         raise ValueError(f"{UNSAVED}: {wrong[0]!r} is missing, added or of another shape than its "
                          "configuration has")
+    for name, part in model.named_modules():
+        at = f"{name}." if name else ""
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise ValueError(f"{UNSAVED}: {at}forward has a hook; remove it first")
+        if wrong := sorted(k for k in vars(part) if callable(getattr(type(part), k, None))):
+            raise ValueError(f"{UNSAVED}: {at}{wrong[0]} was replaced by another; delete it first")
     named = dict(model.named_parameters())
     if wrong := sorted(dict(fresh.named_parameters()).keys() ^ named.keys()):
         raise ValueError(f"{UNSAVED}: {wrong[0]!r} is no parameter of its own")
@@ -218,11 +226,16 @@ def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[
     """What `config.json` says. Raises ValueError, FloatingPointError for a model or a tokenizer
     that could not be loaded."""
     check_savable(model)
+    if tokenizer is not None and not callable(getattr(tokenizer, "to_dict", None)):
+        raise TypeError("a tokenizer to be saved must have to_dict, as CharTokenizer has, but a "
+                        f"{type(tokenizer).__name__} has none")
     words = None if tokenizer is None else tokenizer.to_dict()
     if words is not None and tokenizer_of(words, Path("to_dict")).to_dict() != words:
         raise ValueError(f"this {type(tokenizer).__name__} cannot be saved: read back from its own "
                          "to_dict it is another")
-    return {"config": to_dict(model.config), "tokenizer": words}
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    about = {"config": to_dict(model.config), "tokenizer": words}
+    return about | {"frozen": frozen} if frozen else about
 
 
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
@@ -241,10 +254,17 @@ def save(
 
     Raises ValueError or FloatingPointError, nothing written, for what `load` could not give back.
     """
-    about = description(model, tokenizer)
-    with whole_folder(Path(folder)) as work:
+    place, about = as_path(folder), description(model, tokenizer)
+    with whole_folder(place) as work:
         write_model(model, about, work)
-    return Path(folder)
+    return place
+
+
+def as_path(name: Any) -> Path:
+    "The name of a file or folder as a path; TypeError for what is no name."
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"a file or folder is named by a text or a path, not by {brief(name)}")
+    return Path(name)
 
 # %% ../../nbs/4_practice/09_checkpoints.ipynb #42343892
 ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
@@ -295,7 +315,7 @@ def load(
 
     Raises CheckpointError, one sentence, for what does not fit, is damaged or is not finite.
     """
-    return steady(Path(folder), lambda place: read_model(place, config))
+    return steady(as_path(folder), lambda place: read_model(place, config))
 
 
 def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer:
@@ -321,12 +341,28 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
     check_seal(about, folder / "config.json", "model.safetensors")
     model = PCTransformer(stored)
     restore(model, tensors, weights)
+    freeze(model, about.get("frozen", []), folder / "config.json")
     return model
+
+
+def freeze(model: nn.Module, names: Any, source: Path) -> None:
+    "These parameters do not learn. CheckpointError for anything but a list of their names."
+    own = dict(model.named_parameters())
+    if not isinstance(names, list) or not all(isinstance(n, str) and n in own for n in names):
+        raise CheckpointError(f"{source}: frozen is no list of the model's parameters, but "
+                              f"{brief(names)}")
+    for name in names:
+        own[name].requires_grad_(False)
 
 
 def load_tokenizer(folder: str | Path) -> SavedTokenizer:
     "The tokenizer saved with a model. Raises CheckpointError when there is none or it is damaged."
-    return steady(Path(folder), read_tokenizer)
+    return steady(as_path(folder), read_tokenizer)
+
+
+def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
+    "What `load` and `load_tokenizer` give, of one checkpoint even if a run renews it meanwhile."
+    return steady(Path(folder), lambda place: (read_model(place), read_tokenizer(place)))
 
 
 def read_tokenizer(folder: Path) -> SavedTokenizer:
@@ -377,6 +413,14 @@ def save_checkpoint(
     if bad := not_finite([*trainer.model.named_parameters(), *moments.items()]):
         raise FloatingPointError(f"{bad!r} is not finite after step {trainer.step}, so nothing is "
                                  "saved: lower the learning rate")
+    check_batch(trainer.model, *trainer.batch(trainer.step))
+    try:
+        found = f"the loss of the next batch is {loss}" if not math.isfinite(loss := trainer.plain_loss()) else ""
+    except ValueError as error:
+        found = f"the model refuses the next batch ({error})"
+    if found:
+        raise FloatingPointError(f"training diverged by step {trainer.step}, {found}, so nothing is "
+                                 "saved: lower the learning rate")
     about = description(trainer.model, tokenizer)
     check_moments(trainer, moments, trainer.step)
     sweep(run)
@@ -402,12 +446,11 @@ def sweep(run: Path) -> None:
 
 
 def outdated(trainer: Trainer, run: Path) -> list[Path]:
-    """All but the last two checkpoints and, where the loss has exploded since, the last one from
-    before."""
+    "All but the last two checkpoints and the one whose weights had the lowest training loss."
     found = [p for p in checkpoints(run) if step_of(p) <= trainer.step]
-    loss = {p: trainer.losses[step_of(p)] for p in found if step_of(p) < len(trainer.losses)}
-    calm = [p for p in found[:-1] if p in loss and not trainer.exploded(loss[p])]
-    return [p for p in found[:-2] if p not in calm[-1:]]
+    known = [p for p in found if step_of(p) < len(trainer.losses)]
+    best = min(known, key=lambda p: trainer.losses[step_of(p)], default=None)
+    return [p for p in found[:-2] if p != best]
 
 
 def data_hash(trainer: Trainer) -> str:

@@ -49,6 +49,9 @@ def whole_folder(place: Path) -> Iterator[Path]:
     A folder that is there already is replaced, unless other files lie in it. Raises OSError.
     """
     place = place.resolve() if place.is_symlink() else place
+    if not place.name or place.exists() and os.path.samefile(place, "."):
+        raise IsADirectoryError(f"{str(place)!r} is the working folder or the root, which cannot be "
+                                "replaced: name a folder in it")
     place.parent.mkdir(parents=True, exist_ok=True)
     (work := beside(place)).mkdir()
     try:

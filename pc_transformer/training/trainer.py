@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['evaluate', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'start']
 
-# %% ../../nbs/4_practice/08_trainer.ipynb #8163d90c
+# %% ../../nbs/4_practice/08_trainer.ipynb #e2dc915a
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ from ..config import ConfigError, RunConfig, TrainConfig
 from ..data.batches import Batches, windows
 from ..data.text import TextData
 from ..isolation import Draws, drawing, evaluating
-from ..learning.learners import Learner, gradient_cosine, rehearse
+from ..learning.learners import Learner, PredictiveCoding, gradient_cosine, rehearse
 from ..learning.make import make_learner
 from ..model.transformer import PCTransformer
-from ..settling.chain import SettlingError
+from pc_transformer.settling.chain import (
+    SettlingError, check_batch, noise_seed, predict_up, widened,
+)
+from ..settling.errors import ErrorSettling
+from ..settling.free_energy import in_reach, mean_square, shared_mean, weight_at_zero
 from ..settling.states import StateSettling
 from .files import not_finite
 from .parallel import DataParallel, all_sum, sync_gradients
@@ -41,6 +46,8 @@ def evaluate(
 
     Raises FloatingPointError when the loss is not finite: a table must not show it as a result.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"only a model can be evaluated, not a {type(model).__name__}")
     device = next(model.parameters()).device
     total = count = 0
     with evaluating(model) as still:
@@ -132,21 +139,44 @@ class Trainer:
     def backward(self) -> float:
         "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
         tokens, targets = self.batch(self.step)
+        whole = check_batch(self.model, tokens, targets)
         parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
-                 if (part[1] != -100).any()] or [(tokens, targets)]      # a part that predicts nothing teaches nothing
-        own = [tuple(map(self.team.share, part)) for part in parts]
+                 if (part[1] != -100).any()]      # a part that predicts nothing teaches nothing
+        own = [(self.team.share(x), self.team.share(y)) for x, y in parts]
         counts = [int((y != -100).sum()) for _, y in own]
         count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
+        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
+        learner = self.of_the_whole(own)
         for (x, y), n in zip(own, counts, strict=True):
+            if n == 0 and not waits:     # this process's rows predict nothing, others' do
+                continue
             self.divide_gradients(n / unit if n and unit else 1.0)
-            report = self.learner.backward(self.model, x, y)
+            report = learner.backward(self.model, x, y)
             loss += report.loss / (count / n) if n else 0.0
             unit = n or unit
         self.divide_gradients(count / unit if unit else 1.0)
         if self.team.size > 1:
             sync_gradients(self.model, count)
-            loss = self.total(loss * count) / int((targets != -100).sum())
+            loss = self.total(loss * count) / whole
         return loss
+
+    def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
+        "This step's learner for the parts of a batch: where precisions are relative, to the whole batch's mean squares."
+        learner = self.learner
+        if len(parts) == 1 or not isinstance(learner, PredictiveCoding): return learner
+        solver = learner.solver
+        if not isinstance(solver, ErrorSettling | StateSettling) or solver.weigh is not None or solver.per == "token":
+            return learner
+        sums, positions = [], 0
+        for x, y in parts:
+            up, reach = predict_up(self.model, x, y, lean=True, noise=noise_seed(self.model)), in_reach(y)
+            n = y.numel() if reach is None else int(reach.sum())
+            sums.append(n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]))
+            positions += n
+        own = torch.stack(sums).sum(0) / max(positions, 1)
+        mean = shared_mean(own, positions, self.team.reduce or (lambda x: x))
+        precision = list(solver.relative_precision / (mean * weight_at_zero(solver.family, self.config.model.d_model)))
+        return dataclasses.replace(learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision))
 
     def divide_gradients(self, by: float) -> None:
         if by != 1:
@@ -187,30 +217,28 @@ class Trainer:
         try:
             yield
         except (FloatingPointError, SettlingError, ValueError) as error:
-            bad = not_finite(self.model.named_parameters())
-            loss, size = self.plain_loss(), self.weight_size()
-            if bad is None and not self.exploded(loss) and size <= 0.5:
+            if (what := self.divergence()) is None:
                 raise
-            what = f"the weights {bad!r} are not finite" if bad else f"the loss of its batch is {loss:.4g} " \
-                f"nats per token and the weights have a root mean square of {size:.3g}"
             rate = f"lower the learning rate ({self.config.train.learning_rate:g})"
             raise FloatingPointError(f"training diverged by step {self.step}, {what}: {rate}") from error
 
-    def weight_size(self) -> float:
-        "Root mean square of the matrices: 0.02 at the start, a tenth or two after a long training."
-        named = self.model.named_parameters()
-        matrices = [p.detach().double() for n, p in named if p.dim() >= 2 and not n.endswith(LEARNED)]
-        total = sum(p.square().sum().item() for p in matrices)
-        return math.sqrt(total / sum(p.numel() for p in matrices))
+    def divergence(self) -> str | None:
+        """What shows that training has diverged: weights that are not finite, or a loss far worse
+        than guessing; `None`: nothing does."""
+        if bad := not_finite(self.model.named_parameters()):
+            return f"the weights {bad!r} are not finite"
+        try:
+            loss = self.plain_loss()
+        except (TypeError, ValueError):      # the batch is wrong, or a layer refuses: that has its own words
+            return None
+        return f"the loss of its batch is {loss:.4g} nats per token" if self.exploded(loss) else None
 
     def plain_loss(self) -> float:
-        "The feed-forward loss of this step's batch; nan when it cannot be computed."
+        "The feed-forward loss of this step's batch, without dropout. Raises TypeError or ValueError for a wrong batch."
         tokens, targets = self.batch(self.step)
-        try:
-            with torch.no_grad():
-                return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten()).item()
-        except (FloatingPointError, SettlingError, ValueError):
-            return math.nan
+        check_batch(self.model, tokens, targets)
+        with evaluating(self.model) as still:
+            return F.cross_entropy(still(tokens).flatten(0, 1), targets.flatten()).item()
 
     def advance(self) -> float:
         "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
