@@ -22,8 +22,10 @@ def stir(model: nn.Module, seed: int, scale: float) -> None:
 
 # What is no number, and who may see it: every backend has to answer alike (chapter 12).
 
-FAULTS: dict[str, tuple[str, float]] = {          # what is written into one coordinate of one token
-    f"{what} {value:g}": (what, value) for what in "qkv" for value in (math.nan, math.inf, -math.inf)
+FAULTS: dict[str, tuple[str, float]] = {  # what is written into one coordinate of one token
+    f"{what} {value:g}": (what, value)
+    for what in "qkv"
+    for value in (math.nan, math.inf, -math.inf)
 } | {f"{what} 1e30": (what, 1e30) for what in "qk"}
 SEEN: dict[str, dict[str, Any]] = {
     "all": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window": 3}, "band": {"window": 3},
@@ -48,10 +50,20 @@ def may_see(options: dict[str, Any], T: int = 9) -> Tensor:
     return may
 
 
-def answers_alike(family: str, fault: str, seen: str, backend: str, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+def answers_alike(
+    family: str,
+    fault: str,
+    seen: str,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    **more: Any,
+) -> None:
     "A row is NaN if it may see what is no number, zero if it may see nothing, and else as if the number were not there."
     (what, value), options, at = FAULTS[fault], SEEN[seen], 4
-    x = {n: torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(i)).to(dtype) for i, n in enumerate("qkv")}
+    x = {
+        n: torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i, n in enumerate("qkv")
+    }
     bad = {n: t.clone() for n, t in x.items()}
     bad[what][1, 1, at, 3] = value
     may = may_see(options)
@@ -61,12 +73,18 @@ def answers_alike(family: str, fault: str, seen: str, backend: str, dtype: torch
     if family == "mixture":
         for y in (x, bad):
             y["k"] = torch.stack([y["k"], y["k"] + 1], 2)
-    shape = {"log_mix": options["log_mix"][None]} if family == "mixture" and "log_mix" in options else {}
+    shape = (
+        {"log_mix": options["log_mix"][None]}
+        if family == "mixture" and "log_mix" in options
+        else {}
+    )
     call = options | shape | more
     want, want_lse = attend(**x, family=family, backend="reference", return_lse=True, **call)
     leaves = {n: t.requires_grad_() for n, t in bad.items()}
     out, lse = attend(**leaves, family=family, backend=backend, return_lse=True, **call)
-    assert torch.equal(out.isnan(), lost[..., None].expand_as(out)) and torch.equal(lse.isnan(), lost), (out.isnan(), lse)
+    assert torch.equal(out.isnan(), lost[..., None].expand_as(out)) and torch.equal(
+        lse.isnan(), lost
+    ), (out.isnan(), lse)
     assert out[:, :, blind].eq(0).all() and lse[:, :, blind].eq(-math.inf).all()
     eps = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
     torch.testing.assert_close(out[~lost], want[~lost], rtol=eps, atol=eps)

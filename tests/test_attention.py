@@ -74,7 +74,9 @@ INPUTS = {
 
 @every_case
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("shape", [(2, 2, 19, 16), (1, 1, 1, 8), (1, 2, 7, 1)], ids=["usual", "T = 1", "d = 1"])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 19, 16), (1, 1, 1, 8), (1, 2, 7, 1)], ids=["usual", "T = 1", "d = 1"]
+)
 def test_float32_against_float64(case: str, inputs: str, shape: tuple[int, ...]) -> None:
     "On adversarial inputs what `auto` picks is as good as float32 rounding of scores of this size allows, and finite."
     if inputs == "outlier at 1e4" and shape[2] < 4:
@@ -82,14 +84,25 @@ def test_float32_against_float64(case: str, inputs: str, shape: tuple[int, ...])
     x = INPUTS[inputs]([draw(i, *shape).float().double() for i in range(3)])
     if case == "dot" and inputs in ("common offset", "outlier at 1e4"):
         pytest.skip("a dot product sees the offset: its scores are of size 1e4 and more")
-    want = attend(*x, family_of(case), is_causal=True, backend="reference", return_lse=True, **CASES[case])
-    got = attend(*(y.float() for y in x), family_of(case), is_causal=True, return_lse=True, **CASES[case])
+    want = attend(
+        *x, family_of(case), is_causal=True, backend="reference", return_lse=True, **CASES[case]
+    )
+    got = attend(
+        *(y.float() for y in x), family_of(case), is_causal=True, return_lse=True, **CASES[case]
+    )
     assert got[0].isfinite().all() and got[1].isfinite().all()
-    s = scores(x[0], x[1], "dot" if case == "dot" else FAMILIES[family_of(case)](**CASES[case]), 1 / math.sqrt(shape[-1]))
-    size = s.masked_fill(s < s.amax(-1, keepdim=True) - 50, 0).abs().max().item()    # of the scores that count
+    s = scores(
+        x[0],
+        x[1],
+        "dot" if case == "dot" else FAMILIES[family_of(case)](**CASES[case]),
+        1 / math.sqrt(shape[-1]),
+    )
+    size = (
+        s.masked_fill(s < s.amax(-1, keepdim=True) - 50, 0).abs().max().item()
+    )  # of the scores that count
     tolerance = 5e-5 + 1e-6 * size
     if inputs == "q = k" and case in ("laplace", "generalized_gaussian"):
-        tolerance = 5e-3        # at u = 0 their links have a tip: sqrt(rounding of u)
+        tolerance = 5e-3  # at u = 0 their links have a tip: sqrt(rounding of u)
     assert (got[0] - want[0]).abs().max() < tolerance * max(1.0, x[2].abs().max().item())
 
 
@@ -101,7 +114,9 @@ def test_extreme_precisions(case: str, precision: float) -> None:
     found = []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
         leaves = [y.to(dtype).requires_grad_() for y in x]
-        out = attend(*leaves, family_of(case), precision, is_causal=True, backend=backend, **CASES[case])
+        out = attend(
+            *leaves, family_of(case), precision, is_causal=True, backend=backend, **CASES[case]
+        )
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for want, got in zip(*found, strict=True):
         assert got.isfinite().all() and (got - want).abs().max() < 2e-3 * want.abs().max() + 5e-5
@@ -112,7 +127,14 @@ def test_extreme_precisions(case: str, precision: float) -> None:
 def test_half_precision(case: str, dtype: torch.dtype) -> None:
     "Half precision is off by little more than rounding queries, keys, values and the result themselves."
     x = [draw(i, 2, 2, 33, 32).to(dtype) for i in range(3)]
-    want = attend(*(y.double() for y in x), family_of(case), 0.5, is_causal=True, backend="reference", **CASES[case])
+    want = attend(
+        *(y.double() for y in x),
+        family_of(case),
+        0.5,
+        is_causal=True,
+        backend="reference",
+        **CASES[case],
+    )
     got = attend(*x, family_of(case), 0.5, is_causal=True, **CASES[case])
     plain = attend(*(y.double() for y in x), "dot", 0.5, is_causal=True, backend="reference")
     usual = (attend(*x, "dot", 0.5, is_causal=True) - plain).abs().max().item()
@@ -133,15 +155,30 @@ def test_precision_per_query(case: str, mask: str, kind: str) -> None:
     if case == "dot" and kind != "head":
         pytest.skip("a dot product has one scale per head")
     x = [draw(i, 2, 2, 19, 8) for i in range(3)]
-    Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}[kind].exp()
+    Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}[
+        kind
+    ].exp()
     x += [Lam, draw(4, 2, 2, 19).exp()]
     found = []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
         leaves = [y.detach().to(dtype).requires_grad_() for y in x]
-        more = {n: y.to(dtype) if isinstance(y, Tensor) and y.is_floating_point() else y for n, y in QUERY_CASES[mask].items()}
+        more = {
+            n: y.to(dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
+            for n, y in QUERY_CASES[mask].items()
+        }
         q, k, v, Lam, lam = leaves
         out, lse = attend(
-            q, k, v, family_of(case), Lam, query_precision=lam, backend=backend, return_lse=True, **more, **CASES[case])
+            q,
+            k,
+            v,
+            family_of(case),
+            Lam,
+            query_precision=lam,
+            backend=backend,
+            return_lse=True,
+            **more,
+            **CASES[case],
+        )
         seen = lse.isfinite()
         total = out.sin().sum() + (lse[seen] / 10).cos().sum()
         found.append([out, lse[seen], *torch.autograd.grad(total, leaves)])
@@ -154,22 +191,42 @@ def test_precision_per_query_of_mixtures_and_of_pairs_that_coincide(family: Any)
     "Components share the query's precision; queries that equal their key lose no digits; other queries do not matter."
     q, v, lam = draw(0, 1, 2, 70, 8), draw(1, 1, 2, 70, 8), draw(2, 1, 2, 70).exp()
     k = torch.stack([q, q + 1], 2)
-    options: dict[str, Any] = {"component": family, "precision": 4.0, "is_causal": True, "return_lse": True}
+    options: dict[str, Any] = {
+        "component": family,
+        "precision": 4.0,
+        "is_causal": True,
+        "return_lse": True,
+    }
     want = attend(q, k, v, "mixture", query_precision=lam, backend="reference", **options)
     got = attend(q.float(), k.float(), v.float(), "mixture", query_precision=lam.float(), **options)
     close(got[0].double(), want[0], rtol=1e-4, atol=1e-4)
     close(got[1].double(), want[1], rtol=1e-4, atol=1e-4)
     changed = lam.clone()
     changed[..., 40:] = 7.0
-    again = attend(q.float(), k.float(), v.float(), "mixture", query_precision=changed.float(), **options)
-    assert torch.equal(again[0][:, :, :40], got[0][:, :, :40]) and not torch.equal(again[0][:, :, 40:], got[0][:, :, 40:])
+    again = attend(
+        q.float(), k.float(), v.float(), "mixture", query_precision=changed.float(), **options
+    )
+    assert torch.equal(again[0][:, :, :40], got[0][:, :, :40]) and not torch.equal(
+        again[0][:, :, 40:], got[0][:, :, 40:]
+    )
 
 
 @pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
 def test_settling_with_a_precision_per_query_never_raises_the_energy(family: Any) -> None:
-    q, k, v, lam = draw(0, 1, 2, 30, 4), draw(1, 1, 2, 20, 4), draw(2, 1, 2, 20, 4), draw(3, 1, 2, 30).exp()
-    E = [-attend(q, k, v, family, 1.0, query_precision=lam, settle_steps=n, return_lse=True)[1] for n in range(5)]
-    assert all((b - a).max() < 1e-10 for a, b in zip(E, E[1:], strict=False)) and (E[0] - E[4]).max() > 0.1
+    q, k, v, lam = (
+        draw(0, 1, 2, 30, 4),
+        draw(1, 1, 2, 20, 4),
+        draw(2, 1, 2, 20, 4),
+        draw(3, 1, 2, 30).exp(),
+    )
+    E = [
+        -attend(q, k, v, family, 1.0, query_precision=lam, settle_steps=n, return_lse=True)[1]
+        for n in range(5)
+    ]
+    assert (
+        all((b - a).max() < 1e-10 for a, b in zip(E, E[1:], strict=False))
+        and (E[0] - E[4]).max() > 0.1
+    )
 
 
 @every_density
@@ -187,13 +244,24 @@ def test_settling_never_raises_the_energy(family: str, kind: str, seed: int) -> 
     "Majorise-minimise, for every link of the library and every kind of precision, causal or not."
     q, k = 3 * draw(seed, 2, 3, 7, 4), 2 * draw(seed + 1, 2, 3, 7, 4)
     some = draw(seed + 2, 2, 3, 7, 4).exp()
-    kinds = {"scalar": 0.7, "head": some[0, :, :1, 0], "key": some[..., 0], "diagonal": some[:1, :, :1]}
+    kinds = {
+        "scalar": 0.7,
+        "head": some[0, :, :1, 0],
+        "key": some[..., 0],
+        "diagonal": some[:1, :, :1],
+    }
     precision: Any = kinds.get(kind, some)
-    options: dict[str, Any] = {"precision": precision, "log_mix": draw(seed + 3, 2, 3, 7), "is_causal": bool(seed % 2)}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "log_mix": draw(seed + 3, 2, 3, 7),
+        "is_causal": bool(seed % 2),
+    }
     # a query that settles on a key has u = 0, which the fused form knows to the root of rounding only
     for backend, rounding in (("reference", 1e-12), ("auto", 1e-6)):
         options |= {"backend": backend, "return_lse": True}
-        energies = torch.stack([-attend(q, k, k, family, settle_steps=n, **options)[1] for n in range(5)])
+        energies = torch.stack(
+            [-attend(q, k, k, family, settle_steps=n, **options)[1] for n in range(5)]
+        )
         assert energies.diff(dim=0).max() < rounding * (1 + energies.abs().max()), backend
 
 
@@ -204,14 +272,20 @@ def test_mixtures_settle_too(seed: int) -> None:
     precision = draw(seed + 2, 2, 2, 3, 6).exp()
     for component in ("gaussian", "student_t"):
         options: dict[str, Any] = {"return_lse": True, "component": component}
-        x = [attend(q, k, k[:, :, 0], "mixture", precision, settle_steps=n, **options)[1] for n in range(5)]
+        x = [
+            attend(q, k, k[:, :, 0], "mixture", precision, settle_steps=n, **options)[1]
+            for n in range(5)
+        ]
         assert torch.stack(x).diff(dim=0).min() > -1e-9
 
 
 def test_light_tails_break_the_promise() -> None:
     "The condition is needed: with p = 4 (a link that is not convex) some steps raise the energy."
     q, k = 2 * draw(0, 8, 8, 16, 2), draw(1, 8, 8, 5, 2)
-    before, after = (-attend(q, k, k, "generalized_gaussian", 1.0, p=4.0, settle_steps=n, return_lse=True)[1] for n in (0, 1))
+    before, after = (
+        -attend(q, k, k, "generalized_gaussian", 1.0, p=4.0, settle_steps=n, return_lse=True)[1]
+        for n in (0, 1)
+    )
     assert (after - before).max() > 1e-3
 
 
@@ -220,7 +294,9 @@ def test_a_step_size_of_a_third_of_the_way_is_not_what_settles() -> None:
     q, k = draw(0, 8, 8, 64, 2), 3 * draw(1, 8, 8, 3, 2)
     link = FAMILIES["student_t"](1.0)
     E = lambda x: -scores(x, k, link, 1.0).logsumexp(-1)
-    right = settle_query(q, [Component(k, torch.ones(1, 1, 1, 1, dtype=q.dtype))], link, "reference")
+    right = settle_query(
+        q, [Component(k, torch.ones(1, 1, 1, 1, dtype=q.dtype))], link, "reference"
+    )
     wrong = scores(q, k, link, 1.0).softmax(-1) @ k
     assert (E(right) - E(q)).max() < 1e-10 < 1e-3 < (E(wrong) - E(q)).max()
 
@@ -231,9 +307,13 @@ def test_energy_is_the_density_of_the_mixture(family: str) -> None:
     k = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(1, 1, 3, 1)
     heavy = family in ("student_t", "contaminated")
     edge = 4000.0 if heavy else 60.0
-    line = torch.sinh(torch.linspace(-math.asinh(edge), math.asinh(edge), 40001, dtype=torch.float64))
+    line = torch.sinh(
+        torch.linspace(-math.asinh(edge), math.asinh(edge), 40001, dtype=torch.float64)
+    )
     log_mix = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
-    E = attention_energy(line.view(1, 1, -1, 1), k, family, precision=2.0, log_mix=log_mix, backend="reference")
+    E = attention_energy(
+        line.view(1, 1, -1, 1), k, family, precision=2.0, log_mix=log_mix, backend="reference"
+    )
     p = (-E).exp().flatten()
     assert abs(torch.trapezoid(p, line).item() - 1) < 1e-4
 
@@ -249,7 +329,9 @@ def test_future_keys_are_bit_equal_nothing(case: str, backend: Any) -> None:
     options: dict[str, Any] = {"is_causal": True, "backend": backend, **CASES[case]}
     for steps in (0, 2):
         before, after = (attend(*a, family_of(case), settle_steps=steps, **options) for a in (x, y))
-        assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(before[:, :, 5:], after[:, :, 5:])
+        assert torch.equal(before[:, :, :5], after[:, :, :5]) and not torch.equal(
+            before[:, :, 5:], after[:, :, 5:]
+        )
 
 
 @every_case
@@ -259,7 +341,12 @@ def test_log_mix_minus_infinity_hides_a_key(case: str) -> None:
     log_mix[2] = -math.inf
     keep = torch.tensor([0, 1, 3, 4, 5])
     hidden = attend(q, k, v, family_of(case), log_mix=log_mix, **CASES[case])
-    close(hidden, attend(q, k[:, :, keep], v[:, :, keep], family_of(case), **CASES[case]), rtol=1e-9, atol=1e-9)
+    close(
+        hidden,
+        attend(q, k[:, :, keep], v[:, :, keep], family_of(case), **CASES[case]),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_grouped_heads_are_copies() -> None:
@@ -272,7 +359,9 @@ def test_grouped_heads_are_copies() -> None:
 
 def test_attention_matrix_of_a_mixture_sums_to_one() -> None:
     q, k, v = draw(0, 1, 2, 5, 4), draw(1, 1, 2, 3, 5, 4), draw(2, 1, 2, 5, 4)
-    out, r, lse = attend(q, k, v, "mixture", 2.0, is_causal=True, return_attention=True, return_lse=True)
+    out, r, lse = attend(
+        q, k, v, "mixture", 2.0, is_causal=True, return_attention=True, return_lse=True
+    )
     close(r.sum(-1), torch.ones_like(r[..., 0]))
     again = attend(q, k, v, "mixture", 2.0, is_causal=True, return_lse=True)
     close(out, again[0]), close(lse, again[1])
@@ -286,12 +375,24 @@ def test_dropout_needs_training() -> None:
 
 
 @few(20)
-@given(st.sampled_from(["dot", *FAMILIES]), st.sampled_from([64, 128, 768]), st.sampled_from([16, 32, 64]), st.floats(0.05, 1.0))
-def test_initial_precision_gives_the_sharpness(family: Any, d_model: int, d: int, sharpness: float) -> None:
+@given(
+    st.sampled_from(["dot", *FAMILIES]),
+    st.sampled_from([64, 128, 768]),
+    st.sampled_from([16, 32, 64]),
+    st.floats(0.05, 1.0),
+)
+def test_initial_precision_gives_the_sharpness(
+    family: Any, d_model: int, d: int, sharpness: float
+) -> None:
     "Drawn queries and keys have the wanted spread of scores, within what a first-order formula can promise."
     precision = initial_precision(family, d_model, d, sharpness)
     q, k = ((0.02 * math.sqrt(d_model)) * draw(i, 1, 1, 256, d) for i in range(2))
-    got = scores(q, k, "dot" if family == "dot" else FAMILIES[family](), precision).std(-1).mean().item()
+    got = (
+        scores(q, k, "dot" if family == "dot" else FAMILIES[family](), precision)
+        .std(-1)
+        .mean()
+        .item()
+    )
     assert 0.7 < got / sharpness < 1.3, f"{family}: {got} instead of {sharpness}"
 
 
@@ -306,7 +407,11 @@ def trained_like(scale: float = 8.0, **config: Any) -> PCTransformer:
 
 
 @pytest.mark.parametrize("new", ["gaussian", "mixture", "generalized_gaussian"])
-@pytest.mark.parametrize("options", [{}, {"precision_init": 0.4}, {"n_kv_head": 2}, {"qk_norm": True}, {"window": 9}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision_init": 0.4}, {"n_kv_head": 2}, {"qk_norm": True}, {"window": 9}],
+    ids=str,
+)
 def test_conversion_from_dot(new: Any, options: dict[str, Any]) -> None:
     model = trained_like(attention="dot", **options)
     tokens = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -315,21 +420,28 @@ def test_conversion_from_dot(new: Any, options: dict[str, Any]) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.add_(1.0)
-    assert all((p < 0.9).any() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1), "shared storage"
+    assert all(
+        (p < 0.9).any() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1
+    ), "shared storage"
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "key"}, {"precision": "diagonal"}, {"background": True, "mixing": "key"}], ids=str
+    "options",
+    [{"precision": "key"}, {"precision": "diagonal"}, {"background": True, "mixing": "key"}],
+    ids=str,
 )
 def test_conversion_from_gaussian(options: dict[str, Any]) -> None:
-    model = trained_like(2.0, attention="gaussian", **options)      # it starts sharp by itself
+    model = trained_like(2.0, attention="gaussian", **options)  # it starts sharp by itself
     tokens = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(0))
     for new in ("mixture", "generalized_gaussian"):
         assert (convert(model, new)(tokens) - model(tokens)).abs().max() < 1e-5
 
 
 def test_conversion_refuses_what_is_not_exact() -> None:
-    for model in (trained_like(attention="gaussian"), trained_like(attention="dot", background=True)):
+    for model in (
+        trained_like(attention="gaussian"),
+        trained_like(attention="dot", background=True),
+    ):
         with pytest.raises(ValueError, match="no exact conversion"):
             convert(model, "student_t" if model.config.attention == "gaussian" else "gaussian")
 
@@ -349,7 +461,12 @@ def test_generalized_gaussian_with_power_two_is_the_gaussian() -> None:
 
 
 def test_floats_per_key() -> None:
-    assert [floats_per_key(8, p) for p in ("head", "diagonal", "key", "key and coordinate")] == [16, 16, 17, 24]
+    assert [floats_per_key(8, p) for p in ("head", "diagonal", "key", "key and coordinate")] == [
+        16,
+        16,
+        17,
+        24,
+    ]
     assert floats_per_key(8, "key", True, 3) == 8 + 3 * 10
 
 
@@ -357,11 +474,19 @@ def test_gradients_of_blind_rows_are_zero() -> None:
     "A row that may see nothing gives zeros, lse minus infinity, and gradients without NaN, on every path."
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
-    for options in ({"return_attention": True}, {"backend": "reference"}, {"backend": "chunked"}, {}):
+    for options in (
+        {"return_attention": True},
+        {"backend": "reference"},
+        {"backend": "chunked"},
+        {},
+    ):
         q, k, v = (draw(i, 1, 2, 4, 4).requires_grad_() for i in range(3))
         out, *rest = attend(q, k, v, "student_t", attn_mask=mask, return_lse=True, **options)
         (out.sum() + rest[-1][:, :, [0, 2, 3]].sum()).backward()
-        assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v)) and q.grad[:, :, 1].eq(0).all()
+        assert (
+            all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+            and q.grad[:, :, 1].eq(0).all()
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -384,7 +509,9 @@ def test_a_mask_that_hides_the_first_keys_hides_their_contents() -> None:
     padded = k.clone()
     padded[:, :, :2] += 1e3
     for family in ("gaussian", "student_t", "laplace"):
-        before, after = (attend(q, x, v, family, 1.0, attn_mask=mask, is_causal=True) for x in (k, padded))
+        before, after = (
+            attend(q, x, v, family, 1.0, attn_mask=mask, is_causal=True) for x in (k, padded)
+        )
         close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -406,18 +533,35 @@ def test_inputs_may_lie_in_memory_in_any_order(case: str, grads: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_dot_product_with_a_precision_per_query_keeps_its_digits_in_short_dtypes(dtype: torch.dtype) -> None:
+def test_a_dot_product_with_a_precision_per_query_keeps_its_digits_in_short_dtypes(
+    dtype: torch.dtype,
+) -> None:
     "The query times its precision is not rounded to the short dtype, and does not overflow."
-    x, lam = [draw(i, 1, 2, 9, 32).to(dtype) for i in range(3)], torch.full((9,), 10.0) + torch.arange(9) / 7
-    want = attend(*(y.double() for y in x), "dot", query_precision=lam.double(), backend="reference", return_lse=True)
+    x, lam = (
+        [draw(i, 1, 2, 9, 32).to(dtype) for i in range(3)],
+        torch.full((9,), 10.0) + torch.arange(9) / 7,
+    )
+    want = attend(
+        *(y.double() for y in x),
+        "dot",
+        query_precision=lam.double(),
+        backend="reference",
+        return_lse=True,
+    )
     got = attend(*x, "dot", query_precision=lam, return_lse=True)
-    assert got[0].dtype == dtype and (got[0] - want[0]).abs().max() < 0.02 and (got[1] - want[1]).abs().max() < 1e-3
+    assert (
+        got[0].dtype == dtype
+        and (got[0] - want[0]).abs().max() < 0.02
+        and (got[1] - want[1]).abs().max() < 1e-3
+    )
     ones = torch.ones(1, 1, 4, 8, dtype=dtype)
     assert attend(ones, ones, ones, "dot", 1e-3, query_precision=1e5).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("family", "shape"), [("laplace", {}), ("generalized_gaussian", {"p": 1.5}), ("generalized_gaussian", {"p": 1.0})])
+    ("family", "shape"),
+    [("laplace", {}), ("generalized_gaussian", {"p": 1.5}), ("generalized_gaussian", {"p": 1.0})],
+)
 def test_settling_keeps_the_digits_of_sharp_families(family: Any, shape: dict[str, float]) -> None:
     "Queries that lie on keys settle in float32 as in float64 (for two steps: where w is infinite, later ones amplify rounding)."
     k, v = (draw(i, 2, 2, 64, 8).float().double() for i in range(2))
@@ -524,7 +668,15 @@ def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str)
     for backend in ("reference", "chunked"):
         answers_alike("laplace", fault, seen, backend, precision=key)
         answers_alike("gaussian", fault, seen, backend, precision=key[..., None].expand(2, 2, 9, 8))
-        answers_alike("student_t", fault, seen, backend, precision=key, query_precision=query, nu=torch.ones(2, 1))
+        answers_alike(
+            "student_t",
+            fault,
+            seen,
+            backend,
+            precision=key,
+            query_precision=query,
+            nu=torch.ones(2, 1),
+        )
         answers_alike("gaussian", fault, seen, backend, settle_steps=2)
         answers_alike("dot", fault, seen, backend, query_precision=query)
         answers_alike("independent_laplace", fault, seen, "auto")
@@ -532,26 +684,48 @@ def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str)
     x["qkv".index(what)][1, 1, 4, 3] = value
     out, r, lse = attend(*x, "huber", return_attention=True, return_lse=True, **SEEN[seen])
     again = attend(*x, "huber", return_lse=True, **SEEN[seen])
-    assert torch.equal(r.isnan().any(-1), lse.isnan()) and torch.equal(out.isnan(), again[0].isnan())
+    assert torch.equal(r.isnan().any(-1), lse.isnan()) and torch.equal(
+        out.isnan(), again[0].isnan()
+    )
 
 
 @every_case
 def test_scores_that_overflow_are_nan_and_no_mask(case: str) -> None:
     "Keys that are all too far give NaN, in every backend; a light tail reaches that end much sooner."
-    far: dict[str, dict[str, Any]] = {"plain": {}, "masked": {"attn_mask": torch.arange(9) != 3}, "causal": {"is_causal": True}}
-    for size, more in [(1e25, {}), *([(1e8, {"p": 12.0})] if case == "generalized_gaussian" else [])]:
+    far: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "masked": {"attn_mask": torch.arange(9) != 3},
+        "causal": {"is_causal": True},
+    }
+    for size, more in [
+        (1e25, {}),
+        *([(1e8, {"p": 12.0})] if case == "generalized_gaussian" else []),
+    ]:
         q, k, v = (draw(i, 1, 2, 9, 4).float() for i in range(3))
         for options in far.values():
             for backend in backends(family_of(case)):
                 out, lse = attend(
-                    q, size * k, v, family_of(case), 1.0, backend=backend, return_lse=True, **options, **(CASES[case] | more))
+                    q,
+                    size * k,
+                    v,
+                    family_of(case),
+                    1.0,
+                    backend=backend,
+                    return_lse=True,
+                    **options,
+                    **(CASES[case] | more),
+                )
                 assert out.isnan().all() and lse.isnan().all()
 
 
 @pytest.mark.parametrize("gap", [30.0, 3e3])
 def test_far_keys_that_do_not_overflow_are_far(gap: float) -> None:
     "What is only large stays as it was: the nearest key wins, and a score of -1e30 is a score."
-    q, k, v = torch.zeros(1, 1, 1, 1), torch.tensor([1.0, 1 + gap]).view(1, 1, 2, 1), torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    q, k, v = (
+        torch.zeros(1, 1, 1, 1),
+        torch.tensor([1.0, 1 + gap]).view(1, 1, 2, 1),
+        torch.tensor([1.0, 2.0]).view(1, 1, 2, 1),
+    )
     for backend in ("reference", "chunked", "sdpa"):
         assert attend(q, k, v, "gaussian", 1e12, backend=backend).item() == 1
 
@@ -574,8 +748,14 @@ LAWLESS: dict[str, dict[str, Any]] = {
     "delta": {"delta": math.nan}, "delta overflows": {"delta": 1e300}, "p": {"p": torch.tensor([[math.inf]])},
     "eps": {"eps": math.nan}, "share": {"share": math.nan}, "ratio": {"ratio": torch.tensor(math.nan)},
 }  # fmt: skip
-OWNERS = {"nu": "student_t", "delta": "huber", "p": "generalized_gaussian", "eps": "laplace", "share": "contaminated",
-          "ratio": "contaminated"}
+OWNERS = {
+    "nu": "student_t",
+    "delta": "huber",
+    "p": "generalized_gaussian",
+    "eps": "laplace",
+    "share": "contaminated",
+    "ratio": "contaminated",
+}
 
 
 @pytest.mark.parametrize("case", LAWLESS)
@@ -583,7 +763,11 @@ def test_numbers_that_are_none_are_refused_by_every_backend(case: str) -> None:
     "With the same sentence, whichever computes, and in every dtype that float32 computes."
     options = LAWLESS[case]
     owner = OWNERS.get(next(iter(options)))
-    families = [owner] if owner else [f for f in ("gaussian", "student_t", "dot") if f != "dot" or "one" not in case]
+    families = (
+        [owner]
+        if owner
+        else [f for f in ("gaussian", "student_t", "dot") if f != "dot" or "one" not in case]
+    )
     for family in families:
         said = set()
         for backend in [*backends(family), "flex", "triton"]:
@@ -594,10 +778,19 @@ def test_numbers_that_are_none_are_refused_by_every_backend(case: str) -> None:
                         attend(*x, family, backend=backend, **options, **more)
                     said.add(str(error.value))
         (sentence,) = said
-        assert "\n" not in sentence and any(w in sentence for w in (
-            "positive and finite in float32", "minus infinity or lie within", "must lie in", "not vanish there"))
+        assert "\n" not in sentence and any(
+            w in sentence
+            for w in (
+                "positive and finite in float32",
+                "minus infinity or lie within",
+                "must lie in",
+                "not vanish there",
+            )
+        )
     with pytest.raises(ValueError):
-        attention_energy(*(draw(i, 1, 2, 4, 4).float() for i in range(2)), family=families[0], **options)
+        attention_energy(
+            *(draw(i, 1, 2, 4, 4).float() for i in range(2)), family=families[0], **options
+        )
 
 
 @pytest.mark.parametrize("family", ["gaussian", "dot", "student_t"])
@@ -610,12 +803,18 @@ def test_a_mask_and_a_prior_do_not_overflow_together(family: str, size: float) -
     for sign in (1, -1):
         want = None
         for backend in ["auto", *backends(family)]:
-            call = lambda backend=backend, **more: attend(*x, family, backend=backend, return_lse=True, **more)
+            call = lambda backend=backend, **more: attend(
+                *x, family, backend=backend, return_lse=True, **more
+            )
             for bad in (sign * 3e38, torch.full((4,), sign * 3e38), hidden + sign * 3e38):
-                with pytest.raises(ValueError, match="log_mix must be minus infinity or lie within 8.51e"):
+                with pytest.raises(
+                    ValueError, match="log_mix must be minus infinity or lie within 8.51e"
+                ):
                     call(log_mix=bad)
                 if isinstance(bad, Tensor):
-                    with pytest.raises(ValueError, match="attn_mask must be minus infinity or lie within"):
+                    with pytest.raises(
+                        ValueError, match="attn_mask must be minus infinity or lie within"
+                    ):
                         call(attn_mask=bad, log_mix=0.0)
             out, lse = call(attn_mask=hidden + sign * most, log_mix=sign * most)
             want = lse if want is None else want
@@ -631,8 +830,18 @@ def test_minus_infinity_is_a_mask_and_a_weight_of_zero() -> None:
     for low in (-math.inf, -1e300):
         weight = torch.zeros(4, dtype=torch.float64).masked_fill(~keep, low)
         for backend in ("reference", "chunked"):
-            close(attend(q, k, v, "student_t", log_mix=weight, backend=backend), want, rtol=1e-5, atol=1e-6)
-            close(attend(q, k, v, "student_t", attn_mask=weight, backend=backend), want, rtol=1e-5, atol=1e-6)
+            close(
+                attend(q, k, v, "student_t", log_mix=weight, backend=backend),
+                want,
+                rtol=1e-5,
+                atol=1e-6,
+            )
+            close(
+                attend(q, k, v, "student_t", attn_mask=weight, backend=backend),
+                want,
+                rtol=1e-5,
+                atol=1e-6,
+            )
     for backend in backends("gaussian"):
         assert attend(q, k, v, log_mix=-math.inf, backend=backend).eq(0).all()
 
@@ -686,6 +895,12 @@ def test_an_attention_node_refuses_what_is_no_number() -> None:
             AttentionNode(**options)
     with pytest.raises(TypeError, match="the message must be a tensor or a function"):
         AttentionNode().settle(scores_, values, None)
-    for bad in ({"precision": math.nan}, {"precision": torch.tensor(-1.0)}, {"log_mix": torch.full((3,), math.nan)}):
+    for bad in (
+        {"precision": math.nan},
+        {"precision": torch.tensor(-1.0)},
+        {"log_mix": torch.full((3,), math.nan)},
+    ):
         with pytest.raises(ValueError, match="positive and finite|minus infinity or lie within"):
-            AttentionNode().local_gradient(scores_, scores_, values, scores_.softmax(-1), values, **bad)
+            AttentionNode().local_gradient(
+                scores_, scores_, values, scores_.softmax(-1), values, **bad
+            )

@@ -28,20 +28,46 @@ from pc_transformer.cache import (
 from pc_transformer.config import ConfigError, ModelConfig, replace
 from pc_transformer.model import PCTransformer
 
-FAMILIES = ["dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]
+FAMILIES = [
+    "dot",
+    "gaussian",
+    "student_t",
+    "laplace",
+    "mixture",
+    "huber",
+    "generalized_gaussian",
+    "logistic",
+    "contaminated",
+]
 OPTIONS = {
-    "plain": {}, "prior by token": {"mixing": "key"}, "grouped": {"n_kv_head": 2}, "window": {"window": 5},
-    "qk_norm": {"qk_norm": True}, "background": {"background": True}, "scale": {"precision_init": 0.3},
-    "norm": {"mixing": "norm"}, "per key": {"precision": "key"}, "diagonal": {"precision": "diagonal"},
+    "plain": {},
+    "prior by token": {"mixing": "key"},
+    "grouped": {"n_kv_head": 2},
+    "window": {"window": 5},
+    "qk_norm": {"qk_norm": True},
+    "background": {"background": True},
+    "scale": {"precision_init": 0.3},
+    "norm": {"mixing": "norm"},
+    "per key": {"precision": "key"},
+    "diagonal": {"precision": "diagonal"},
     "per key, tied": {"precision": "key", "mixing": "norm", "n_kv_head": 2, "window": 4},
-    "diagonal, tied": {"precision": "diagonal", "mixing": "norm", "background": True, "n_kv_head": 1},
+    "diagonal, tied": {
+        "precision": "diagonal",
+        "mixing": "norm",
+        "background": True,
+        "n_kv_head": 1,
+    },
     "GPT-2": {"bias": True, "gelu": "tanh"},
     "everything": {"precision": "key", "mixing": "key", "background": True, "qk_norm": True},
 }
-SMALL = ModelConfig(vocab_size=11, block_size=32, n_layer=2, n_head=4, d_model=32, attention="gaussian")
+SMALL = ModelConfig(
+    vocab_size=11, block_size=32, n_layer=2, n_head=4, d_model=32, attention="gaussian"
+)
 
 
-def make(config: ModelConfig, dtype: torch.dtype = torch.float32, sharper: float = 4.0) -> PCTransformer:
+def make(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, sharper: float = 4.0
+) -> PCTransformer:
     """A model whose logits are far from uniform and whose maps from tokens are not zero."""
     model, draw = PCTransformer(config, seed=1).to(dtype).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -61,7 +87,9 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def feed(model: PCTransformer, tokens: torch.Tensor, parts: tuple[int, ...], **options) -> torch.Tensor:
+def feed(
+    model: PCTransformer, tokens: torch.Tensor, parts: tuple[int, ...], **options
+) -> torch.Tensor:
     """Logits of all tokens, read in parts through one cache."""
     cache = KVCache.allocate(model, len(tokens))
     out = torch.cat([extend(model, part, cache, **options) for part in tokens.split(parts, 1)], 1)
@@ -92,10 +120,15 @@ def test_rule_5_cached_logits_equal_full_recomputation(family, option):
             full = model(tokens)
         for parts in ((1,) * 14, (5, 1, 1, 4, 3)):
             close(feed(model, tokens, parts), full)
-        assert torch.equal(feed(model, tokens, (14,)), full)      # one prefill is the model's own pass, bit for bit
+        assert torch.equal(
+            feed(model, tokens, (14,)), full
+        )  # one prefill is the model's own pass, bit for bit
         ragged = KVCache.allocate(model, 2)
         first = extend(model, tokens[:, :7], ragged, counts=[3, 7], last=True)
-        later = [extend(model, torch.stack([tokens[0, 3 + i : 4 + i], tokens[1, 7 + i : 8 + i]]), ragged) for i in range(5)]
+        later = [
+            extend(model, torch.stack([tokens[0, 3 + i : 4 + i], tokens[1, 7 + i : 8 + i]]), ragged)
+            for i in range(5)
+        ]
         close(torch.cat([first, *later], 1), torch.stack([full[0, 2:8], full[1, 6:12]]))
         assert ragged.lengths == [8, 12] and ragged.length == 12
 
@@ -103,9 +136,17 @@ def test_rule_5_cached_logits_equal_full_recomputation(family, option):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_parts_and_any_lengths(data):
-    config = replace(SMALL, attention=data.draw(st.sampled_from(FAMILIES)), window=data.draw(st.sampled_from([None, 1, 3, 9])),
-                     n_kv_head=data.draw(st.sampled_from([None, 1, 2])), qk_norm=data.draw(st.booleans()))
-    model, tokens = make(config, torch.float64), random_tokens(3, 24, seed=data.draw(st.integers(0, 99)))
+    config = replace(
+        SMALL,
+        attention=data.draw(st.sampled_from(FAMILIES)),
+        window=data.draw(st.sampled_from([None, 1, 3, 9])),
+        n_kv_head=data.draw(st.sampled_from([None, 1, 2])),
+        qk_norm=data.draw(st.booleans()),
+    )
+    model, tokens = (
+        make(config, torch.float64),
+        random_tokens(3, 24, seed=data.draw(st.integers(0, 99))),
+    )
     counts = data.draw(st.lists(st.integers(1, 8), min_size=3, max_size=3))
     with torch.no_grad():
         full = model(tokens)
@@ -115,7 +156,10 @@ def test_any_parts_and_any_lengths(data):
     for T in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)):
         new = torch.stack([tokens[r, n : n + T] for r, n in enumerate(cache.lengths)])
         before = list(cache.lengths)
-        close(extend(model, new, cache), torch.stack([full[r, n : n + T] for r, n in enumerate(before)]))
+        close(
+            extend(model, new, cache),
+            torch.stack([full[r, n : n + T] for r, n in enumerate(before)]),
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,17 +177,29 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
             q, k, v = self.split(x)
             tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
             Lam = self.precision_of(x)
-            out = attend(q, k, v, self.family, Lam, self.mixing_of(x, k, Lam), is_causal=True, window=self.window,
-                         settle_steps=2, **tail)
+            out = attend(
+                q,
+                k,
+                v,
+                self.family,
+                Lam,
+                self.mixing_of(x, k, Lam),
+                is_causal=True,
+                window=self.window,
+                settle_steps=2,
+                **tail,
+            )
             return self.out(out.transpose(1, 2).flatten(2))
 
         found = feed(model, tokens, (3, *(1,) * 7), settle_steps=2)
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(PCAttention, "forward", settling)
             full = model(tokens)
-        close(found, full, scale=1e4 if family in ("laplace", "generalized_gaussian") else 10)   # weights are infinite at a key
+        close(
+            found, full, scale=1e4 if family in ("laplace", "generalized_gaussian") else 10
+        )  # weights are infinite at a key
         with torch.no_grad():
-            assert (model(tokens) - full).abs().max() > 1e-6                    # and settling does something
+            assert (model(tokens) - full).abs().max() > 1e-6  # and settling does something
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,7 +218,9 @@ def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
     rng = torch.get_rng_state()
     quiet = feed(model, tokens, (4, 1, 1, 3))
     assert torch.equal(feed(model.train(), tokens, (4, 1, 1, 3)), quiet) and model.training
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and torch.equal(
+        torch.get_rng_state(), rng
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -172,7 +230,12 @@ def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes(family, dtype):
-    for changes in ({}, {"precision": "key"}, {"mixing": "norm", "n_kv_head": 2}, {"mixing": "key", "n_component": 3}):
+    for changes in (
+        {},
+        {"precision": "key"},
+        {"mixing": "norm", "n_kv_head": 2},
+        {"mixing": "key", "n_component": 3},
+    ):
         try:
             config = replace(SMALL, attention=family, **changes)
         except ConfigError:
@@ -187,12 +250,18 @@ def test_bytes(family, dtype):
 @given(st.integers(0, 10_000), st.sampled_from([1e-6, 1.0, 1e6]))
 @settings(deadline=None)
 def test_eight_bits(seed, size):
-    x = size * torch.randn(5, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = size * torch.randn(
+        5, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     code, scale = quantise(x)
     assert code.dtype == torch.int8 and ((code * scale - x).abs() <= scale / 2 * (1 + 1e-9)).all()
-    assert (code.abs().amax(-1) == 127).all() and ((code * scale - x).abs() <= x.abs().amax(-1, True) / 254 * (1 + 1e-9)).all()
+    assert (code.abs().amax(-1) == 127).all() and (
+        (code * scale - x).abs() <= x.abs().amax(-1, True) / 254 * (1 + 1e-9)
+    ).all()
     assert torch.equal(quantise(-x)[0], -code)
-    torch.testing.assert_close(scale, x.abs().amax(-1, keepdim=True) / 127, rtol=1e-12, atol=0)    # all of the eight bits
+    torch.testing.assert_close(
+        scale, x.abs().amax(-1, keepdim=True) / 127, rtol=1e-12, atol=0
+    )  # all of the eight bits
     assert torch.equal(code.abs().amax(-1), torch.full((5,), 127, dtype=torch.int8))
 
 
@@ -225,8 +294,11 @@ def test_trim_select_expand(dtype):
     picked, wide = cache.select([2, 0]), cache.expand(2)
     assert picked.batch == 2 and wide.batch == 6 and wide.nbytes == 2 * cache.nbytes
     close(extend(model, tokens[[2, 0], 8:9], picked), expected[[2, 0]])
-    close(extend(model, tokens[:, 8:9].repeat_interleave(2, 0), wide), expected.repeat_interleave(2, 0))
-    close(extend(model, tokens[:, 8:9], cache), expected)          # copies share nothing with the original
+    close(
+        extend(model, tokens[:, 8:9].repeat_interleave(2, 0), wide),
+        expected.repeat_interleave(2, 0),
+    )
+    close(extend(model, tokens[:, 8:9], cache), expected)  # copies share nothing with the original
 
 
 def test_trim_takes_from_long_rows_only():
@@ -235,8 +307,12 @@ def test_trim_takes_from_long_rows_only():
     extend(model, tokens[:, :8], cache, counts=[8, 3, 5])
     cache.trim(5)
     assert cache.lengths == [5, 3, 5] and cache.length == 5
-    expected = [extend(model, torch.cat([tokens[i, :n], tokens[i, 8:9]])[None], KVCache.allocate(model))[:, -1:]
-                for i, n in enumerate(cache.lengths)]
+    expected = [
+        extend(model, torch.cat([tokens[i, :n], tokens[i, 8:9]])[None], KVCache.allocate(model))[
+            :, -1:
+        ]
+        for i, n in enumerate(cache.lengths)
+    ]
     close(extend(model, tokens[:, 8:9], cache), torch.cat(expected))
     assert cache.lengths == [6, 4, 6]
 
@@ -254,10 +330,14 @@ def test_columns_are_of_the_keys_as_they_are_stored(option, dtype, ragged):
         stored, n = cache.keys(layer, cache.length), min(cache.lengths)
         lam = cache.column["lam"][layer][..., : cache.length] if reader.own else None
         kappa = square(reader, stored, lam)
-        torch.testing.assert_close(cache.column["kappa"][layer][..., :n], kappa[..., :n], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            cache.column["kappa"][layer][..., :n], kappa[..., :n], rtol=1e-5, atol=0
+        )
 
 
-@pytest.mark.parametrize("option", ["plain", "norm", "per key", "diagonal", "prior by token", "everything"])
+@pytest.mark.parametrize(
+    "option", ["plain", "norm", "per key", "diagonal", "prior by token", "everything"]
+)
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_revise_is_as_if_the_keys_had_been_so(family, option):
     config = configs(family, option)
@@ -268,14 +348,20 @@ def test_revise_is_as_if_the_keys_had_been_so(family, option):
     k, v = (torch.randn(1, 4, 3, 8, generator=draw, dtype=torch.float64) for _ in range(2))
     old_k, old = cache.keys(0, 9)[:, :, at].clone(), {n: c.clone() for n, c in cache.column.items()}
     cache.revise(0, at, k, v)
-    assert torch.equal(cache.keys(0, 9)[:, :, at], k) and torch.equal(cache.values(0, 9)[:, :, at], v)
+    assert torch.equal(cache.keys(0, 9)[:, :, at], k) and torch.equal(
+        cache.values(0, 9)[:, :, at], v
+    )
     if "kappa" in cache.column:
         reader = cache.readers[0]
         lam = cache.column["lam"][0][..., at] if reader.own else None
         shifted = k[:, :, None]
-        kappa = (lam * shifted.square().sum(-1)) if lam is not None else (reader.Lam[:, :, 0] * shifted.square()).sum(-1)
+        kappa = (
+            (lam * shifted.square().sum(-1))
+            if lam is not None
+            else (reader.Lam[:, :, 0] * shifted.square()).sum(-1)
+        )
         torch.testing.assert_close(cache.column["kappa"][0][..., at], kappa)
-    cache.revise(0, at, old_k)                                     # and back: columns return too
+    cache.revise(0, at, old_k)  # and back: columns return too
     for n, c in cache.column.items():
         torch.testing.assert_close(c, old[n], rtol=1e-10, atol=1e-10)
 
@@ -284,11 +370,20 @@ def test_revised_attention_equals_attend():
     model, tokens = make(replace(SMALL, attention="student_t"), torch.float64), random_tokens(1, 6)
     cache, a = KVCache.allocate(model), model.predictors[1].attention
     extend(model, tokens, cache)
-    cache.revise(0, torch.arange(6), torch.randn(1, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    cache.revise(
+        0,
+        torch.arange(6),
+        torch.randn(1, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    )
     from pc_transformer.cache import cached_scores, read_out
+
     q = torch.randn(1, 4, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    s, _ = cached_scores(cache.readers[0], q, cache.keys(0, 6), {n: c[0, ..., :6] for n, c in cache.column.items()})
-    expected = attend(q, cache.keys(0, 6), cache.values(0, 6), "student_t", a.precision, nu=a.log_tail.exp())
+    s, _ = cached_scores(
+        cache.readers[0], q, cache.keys(0, 6), {n: c[0, ..., :6] for n, c in cache.column.items()}
+    )
+    expected = attend(
+        q, cache.keys(0, 6), cache.values(0, 6), "student_t", a.precision, nu=a.log_tail.exp()
+    )
     torch.testing.assert_close(read_out(cache.readers[0], s, cache.values(0, 6))[0], expected)
 
 
@@ -296,7 +391,11 @@ def test_revised_attention_equals_attend():
 def test_energies(family):
     """What `energies` leaves behind is the attention energy of chapter 12, the same with and without a cache."""
     from pc_transformer.attention import attention_energy
-    model, tokens = make(replace(SMALL, attention=family, n_layer=1), torch.float64), random_tokens(2, 7)
+
+    model, tokens = (
+        make(replace(SMALL, attention=family, n_layer=1), torch.float64),
+        random_tokens(2, 7),
+    )
     one, many = KVCache.allocate(model, 2), KVCache.allocate(model, 2)
     extend(model, tokens, one, energies=True)
     extend(model, tokens[:, :6], many, energies=True)
@@ -305,8 +404,15 @@ def test_energies(family):
     with torch.no_grad():
         q, k, _ = a.split(x)
         tail = {} if a.log_tail is None else {TAILS[family][0]: a.log_tail.exp()}
-        expected = attention_energy(q, k, family, precision=a.precision, log_mix=a.mixing_of(x, k, a.precision),
-                                    is_causal=True, **tail).mean(1)
+        expected = attention_energy(
+            q,
+            k,
+            family,
+            precision=a.precision,
+            log_mix=a.mixing_of(x, k, a.precision),
+            is_causal=True,
+            **tail,
+        ).mean(1)
     torch.testing.assert_close(one.energy, expected)
     torch.testing.assert_close(many.energy, expected[:, 6:])
 
@@ -329,10 +435,14 @@ def test_errors():
     assert "another model with the same configuration" in says(extend, make(SMALL), tokens, cache)
     assert "the cache has 2 rows, but tokens have 1" in says(extend, model, tokens[:1], cache)
     extend(model, tokens, cache)
-    assert "the cache is full: it holds 4 of 6 tokens, and 4 more do not fit" in says(extend, model, tokens, cache)
+    assert "the cache is full: it holds 4 of 6 tokens, and 4 more do not fit" in says(
+        extend, model, tokens, cache
+    )
     assert "none of them zero" in says(extend, model, tokens[:, :0], cache)
     assert "range over 11..11" in says(extend, model, torch.full((2, 1), 11), cache)
-    assert "counts must be 2 numbers from 1 to 1, got [1, 2]" in says(extend, model, tokens[:, :1], cache, counts=[1, 2])
+    assert "counts must be 2 numbers from 1 to 1, got [1, 2]" in says(
+        extend, model, tokens[:, :1], cache, counts=[1, 2]
+    )
     assert "settle_steps" in says(extend, model, tokens[:, :1], cache, settle_steps=-1)
     assert cache.lengths == [4, 4]
     assert "cannot trim a cache of 4 tokens to 5" in says(cache.trim, 5)
@@ -371,6 +481,7 @@ def test_a_token_costs_the_same_work_at_every_position():
 
     class Count(TorchDispatchMode):
         n = 0
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.n += 1
             return func(*args, **(kwargs or {}))
@@ -382,7 +493,10 @@ def test_a_token_costs_the_same_work_at_every_position():
             with Count() as count:
                 extend(model, token, cache)
             counts.append(count.n)
-        assert len(set(counts[2:])) <= 2 and max(counts[2:]) < 1.2 * min(counts[2:]), (family, counts)
+        assert len(set(counts[2:])) <= 2 and max(counts[2:]) < 1.2 * min(counts[2:]), (
+            family,
+            counts,
+        )
         assert math.isfinite(counts[0])
 
 
@@ -392,7 +506,13 @@ def test_a_training_step_makes_a_cache_stale() -> None:
     from pc_transformer.training import Trainer
 
     ids = random_tokens(400)
-    changes = {"model.vocab_size": 11, "model.block_size": 16, "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16}
+    changes = {
+        "model.vocab_size": 11,
+        "model.block_size": 16,
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.d_model": 16,
+    }
     trainer = Trainer(replace(RunConfig(), **changes), ids[:300], ids[300:], torch.device("cpu"))
     cache = KVCache.allocate(trainer.model, 1)
     extend(trainer.model, random_tokens(1, 4), cache)
@@ -414,7 +534,9 @@ def test_rule_5_with_copies_of_the_weights(family, option, rows, monkeypatch):
     cache.copy_weights()
     with torch.no_grad():
         full, prompt = model(tokens), model(tokens[:, :6])
-    assert cache.copies and torch.equal(extend(model, tokens[:, :6], cache), prompt)       # a prompt is the model's own pass
+    assert cache.copies and torch.equal(
+        extend(model, tokens[:, :6], cache), prompt
+    )  # a prompt is the model's own pass
     close(torch.cat([extend(model, t, cache) for t in tokens[:, 6:].split(1, 1)], 1), full[:, 6:])
 
 
@@ -439,13 +561,21 @@ def test_copies_follow_the_weights_and_the_rows(monkeypatch):
 
 def test_what_is_not_copied():
     double, odd = torch.nn.Linear(512, 512).double(), torch.nn.Linear(600, 400)
-    assert copied(double, 1) is copied(double, 8) is copied(odd, 1) is copied(torch.nn.Linear(8, 64), 1) is None
+    assert (
+        copied(double, 1)
+        is copied(double, 8)
+        is copied(odd, 1)
+        is copied(torch.nn.Linear(8, 64), 1)
+        is None
+    )
     assert copied(torch.nn.Linear(400, 600), 1) is not None
 
 
 def wide(**changes) -> PCTransformer:
     """A model some of whose weights are copied."""
-    return PCTransformer(replace(SMALL, n_layer=1, n_head=6, d_model=384, attention="dot", **changes), seed=1).eval()
+    return PCTransformer(
+        replace(SMALL, n_layer=1, n_head=6, d_model=384, attention="dot", **changes), seed=1
+    ).eval()
 
 
 def fused_step(model: PCTransformer) -> None:
@@ -470,8 +600,13 @@ def from_a_vector(model: PCTransformer) -> None:
     torch.nn.utils.vector_to_parameters(-vector, model.parameters())
 
 
-CHANGES = {"fused": fused_step, "data": lambda m: m.predictors[2].up.weight.data.mul_(-3), "replaced": replaced,
-           "inference": in_inference_mode, "vector": from_a_vector}
+CHANGES = {
+    "fused": fused_step,
+    "data": lambda m: m.predictors[2].up.weight.data.mul_(-3),
+    "replaced": replaced,
+    "inference": in_inference_mode,
+    "vector": from_a_vector,
+}
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -497,7 +632,7 @@ def test_restart_renews_what_no_look_can_see():
     model, tokens = wide(), random_tokens(1, 4)
     cache = KVCache.allocate(model)
     cache.copy_weights()
-    model.predictors[2].up.weight.data[0] *= 1e4              # a row that holds none of the numbers looked at
+    model.predictors[2].up.weight.data[0] *= 1e4  # a row that holds none of the numbers looked at
     assert cache.current()
     cache.restart()
     found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1)
@@ -506,12 +641,24 @@ def test_restart_renews_what_no_look_can_see():
 
 
 def test_numbers_of_every_kind_of_parameter():
-    for p in (torch.randn(()), torch.randn(3), torch.randn(40, 50), torch.randn(40, 50).T, torch.randn(6, 2, 1, 8),
-              torch.randn(4, 5, dtype=torch.bfloat16), torch.randn(4, 5, dtype=torch.float64), torch.zeros(0, 3)):
+    for p in (
+        torch.randn(()),
+        torch.randn(3),
+        torch.randn(40, 50),
+        torch.randn(40, 50).T,
+        torch.randn(6, 2, 1, 8),
+        torch.randn(4, 5, dtype=torch.bfloat16),
+        torch.randn(4, 5, dtype=torch.float64),
+        torch.zeros(0, 3),
+    ):
         looked = probe(p)
         before = looked.clone()
         p.sub_(1)
-        assert looked.numel() == 0 if p.numel() == 0 else 1 <= looked.numel() <= 8 and not torch.equal(looked, before)
+        assert (
+            looked.numel() == 0
+            if p.numel() == 0
+            else 1 <= looked.numel() <= 8 and not torch.equal(looked, before)
+        )
     nan = torch.full((9,), math.nan)
     assert torch.equal(probe(nan), probe(nan.clone()))
 
@@ -523,7 +670,10 @@ def test_copies_are_not_read_under_autocast(rows):
     quick.copy_weights()
     for inside in (False, True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-            a, b = (torch.cat([extend(model, t, cache) for t in tokens[:, :2].split(1, 1)], 1) for cache in (plain, quick))
+            a, b = (
+                torch.cat([extend(model, t, cache) for t in tokens[:, :2].split(1, 1)], 1)
+                for cache in (plain, quick)
+            )
         assert torch.equal(a, b) if inside else torch.allclose(a, b, atol=1e-4)
 
 
@@ -553,7 +703,9 @@ def test_copies_do_not_pass_by_hooks_and_pruning():
     caches[0].copy_weights()
     model.predictors[2].up.register_forward_hook(lambda _, x, y: 2 * y)
     with torch.no_grad():
-        a, b = (torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1) for cache in caches)
+        a, b = (
+            torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1) for cache in caches
+        )
         close(a, b)
         close(a, model(tokens))
 
@@ -601,7 +753,11 @@ def test_a_pickled_cache_goes_on(copies, dtype):
         cache.copy_weights()
     extend(model, tokens[:, :5], cache)
     for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
-        assert bool(other.copies) == copies and other.lengths == cache.lengths and other.nbytes == cache.nbytes
+        assert (
+            bool(other.copies) == copies
+            and other.lengths == cache.lengths
+            and other.nbytes == cache.nbytes
+        )
         twin = cache.select(range(4))
         for t in tokens[:, 5:].split(1, 1):
             close(extend(other.model, t, other), extend(model, t, twin))
@@ -640,7 +796,9 @@ def test_columns_describe_the_stored_keys(family, option, dtype):
     for t in tokens[:, 6:].split(1, 1):
         extend(model, t, cache)
     reader = cache.readers[0]
-    new = torch.randn(2, reader.Hk, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    new = torch.randn(
+        2, reader.Hk, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     for revised in (False, True):
         if revised:
             cache.revise(0, torch.tensor([2, 5]), new, 3 * new)
@@ -652,10 +810,14 @@ def test_columns_describe_the_stored_keys(family, option, dtype):
         squares = (cache.keys(0, 9)[:, :, None] + shift).square()
         kappa = lam * squares.sum(-1) if reader.own else (lam * squares).sum(-1)
         if "kappa" in cache.column:
-            torch.testing.assert_close(cache.column["kappa"][0][..., :9], kappa, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                cache.column["kappa"][0][..., :9], kappa, rtol=1e-9, atol=1e-9
+            )
         elif "bias" in cache.column and config.mixing == "equal":
             prior = lam.log() * (reader.d / 2) if reader.own else 0
-            torch.testing.assert_close(cache.column["bias"][0][..., :9], prior - kappa / 2, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                cache.column["bias"][0][..., :9], prior - kappa / 2, rtol=1e-9, atol=1e-9
+            )
 
 
 def test_a_cache_holds_as_many_tokens_as_it_says():
@@ -665,7 +827,9 @@ def test_a_cache_holds_as_many_tokens_as_it_says():
         for part in tokens.split(parts, 1):
             extend(model, part, cache)
         assert cache.length == cache.capacity == 8
-        assert "the cache is full: it holds 8 of 8 tokens, and 1 more do not fit" in says(extend, model, tokens[:, :1], cache)
+        assert "the cache is full: it holds 8 of 8 tokens, and 1 more do not fit" in says(
+            extend, model, tokens[:, :1], cache
+        )
         cache.trim(8), cache.trim(7)
         extend(model, tokens[:, 7:], cache)
         assert cache.lengths == [8, 8]
@@ -681,9 +845,14 @@ def test_a_reader_refuses_numbers_that_are_none(name):
             odd = math.inf if name == "background" and value == 1e4 else value
             getattr(model.predictors[1].attention, name).flatten()[0] = odd
         if name == "log_mix" and value == 1e4:
-            continue                                               # a log weight may be large
-        for call in (lambda model=model: KVCache.allocate(model), lambda model=model: model(random_tokens(1, 4))):
-            with pytest.raises(ValueError, match="positive and finite|must lie in|minus infinity or lie within"):
+            continue  # a log weight may be large
+        for call in (
+            lambda model=model: KVCache.allocate(model),
+            lambda model=model: model(random_tokens(1, 4)),
+        ):
+            with pytest.raises(
+                ValueError, match="positive and finite|must lie in|minus infinity or lie within"
+            ):
                 call()
 
 
@@ -695,7 +864,7 @@ def test_a_token_whose_precision_is_none_is_refused_by_every_way_to_read_it():
     with torch.no_grad():
         a, e = model.predictors[1].attention, model.predictors[0]
         e.token.weight[7] = 0
-        e.token.weight[7, 0], a.precision_map[:, 0] = 50, 200.0        # overflows for this token alone
+        e.token.weight[7, 0], a.precision_map[:, 0] = 50, 200.0  # overflows for this token alone
         e.token.weight[:7, 0] = e.token.weight[8:, 0] = e.position.weight[:, 0] = 0
         a.precision_map[:, 1:] = 0
     words = "precision of gaussian attention must be positive and finite in float32, but holds inf"
@@ -708,7 +877,7 @@ def test_a_token_whose_precision_is_none_is_refused_by_every_way_to_read_it():
         for new in (odd, torch.cat([odd, tokens[:, :1]], 1)):
             assert words in says(extend, model, new, cache)
             assert cache.lengths == before
-        extend(model, tokens[:, 4:6], cache)                           # and goes on
+        extend(model, tokens[:, 4:6], cache)  # and goes on
         assert cache.lengths == [n + 2 for n in before]
     cache = KVCache.allocate(model, 2)
     assert words in says(extend, model, odd.expand(2, 3), cache) and cache.lengths == [0, 0]
@@ -719,9 +888,15 @@ def test_types_are_looked_at_first():
     cache = KVCache.allocate(model, 2, 8)
     extend(model, tokens, cache)
     for value in (1.5, True, "2", None):
-        for call in (lambda x: KVCache.allocate(model, x), cache.trim, cache.expand, lambda x: cache.select([x]),
-                     lambda x: extend(model, tokens, cache, counts=[x, 1]), lambda x: cache.revise(x, torch.tensor([0])),
-                     lambda x: extend(model, tokens, cache, settle_steps=x)):
+        for call in (
+            lambda x: KVCache.allocate(model, x),
+            cache.trim,
+            cache.expand,
+            lambda x: cache.select([x]),
+            lambda x: extend(model, tokens, cache, counts=[x, 1]),
+            lambda x: cache.revise(x, torch.tensor([0])),
+            lambda x: extend(model, tokens, cache, settle_steps=x),
+        ):
             assert f"must be a whole number, got {value!r}" in says(call, value)
         if value is not None:
             assert "length must be a whole number" in says(KVCache.allocate, model, 1, value)
@@ -734,11 +909,15 @@ def test_types_are_looked_at_first():
     assert "layer must lie in 0..1, got 2" in says(cache.revise, 2, torch.tensor([0]))
     assert "layer must be at least 0, got -1" in says(cache.revise, -1, torch.tensor([0]))
     for value in ("k", torch.zeros(2, 4, 1, 8, dtype=torch.int64)):
-        assert "keys and values of a floating dtype" in says(cache.revise, 0, torch.tensor([0]), value)
+        assert "keys and values of a floating dtype" in says(
+            cache.revise, 0, torch.tensor([0]), value
+        )
     kept = cache.keys(0, 4).clone()
     fine, wrong = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 2, 8)
-    assert "revise needs shape (2, 4, 1, 8)" in says(cache.revise, 0, torch.tensor([0]), fine, wrong)
-    assert torch.equal(cache.keys(0, 4), kept)                         # nothing is half written
+    assert "revise needs shape (2, 4, 1, 8)" in says(
+        cache.revise, 0, torch.tensor([0]), fine, wrong
+    )
+    assert torch.equal(cache.keys(0, 4), kept)  # nothing is half written
     twin = cache.select(torch.tensor([1, 0]))
     assert twin.lengths == [4, 4] and cache.lengths == [4, 4]
     extend(model, tokens, cache, counts=torch.tensor([2, 4]))
@@ -757,7 +936,10 @@ def test_what_is_no_number_stays_none_in_eight_bits():
 @pytest.mark.parametrize("family", ["dot", "gaussian", "mixture", "student_t"])
 def test_a_background_in_half_precision(family: str, dtype: torch.dtype) -> None:
     """The score of nothing is float32, what is read stays in the model's own precision; cached and not."""
-    model, x = make(replace(SMALL, attention=family, background=True), dtype, 1.0), random_tokens(2, 8)
+    model, x = (
+        make(replace(SMALL, attention=family, background=True), dtype, 1.0),
+        random_tokens(2, 8),
+    )
     with torch.no_grad():
         logits, cache = model(x), KVCache.allocate(model, 2, 8)
         at_once = extend(model, x, KVCache.allocate(model, 2, 8))

@@ -43,11 +43,25 @@ from pc_transformer.training import (
     write_text,
 )
 
-FAMILIES = ("dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated")
+FAMILIES = (
+    "dot",
+    "gaussian",
+    "student_t",
+    "laplace",
+    "mixture",
+    "huber",
+    "generalized_gaussian",
+    "logistic",
+    "contaminated",
+)
 TINY = ModelConfig(7, 6, 1, 2, 8)
 TOKENS = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(7, (200,), generator=torch.Generator().manual_seed(1))
-RUN = RunConfig(TINY, LearnerConfig(), TrainConfig(iters=6, batch_size=2, warmup_iters=2, eval_interval=2, checkpoint_interval=1))
+RUN = RunConfig(
+    TINY,
+    LearnerConfig(),
+    TrainConfig(iters=6, batch_size=2, warmup_iters=2, eval_interval=2, checkpoint_interval=1),
+)
 
 
 def made(config: ModelConfig = TINY, seed: int = 0) -> PCTransformer:
@@ -69,7 +83,9 @@ def one_sentence(error: pytest.ExceptionInfo[Any] | Exception) -> str:
     return said
 
 
-def refused(call: Callable[..., Any], *args: Any, says: str = ".", kind: type[Exception] = CheckpointError) -> str:
+def refused(
+    call: Callable[..., Any], *args: Any, says: str = ".", kind: type[Exception] = CheckpointError
+) -> str:
     with pytest.raises(kind, match=says) as error:
         call(*args)
     return one_sentence(error)
@@ -101,7 +117,10 @@ def shared(model: PCTransformer) -> None:
     layer = model.predictors[2]
     whole = torch.cat([layer.up.weight.detach().flatten(), layer.down.weight.detach().flatten()])
     n = layer.up.weight.numel()
-    layer.up.weight.data, layer.down.weight.data = whole[:n].view_as(layer.up.weight), whole[n:].view_as(layer.down.weight)
+    layer.up.weight.data, layer.down.weight.data = (
+        whole[:n].view_as(layer.up.weight),
+        whole[n:].view_as(layer.down.weight),
+    )
 
 
 def same_memory(model: PCTransformer) -> None:
@@ -212,7 +231,9 @@ def test_what_load_could_not_give_back_is_refused(what: str, tmp_path: Path) -> 
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_model_with_any_changes(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_model_with_any_changes(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     "Saved and the same again, or refused and nothing written: there is no third."
     family = data.draw(st.sampled_from(FAMILIES))
     extras = st.fixed_dictionaries({
@@ -222,8 +243,14 @@ def test_any_model_with_any_changes(data: st.DataObject, tmp_path_factory: pytes
         "precision": st.sampled_from(("head",) if family == "dot" else ("head", "key", "diagonal")),
         "mixing": st.sampled_from(("equal", "key") if family == "dot" else ("equal", "norm", "key")),
         "precision_init": st.sampled_from((None, 0.7))})  # fmt: skip
-    model = made(replace(TINY, attention=family, **data.draw(extras)), seed=data.draw(st.integers(0, 9)))
-    for change in data.draw(st.lists(st.sampled_from([*ACCEPTED.values(), *(c for c, _ in REFUSED.values())]), max_size=2)):
+    model = made(
+        replace(TINY, attention=family, **data.draw(extras)), seed=data.draw(st.integers(0, 9))
+    )
+    for change in data.draw(
+        st.lists(
+            st.sampled_from([*ACCEPTED.values(), *(c for c, _ in REFUSED.values())]), max_size=2
+        )
+    ):
         try:
             change(model)
         except Exception:  # some changes do not go together
@@ -270,20 +297,27 @@ def test_tokenizers_that_would_come_back_as_others(tmp_path: Path) -> None:
     refused(save, made(), tmp_path / "model", Lower("abcdefg"), says="tokenizer", kind=ValueError)
     assert not list(tmp_path.iterdir())
     for vocabulary in ("abcdef\ud800", "\x00\n ab\u2028\U0001f642"):
-        assert load_tokenizer(save(made(), tmp_path / "model", CharTokenizer(vocabulary))) == CharTokenizer(vocabulary)
+        assert load_tokenizer(
+            save(made(), tmp_path / "model", CharTokenizer(vocabulary))
+        ) == CharTokenizer(vocabulary)
 
 
 # ---- folders
 
 
-def test_nothing_of_the_process_is_changed_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_process_is_changed_and_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Files get the mode that the process's mask leaves, and nobody sets that mask, not even for a moment."
     before = os.umask(0o027)
     try:
         monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was set"))
         save(made(), tmp_path / "a" / "model")
         write_text(tmp_path / "b" / "text", "words")
-        modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "a" / "model", tmp_path / "b" / "text")}
+        modes = {
+            p.name: p.stat().st_mode & 0o777
+            for p in (tmp_path / "a" / "model", tmp_path / "b" / "text")
+        }
     finally:
         monkeypatch.undo()
         os.umask(before)
@@ -315,14 +349,19 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
     assert "thesis.txt" in refused(save, made(), tmp_path / "home", kind=OSError)
     refused(save, made(), tmp_path / "home" / "thesis.txt", says="is a file", kind=OSError)
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "years" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years" and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     save(made(), tmp_path / "model")
     (tmp_path / "latest").symlink_to("model")
     save(made(seed=1), tmp_path / "latest")
-    assert (tmp_path / "latest").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["latest", "model"]
+    assert (tmp_path / "latest").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "latest",
+        "model",
+    ]
     same(made(seed=1), load(tmp_path / "model"))
 
 
@@ -404,7 +443,9 @@ def test_every_flipped_bit_is_found(name: str, whole: Path, tmp_path: Path) -> N
         data[place // 8] ^= 1 << place % 8
         file.write_bytes(data)
         if outcome(tmp_path / "run") == "read":
-            assert name.endswith("json") and json.loads(data) == json.loads(intact), f"bit {place} of {name}"
+            assert name.endswith("json") and json.loads(data) == json.loads(intact), (
+                f"bit {place} of {name}"
+            )
     file.write_bytes(intact)
     take_all(tmp_path / "run")
 
@@ -421,13 +462,39 @@ def test_every_truncation_is_found(name: str, whole: Path, tmp_path: Path) -> No
         assert outcome(tmp_path / "run") != "read" or (name.endswith("json") and more == b" ")
 
 
-VALUES = (None, True, False, 0, 1, -1, 2**70, 10**310, 1.5, -0.5, 1e308, "", "x", "1", [], [1], [[]], {}, {"a": 1})
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**70,
+    10**310,
+    1.5,
+    -0.5,
+    1e308,
+    "",
+    "x",
+    "1",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": 1},
+)
 
 
 def places(about: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     "Where something stands in JSON."
     yield path
-    inside = about.items() if isinstance(about, dict) else enumerate(about) if isinstance(about, list) else ()
+    inside = (
+        about.items()
+        if isinstance(about, dict)
+        else enumerate(about)
+        if isinstance(about, list)
+        else ()
+    )
     for key, value in list(inside)[:6] if isinstance(about, list) else list(inside):
         yield from places(value, (*path, key))
 
@@ -454,7 +521,9 @@ def test_every_value_of_every_type(name: str, sealed: bool, whole: Path, tmp_pat
                 new = new | {"sha256": digest(new)}
             file.write_text(json.dumps(new))
             if outcome(tmp_path / "run") == "read":
-                assert sealed or json.dumps(new, sort_keys=True) == json.dumps(about, sort_keys=True), (path, value)
+                assert sealed or json.dumps(new, sort_keys=True) == json.dumps(
+                    about, sort_keys=True
+                ), (path, value)
 
 
 @pytest.mark.parametrize(
@@ -475,16 +544,30 @@ def test_every_value_of_every_type(name: str, sealed: bool, whole: Path, tmp_pat
         ({"run": {"model": 3}}, "settings"),
     ],
 )
-def test_a_record_that_no_run_writes(changes: dict[str, Any], says: str, whole: Path, tmp_path: Path) -> None:
+def test_a_record_that_no_run_writes(
+    changes: dict[str, Any], says: str, whole: Path, tmp_path: Path
+) -> None:
     file = shutil.copytree(whole, tmp_path / "run") / "step-000004" / "training.json"
     reseal(file, **changes)
     fresh = trainer()
     before = [p.clone() for p in fresh.model.parameters()]
     refused(resume, fresh, tmp_path / "run", says=says)
-    assert fresh.step == 0 and all(map(torch.equal, before, fresh.model.parameters())) and not fresh.optimizer.state
+    assert (
+        fresh.step == 0
+        and all(map(torch.equal, before, fresh.model.parameters()))
+        and not fresh.optimizer.state
+    )
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"config":' * 5000 + "1" + "}" * 5000, "9" * 5000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"config":' * 5000 + "1" + "}" * 5000,
+        "9" * 5000,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
 @pytest.mark.parametrize("name", ["config.json", "training.json"])
 def test_deep_and_endless_json(name: str, text: str, whole: Path, tmp_path: Path) -> None:
     file = shutil.copytree(whole, tmp_path / "run") / "step-000004" / name
@@ -495,7 +578,9 @@ def test_deep_and_endless_json(name: str, text: str, whole: Path, tmp_path: Path
 @pytest.mark.parametrize("depth", [50, 300, 600, 900, 980])
 @pytest.mark.parametrize("place", [("config.json", "tokenizer"), ("config.json", "config"), ("training.json", "record"),
                                    ("training.json", "run"), ("training.json", "extra")])  # fmt: skip
-def test_json_that_is_deep_in_one_place(place: tuple[str, str], depth: int, whole: Path, tmp_path: Path) -> None:
+def test_json_that_is_deep_in_one_place(
+    place: tuple[str, str], depth: int, whole: Path, tmp_path: Path
+) -> None:
     "Deep enough to be read and too deep to be looked at."
     file = shutil.copytree(whole, tmp_path / "run") / "step-000004" / place[0]
     about = json.loads(file.read_text())
@@ -505,7 +590,9 @@ def test_json_that_is_deep_in_one_place(place: tuple[str, str], depth: int, whol
 
 
 @pytest.mark.parametrize("size", ["vocab_size", "block_size", "n_layer", "d_model", "n_component"])
-def test_a_configuration_that_asks_for_the_moon(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_that_asks_for_the_moon(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Compared with the file before anything is made: no memory, no time."
 
     def built(*args: Any) -> PCTransformer:
@@ -521,17 +608,27 @@ def test_a_configuration_that_asks_for_the_moon(size: str, tmp_path: Path, monke
         assert time.process_time() - began < 5
     monkeypatch.setattr(training, "PCTransformer", built)
     for other in (3, 5, 11):
-        reseal(folder / "config.json", config=saved | {size: other * (2 if size == "d_model" else 1)})
+        reseal(
+            folder / "config.json", config=saved | {size: other * (2 if size == "d_model" else 1)}
+        )
         refused(load, folder, says="has shape|lacks|too few")
 
 
 def test_files_of_two_models_are_not_mixed(tmp_path: Path) -> None:
     "The same names and shapes, other weights; and a configuration that the tensors cannot contradict."
-    one, two = (save(made(replace(TINY, attention="dot"), seed=s), tmp_path / f"{s}") for s in (1, 2))
+    one, two = (
+        save(made(replace(TINY, attention="dot"), seed=s), tmp_path / f"{s}") for s in (1, 2)
+    )
     shutil.copy(two / "model.safetensors", one)
     refused(load, one, says="SHA-256")
     about = json.loads((two / "config.json").read_text())
-    for change in ({"n_head": 4}, {"window": 3}, {"gelu": "tanh"}, {"dropout": 0.5}, {"qk_norm": True}):
+    for change in (
+        {"n_head": 4},
+        {"window": 3},
+        {"gelu": "tanh"},
+        {"dropout": 0.5},
+        {"qk_norm": True},
+    ):
         (two / "config.json").write_text(json.dumps(about | {"config": about["config"] | change}))
         refused(load, two, says="SHA-256")
 
@@ -568,7 +665,9 @@ def plain_descent(t: Trainer) -> None:
 
 
 @pytest.mark.parametrize("change", [freeze, plain_descent])
-def test_a_run_that_could_not_be_resumed_is_not_saved(change: Callable[[Trainer], None], tmp_path: Path) -> None:
+def test_a_run_that_could_not_be_resumed_is_not_saved(
+    change: Callable[[Trainer], None], tmp_path: Path
+) -> None:
     run = trainer()
     change(run)
     run.learner = training.make_learner(LearnerConfig("backprop"))
@@ -582,7 +681,13 @@ def test_moments_that_are_no_numbers(whole: Path, tmp_path: Path) -> None:
     run = trainer(steps=2)
     p = run.model.predictors[1].norm.weight
     run.optimizer.state[p]["exp_avg_sq"][0] = math.inf
-    refused(save_checkpoint, run, tmp_path / "new", says=r"exp_avg_sq:predictors\.1\.norm", kind=FloatingPointError)
+    refused(
+        save_checkpoint,
+        run,
+        tmp_path / "new",
+        says=r"exp_avg_sq:predictors\.1\.norm",
+        kind=FloatingPointError,
+    )
     assert not (tmp_path / "new").exists()
     place = shutil.copytree(whole, tmp_path / "run") / "step-000004"
     moments = training.load_file(place / "optimizer.safetensors")
@@ -592,18 +697,36 @@ def test_moments_that_are_no_numbers(whole: Path, tmp_path: Path) -> None:
     refused(resume, trainer(), tmp_path / "run", says=r"exp_avg:output\.norm\.weight.*finite")
 
 
-WILD = {"train.learning_rate": 300.0, "train.warmup_iters": 600, "train.iters": 900, "train.eval_interval": 900}
+WILD = {
+    "train.learning_rate": 300.0,
+    "train.warmup_iters": 600,
+    "train.iters": 900,
+    "train.eval_interval": 900,
+}
 
 
 @pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
 def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path) -> None:
     "The checkpoints that stay are finite, one of them from before the loss exploded; the cause is named, not the symptom."
     run = trainer(replace(RUN, **WILD, **{"learner.algorithm": algorithm}))
-    said = refused(train, run, tmp_path / "run", says="diverged by step .* lower the learning rate", kind=FloatingPointError)
+    said = refused(
+        train,
+        run,
+        tmp_path / "run",
+        says="diverged by step .* lower the learning rate",
+        kind=FloatingPointError,
+    )
     assert "precision" not in said and "step-" in said
     kept = checkpoints(tmp_path / "run")
-    assert 2 <= len(kept) <= 3 and all(p.isfinite().all() for f in kept for p in load(f).parameters())
-    good = min(kept, key=lambda p: run.losses[training.step_of(p)] if training.step_of(p) < len(run.losses) else math.inf)
+    assert 2 <= len(kept) <= 3 and all(
+        p.isfinite().all() for f in kept for p in load(f).parameters()
+    )
+    good = min(
+        kept,
+        key=lambda p: (
+            run.losses[training.step_of(p)] if training.step_of(p) < len(run.losses) else math.inf
+        ),
+    )
     assert run.losses[training.step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
     assert math.isfinite(evaluate(load(good), IDS, 6)) and good.name in said
     assert not list((tmp_path / "run").glob(".*"))
@@ -620,10 +743,15 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
     said = refused(
         lambda: train(trainer(replace(RUN, **{"train.eval_interval": 100})), tmp_path / "run", after_step=overflow),
         says=r"predictors\.2\.up\.weight.*lower the learning rate", kind=FloatingPointError)  # fmt: skip
-    assert "after step 3" in said and [p.name for p in checkpoints(tmp_path / "run")] == ["step-000001", "step-000002"]
+    assert "after step 3" in said and [p.name for p in checkpoints(tmp_path / "run")] == [
+        "step-000001",
+        "step-000002",
+    ]
 
 
-def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settling_that_fails_without_divergence_keeps_its_own_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = trainer(steps=1)
 
     def fail(*args: Any) -> float:
@@ -637,8 +765,13 @@ def test_settling_that_fails_without_divergence_keeps_its_own_words(monkeypatch:
     refused(run.advance, says="diverged by step 1", kind=FloatingPointError)
 
 
-@pytest.mark.parametrize("losses", [[1.0, 2, 3, 9, 4, 3.5, 9], [3.0, 2, 1.2, 1.3, 1.6, 1.9, 2.5], [4.0, 3, 2, 1.5, 1, 0.9, 0.5]])
-def test_the_best_checkpoint_stays_however_slowly_a_run_diverges(losses: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "losses",
+    [[1.0, 2, 3, 9, 4, 3.5, 9], [3.0, 2, 1.2, 1.3, 1.6, 1.9, 2.5], [4.0, 3, 2, 1.5, 1, 0.9, 0.5]],
+)
+def test_the_best_checkpoint_stays_however_slowly_a_run_diverges(
+    losses: list[float], tmp_path: Path
+) -> None:
     "Training loss k is that of the weights after k steps."
     run = trainer()
     for step in range(1, 8):
@@ -653,16 +786,27 @@ def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
     run = trainer(steps=1)
     with torch.no_grad():
         run.model.predictors[1].attention.log_precision.fill_(1e4)
-    refused(save_checkpoint, run, tmp_path / "run", says="diverged by step 1, .*lower", kind=FloatingPointError)
+    refused(
+        save_checkpoint,
+        run,
+        tmp_path / "run",
+        says="diverged by step 1, .*lower",
+        kind=FloatingPointError,
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
-def test_a_wrong_batch_is_no_divergence(algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_batch_is_no_divergence(
+    algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Unknown tokens, nothing to predict, targets out of range: their own sentence, also where weights are large but finite."
     for large in (False, True):
-        run = trainer(replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}), steps=1)
+        run = trainer(
+            replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}),
+            steps=1,
+        )
         tokens, targets = run.batch(1)
         if large:
             with torch.no_grad():
@@ -686,7 +830,9 @@ def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(run, "learn", fail)
     with torch.no_grad():
-        for f in run.model.predictors[1:]:  # in front of a norm, and back: the output is what it was
+        for f in run.model.predictors[
+            1:
+        ]:  # in front of a norm, and back: the output is what it was
             for p in f.parameters():
                 p.mul_(3 if p.dim() >= 2 else 1)
         run.model.predictors[0].position.weight.fill_(5.0)
@@ -697,7 +843,11 @@ def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
     train(trainer(), tmp_path)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000005", "step-000006"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "step-000005", "step-000006"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.yaml",
+        "step-000005",
+        "step-000006",
+    ]
 
 
 def test_a_damaged_newest_checkpoint_costs_one_interval(tmp_path: Path) -> None:
@@ -776,7 +926,9 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_run_config(RUN, run)
     before = (run / "config.yaml").read_text()
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         other = replace(RUN, **{"train.seed": 5})
@@ -787,13 +939,17 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    assert (run / ".lock").exists(), "the test proves nothing: the lock was given back in good order"
+    assert (run / ".lock").exists(), (
+        "the test proves nothing: the lock was given back in good order"
+    )
     train(trainer(), run)
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-000005", "step-000006"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_the_folder_is_given_back_however_training_ends(error: type[BaseException], tmp_path: Path) -> None:
+def test_the_folder_is_given_back_however_training_ends(
+    error: type[BaseException], tmp_path: Path
+) -> None:
     def fail(t: Trainer) -> None:
         raise error
 
@@ -835,7 +991,10 @@ def test_a_run_does_not_go_on_with_anothers_checkpoints(tmp_path: Path) -> None:
     other = replace(RUN, **{"train.seed": 5})
     for fresh in (trainer(other), trainer(steps=3)):
         refused(train, fresh, tmp_path, says="step-000006.*did not write")
-    assert kept == {p: p.stat().st_ino for p in checkpoints(tmp_path)} and read_run_config(tmp_path) == RUN
+    assert (
+        kept == {p: p.stat().st_ino for p in checkpoints(tmp_path)}
+        and read_run_config(tmp_path) == RUN
+    )
 
 
 def test_what_train_writes_can_be_resumed_from_its_folder_alone(tmp_path: Path) -> None:

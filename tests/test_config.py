@@ -30,7 +30,9 @@ positive = st.floats(5e-324, 1e300, allow_nan=False)
 rate = st.floats(5e-324, 1e30, allow_nan=False)  # what an optimiser multiplies by
 fraction = st.floats(0, 1, exclude_max=True)
 rates = st.tuples(rate, rate).map(sorted)
-counts = st.fixed_dictionaries({k: sizes for k in ("iters", "batch_size", "eval_interval", "checkpoint_interval")})
+counts = st.fixed_dictionaries(
+    {k: sizes for k in ("iters", "batch_size", "eval_interval", "checkpoint_interval")}
+)
 
 
 @st.composite
@@ -65,7 +67,11 @@ def learners_(draw) -> LearnerConfig:
     step_size = draw(st.floats(0, 1, exclude_min=True)) if steps > 1 else 1.0
     algorithm = draw(st.sampled_from(["predictive_coding", "backprop"]))
     end = {"steps_end": draw(st.none() | st.integers(2, 9))} if steps > 1 else {}
-    own = {"tolerance": draw(st.floats(0, 0.9)), "centred": draw(st.booleans()), "lean": draw(st.booleans())}
+    own = {
+        "tolerance": draw(st.floats(0, 0.9)),
+        "centred": draw(st.booleans()),
+        "lean": draw(st.booleans()),
+    }
     own["relative_precision_end"] = draw(st.none() | positive)
     return LearnerConfig(algorithm, steps, draw(positive), step_size, **own, **end)
 
@@ -104,7 +110,9 @@ def test_replace_changes_one_value_and_leaves_the_old_object(run: RunConfig, ite
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=5), t, max_size=3))
+trees = st.recursive(
+    scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=5), t, max_size=3)
+)
 
 
 @quick
@@ -145,7 +153,10 @@ def test_numbers_are_finite(value: object) -> None:
     [
         ("model: {n_layer: 2}\nmodel: {n_layer: 3}", "line 2: the key 'model' appears twice"),
         ("model: {d_model: 130}", "in model: d_model = 130 .* 128 or 132 would do"),
-        ("modell: {}", "unknown key 'modell'; the keys of RunConfig are model, learner, train, data"),
+        (
+            "modell: {}",
+            "unknown key 'modell'; the keys of RunConfig are model, learner, train, data",
+        ),
         ("- a", "expected a mapping"),
         ("", "is empty"),
         ("? [a]\n: 1", "not valid YAML"),
@@ -200,13 +211,25 @@ def test_edges(right: str, wrong: str, says: str) -> None:
 
 
 def test_an_unquoted_exponent_is_a_number() -> None:
-    assert from_yaml(TrainConfig, "{learning_rate: 1e-2, seed: 7}") == TrainConfig(learning_rate=0.01, seed=7)
+    assert from_yaml(TrainConfig, "{learning_rate: 1e-2, seed: 7}") == TrainConfig(
+        learning_rate=0.01, seed=7
+    )
 
 
 def test_the_defaults_are_nanogpts_cpu_run() -> None:
     run = RunConfig()
-    assert (run.model.n_layer, run.model.n_head, run.model.d_model, run.model.block_size) == (4, 4, 128, 64)
+    assert (run.model.n_layer, run.model.n_head, run.model.d_model, run.model.block_size) == (
+        4,
+        4,
+        128,
+        64,
+    )
     assert (run.train.iters, run.train.batch_size, run.train.warmup_iters) == (2000, 12, 100)
     assert (run.train.learning_rate, run.train.min_learning_rate) == (1e-3, 1e-4)
-    assert (run.train.beta1, run.train.beta2, run.train.weight_decay, run.train.grad_clip) == (0.9, 0.99, 0.1, 1.0)
+    assert (run.train.beta1, run.train.beta2, run.train.weight_decay, run.train.grad_clip) == (
+        0.9,
+        0.99,
+        0.1,
+        1.0,
+    )
     assert (run.model.d_head, run.model.n_node) == (32, 9)

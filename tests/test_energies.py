@@ -28,7 +28,9 @@ from pc_transformer.energies import (
 )
 
 close = torch.testing.assert_close
-quick = settings(deadline=None, max_examples=50)  # the first call of PyTorch is slow, whatever the example
+quick = settings(
+    deadline=None, max_examples=50
+)  # the first call of PyTorch is slow, whatever the example
 
 
 def tensor(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -51,7 +53,11 @@ class CountedOnce(Gaussian):
     def log_prob(self, error: Tensor, precision: float | Tensor) -> Tensor:
         log = torch.as_tensor(precision, dtype=error.dtype).log()
         log = log.sum(-1) if log.dim() else log
-        return self.link(self.quadratic(error, precision), 0) - self.log_normaliser(error.shape[-1]) + log / 2
+        return (
+            self.link(self.quadratic(error, precision), 0)
+            - self.log_normaliser(error.shape[-1])
+            + log / 2
+        )
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,18 @@ def is_a_density(family: Elliptical, precision: float) -> None:
     close(total, torch.ones_like(total), rtol=1e-10, atol=0)
 
 
-def is_normal(family: Elliptical, seed: int, shape: tuple[int, ...], own: tuple[int, ...], scale: float) -> None:
+def is_normal(
+    family: Elliptical, seed: int, shape: tuple[int, ...], own: tuple[int, ...], scale: float
+) -> None:
     "log_prob is the sum of PyTorch's normal log densities."
     error, precision = tensor(seed, shape) / scale**0.5, tensor(seed + 1, own).exp() * scale
     want = torch.distributions.Normal(0, precision.rsqrt()).log_prob(error).sum(-1)
     close(family.log_prob(error, precision), want, rtol=1e-10, atol=1e-9)
 
 
-def score_is_the_gradient(family: Elliptical, seed: int, own: tuple[int, ...], scale: float) -> None:
+def score_is_the_gradient(
+    family: Elliptical, seed: int, own: tuple[int, ...], scale: float
+) -> None:
     "score is autograd's derivative of log_prob."
     error, precision = tensor(seed, (3, 4)).requires_grad_(), tensor(seed + 1, own).exp() * scale
     (want,) = torch.autograd.grad(family.log_prob(error, precision).sum(), error)
@@ -184,7 +194,10 @@ def test_a_target_is_in_the_vocabulary(target: int, V: int) -> None:
 def test_fitted_probabilities_sum_to_one(seen: list[int], smoothing: float) -> None:
     fitted = Categorical().fit(torch.tensor(seen), V=5, smoothing=smoothing).exp()
     close(fitted.sum(), torch.ones(()))
-    close(fitted[seen[0]], torch.tensor((seen.count(seen[0]) + smoothing) / (len(seen) + 5 * smoothing)))
+    close(
+        fitted[seen[0]],
+        torch.tensor((seen.count(seen[0]) + smoothing) / (len(seen) + 5 * smoothing)),
+    )
 
 
 def test_a_head_and_a_node_use_the_same_object() -> None:
@@ -208,7 +221,9 @@ BOUNDED = (StudentT, Laplace, Huber, Logistic)
 
 def radial_mass(family: Elliptical, dim: int) -> float:
     "The integral of the density over all directions and distances, at unit precision."
-    t = torch.linspace(-40, 400 if isinstance(family, StudentT) else 60, 20_001, dtype=torch.float64)
+    t = torch.linspace(
+        -40, 400 if isinstance(family, StudentT) else 60, 20_001, dtype=torch.float64
+    )
     surface = math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
     log_p = surface + dim * t + family.link((2 * t).exp(), dim) - family.log_normaliser(dim)
     return (log_p.exp().sum() * (t[1] - t[0])).item()
@@ -236,7 +251,9 @@ def test_a_wrong_normaliser_is_caught(mutant: Elliptical) -> None:
 @elliptical
 @settings(quick, max_examples=6)
 @given(seeds, owns, scales)
-def test_a_familys_score_is_the_gradient(family: Elliptical, seed: int, own: tuple[int, ...], scale: float) -> None:
+def test_a_familys_score_is_the_gradient(
+    family: Elliptical, seed: int, own: tuple[int, ...], scale: float
+) -> None:
     error, precision = tensor(seed, (3, 4)).requires_grad_(), tensor(seed + 1, own).exp() * scale
     (want,) = torch.autograd.grad(family.log_prob(error, precision).sum(), error)
     close(family.score(error.detach(), precision), want, rtol=1e-8, atol=0)
@@ -245,7 +262,9 @@ def test_a_familys_score_is_the_gradient(family: Elliptical, seed: int, own: tup
 @elliptical
 @settings(quick, max_examples=8)
 @given(st.floats(-20, 20).map(lambda x: 10**x), st.integers(1, 64))
-def test_weight_is_minus_twice_the_slope_of_the_link(family: Elliptical, u: float, dim: int) -> None:
+def test_weight_is_minus_twice_the_slope_of_the_link(
+    family: Elliptical, u: float, dim: int
+) -> None:
     at = torch.tensor([u], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(family.link(at, dim).sum(), at)
     close(family.weight(at, dim).detach(), -2 * slope, rtol=1e-8, atol=1e-300)
@@ -274,7 +293,9 @@ def test_float32_agrees_with_float64_far_from_one(family: Elliptical) -> None:
 @elliptical
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_huge_and_missing_errors_stay_what_they_are(family: Elliptical, dtype: torch.dtype) -> None:
-    huge = torch.full((1, 2), 1e15 if isinstance(family, BOUNDED) else 1e3, dtype=dtype, requires_grad=True)
+    huge = torch.full(
+        (1, 2), 1e15 if isinstance(family, BOUNDED) else 1e3, dtype=dtype, requires_grad=True
+    )
     (slope,) = torch.autograd.grad(family.log_prob(huge, 1.0).sum(), huge)
     assert slope.isfinite().all() or isinstance(family, GeneralizedGaussian)
     missing = torch.tensor([[math.nan, 0.0]], dtype=dtype)
@@ -286,25 +307,41 @@ def test_huge_and_missing_errors_stay_what_they_are(family: Elliptical, dtype: t
 def test_draws_follow_the_density(family: Elliptical, dim: int) -> None:
     n, generator = 4000, torch.Generator().manual_seed(dim)
     drawn = family.sample((n, dim), torch.full((dim,), 4.0, dtype=torch.float64), generator)
-    t = torch.linspace(-40, 400 if isinstance(family, StudentT) else 60, 20_001, dtype=torch.float64)
+    t = torch.linspace(
+        -40, 400 if isinstance(family, StudentT) else 60, 20_001, dtype=torch.float64
+    )
     p = (dim * t + family.link((2 * t).exp(), dim)).exp()
     p = p.cumsum(0) - p / 2
-    have = torch.searchsorted(family.quadratic(drawn, 4.0).sort().values, (2 * t).exp(), right=True) / n
-    assert (have - p / p[-1]).abs().max() * n**0.5 < 1.95  # Kolmogorov and Smirnov, one in a thousand
+    have = (
+        torch.searchsorted(family.quadratic(drawn, 4.0).sort().values, (2 * t).exp(), right=True)
+        / n
+    )
+    assert (
+        have - p / p[-1]
+    ).abs().max() * n**0.5 < 1.95  # Kolmogorov and Smirnov, one in a thousand
     assert (drawn > 0).double().mean(0).sub(0.5).abs().max() < 4 * 0.5 / n**0.5
 
 
 @elliptical
 def test_draws_are_repeatable_and_keep_dtype_and_shape(family: Elliptical) -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        one, two = (family.sample((2, 5, 3), torch.tensor(1.0, dtype=dtype), torch.Generator().manual_seed(1)) for _ in "ab")
+        one, two = (
+            family.sample(
+                (2, 5, 3), torch.tensor(1.0, dtype=dtype), torch.Generator().manual_seed(1)
+            )
+            for _ in "ab"
+        )
         assert torch.equal(one, two) and one.dtype == dtype and one.shape == (2, 5, 3)
 
 
 @elliptical
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_a_familys_fit_is_the_maximum(family: Elliptical, diagonal: bool) -> None:
-    scale = torch.tensor([1.0, 1e4, 1e-3], dtype=torch.float64) if diagonal else torch.tensor(1e3, dtype=torch.float64)
+    scale = (
+        torch.tensor([1.0, 1e4, 1e-3], dtype=torch.float64)
+        if diagonal
+        else torch.tensor(1e3, dtype=torch.float64)
+    )
     errors = family.sample((300, 3), scale, torch.Generator().manual_seed(0))
     log = family.fit(errors, diagonal, max_iters=20_000).log().requires_grad_()
     total = family.log_prob(errors, log.exp()).mean()
@@ -320,18 +357,27 @@ SHAPED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "shape"), [(make, shape) for make, shapes in SHAPED.items() for shape in shapes])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(make, shape) for make, shapes in SHAPED.items() for shape in shapes]
+)
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_fit_shape_beats_the_truth_and_every_neighbour(make: type, shape: tuple, diagonal: bool) -> None:
+def test_fit_shape_beats_the_truth_and_every_neighbour(
+    make: type, shape: tuple, diagonal: bool
+) -> None:
     truth, scale = make(*shape), torch.tensor([1.0, 9.0], dtype=torch.float64)
-    errors = truth.sample((300, 2), scale if diagonal else scale[0], torch.Generator().manual_seed(3))
+    errors = truth.sample(
+        (300, 2), scale if diagonal else scale[0], torch.Generator().manual_seed(3)
+    )
     best, precision = make().fit_shape(errors, diagonal)
     top = best.log_prob(errors, precision).sum()
     rise = top - truth.log_prob(errors, truth.fit(errors, diagonal)).sum()
     assert -1e-6 < rise < 7  # twice the rise follows chi squared: 14 is beyond one in a thousand
     for name in best.__dataclass_fields__:
         for change in (0.95, 1.05):
-            other = replace(best, **{name: min(getattr(best, name) * change, 1.0 if name == "ratio" else math.inf)})
+            other = replace(
+                best,
+                **{name: min(getattr(best, name) * change, 1.0 if name == "ratio" else math.inf)},
+            )
             if other != best:
                 assert other.log_prob(errors, other.fit(errors, diagonal)).sum() <= top + 1e-6
 
@@ -340,9 +386,15 @@ def test_fit_shape_beats_the_truth_and_every_neighbour(make: type, shape: tuple,
 @settings(quick, max_examples=2)
 @given(seed=seeds, diagonal=st.booleans())
 def test_fit_shape_never_lowers_the_likelihood(make: type, seed: int, diagonal: bool) -> None:
-    errors, start = tensor(seed, (40, 3)), make()  # Gaussian errors: the shape goes to the end of its range
+    errors, start = (
+        tensor(seed, (40, 3)),
+        make(),
+    )  # Gaussian errors: the shape goes to the end of its range
     best, precision = start.fit_shape(errors, diagonal)
-    assert best.log_prob(errors, precision).sum() >= start.log_prob(errors, start.fit(errors, diagonal)).sum() - 1e-7
+    assert (
+        best.log_prob(errors, precision).sum()
+        >= start.log_prob(errors, start.fit(errors, diagonal)).sum() - 1e-7
+    )
 
 
 def test_families_without_a_shape_fit_the_precision() -> None:
@@ -353,9 +405,13 @@ def test_families_without_a_shape_fit_the_precision() -> None:
 
 
 def test_the_weight_of_a_student_is_one_on_average_at_its_fit() -> None:
-    errors = StudentT(0.5).sample((300, 4), torch.ones((), dtype=torch.float64), torch.Generator().manual_seed(0))
+    errors = StudentT(0.5).sample(
+        (300, 4), torch.ones((), dtype=torch.float64), torch.Generator().manual_seed(0)
+    )
     for diagonal in (False, True):
-        w = StudentT(0.5).weight(StudentT(0.5).quadratic(errors, StudentT(0.5).fit(errors, diagonal)), 4)
+        w = StudentT(0.5).weight(
+            StudentT(0.5).quadratic(errors, StudentT(0.5).fit(errors, diagonal)), 4
+        )
         close(w.mean(), torch.ones_like(w.mean()))
 
 
@@ -373,13 +429,18 @@ def test_shapes_learn_by_gradient(make: type, values: tuple) -> None:
 
 @pytest.mark.parametrize(("make", "values"), PARAMETERS)
 def test_one_shape_per_head_equals_one_object_per_head(make: type, values: tuple) -> None:
-    error, factors = tensor(1, (2, 3, 5, 6, 4)), torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64).view(1, 3, 1, 1)
+    error, factors = (
+        tensor(1, (2, 3, 5, 6, 4)),
+        torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64).view(1, 3, 1, 1),
+    )
     together = make(*(v * factors for v in values))
     for h in range(3):
         own = make(*(v * factors[0, h, 0, 0].item() for v in values))
         close(together.log_prob(error, 2.0)[:, h], own.log_prob(error[:, h], 2.0))
         close(together.score(error, 2.0)[:, h], own.score(error[:, h], 2.0))
-    assert together.log_prob(error.float(), 2.0).dtype == torch.float32  # the dtype of the error, whatever the shape's
+    assert (
+        together.log_prob(error.float(), 2.0).dtype == torch.float32
+    )  # the dtype of the error, whatever the shape's
     assert together.sample((2, 3, 5, 6, 4), 2.0).shape == error.shape
 
 
@@ -390,8 +451,18 @@ def test_limits() -> None:
                          (Contaminated(1e-13, 0.1), 1e-9), (Contaminated(0.4, 1.0), 1e-12)]:  # fmt: skip
         close(family.log_prob(error, precision), want, rtol=rtol, atol=0)
     wide = Laplace(1e4)  # a wide tip is a Gaussian with variance eps
-    close(wide.log_prob(error * 100, precision), Gaussian().log_prob(error, precision) - 5 * math.log(100), rtol=1e-2, atol=0)
-    close(Laplace(1e-7).log_prob(error, precision), Laplace().log_prob(error, precision), rtol=1e-6, atol=0)
+    close(
+        wide.log_prob(error * 100, precision),
+        Gaussian().log_prob(error, precision) - 5 * math.log(100),
+        rtol=1e-2,
+        atol=0,
+    )
+    close(
+        Laplace(1e-7).log_prob(error, precision),
+        Laplace().log_prob(error, precision),
+        rtol=1e-6,
+        atol=0,
+    )
     close(Huber(1e-4).log_prob(error * 1e4, precision / 1e0), Laplace().log_prob(error, precision) - 5 * math.log(1e4),
           rtol=1e-3, atol=0)  # fmt: skip
 
@@ -417,19 +488,28 @@ def test_the_ratio_of_outliers() -> None:
 
 
 def test_the_names() -> None:
-    assert list(FAMILIES) == "gaussian student_t laplace huber generalized_gaussian logistic contaminated".split()
+    assert (
+        list(FAMILIES)
+        == "gaussian student_t laplace huber generalized_gaussian logistic contaminated".split()
+    )
     assert all(issubclass(make, Elliptical) and make() == make() for make in FAMILIES.values())
 
 
 @quick
 @given(seeds, owns, scales)
 def test_independent_laplace_is_torchs(seed: int, own: tuple[int, ...], scale: float) -> None:
-    error, precision = (tensor(seed, (3, 4)) / scale**0.5).requires_grad_(), tensor(seed + 1, own).exp() * scale
+    error, precision = (
+        (tensor(seed, (3, 4)) / scale**0.5).requires_grad_(),
+        tensor(seed + 1, own).exp() * scale,
+    )
     value = IndependentLaplace().log_prob(error, precision)
     close(value, torch.distributions.Laplace(0, precision.rsqrt()).log_prob(error).sum(-1))
     close(IndependentLaplace().energy(error, precision), -value)
     (want,) = torch.autograd.grad(value.sum(), error)
-    score, w = (f(error.detach(), precision) for f in (IndependentLaplace().score, IndependentLaplace().weight))
+    score, w = (
+        f(error.detach(), precision)
+        for f in (IndependentLaplace().score, IndependentLaplace().weight)
+    )
     close(score, want)
     close(-w * precision * error.detach(), want)
 
@@ -437,7 +517,9 @@ def test_independent_laplace_is_torchs(seed: int, own: tuple[int, ...], scale: f
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_independent_laplace_fits_its_own_draws(diagonal: bool) -> None:
     lone, scale = IndependentLaplace(), torch.tensor([0.01, 900.0], dtype=torch.float64)
-    errors = lone.sample((4000, 2), scale if diagonal else scale[1], torch.Generator().manual_seed(0))
+    errors = lone.sample(
+        (4000, 2), scale if diagonal else scale[1], torch.Generator().manual_seed(0)
+    )
     best = lone.fit(errors, diagonal)
     assert ((best / (scale if diagonal else scale[1]) - 1).abs() < 4 * 2 / 4000**0.5).all()
     for change in (0.9, 1.1):
@@ -446,27 +528,43 @@ def test_independent_laplace_fits_its_own_draws(diagonal: bool) -> None:
 
 
 def mixture(seed: int, M: int, D: int, diagonal: bool) -> GaussianMixture:
-    return GaussianMixture(tensor(seed, (M,)), 2 * tensor(seed + 1, (M, D)), tensor(seed + 2, (M, D) if diagonal else (M,)).exp())
+    return GaussianMixture(
+        tensor(seed, (M,)),
+        2 * tensor(seed + 1, (M, D)),
+        tensor(seed + 2, (M, D) if diagonal else (M,)).exp(),
+    )
 
 
 @quick
 @given(seeds, st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_mixture_is_torchs(seed: int, M: int, D: int, diagonal: bool) -> None:
-    pair, error, precision = mixture(seed, M, D, diagonal), tensor(seed + 3, (7, D)).requires_grad_(), tensor(seed, (D,)).exp()
-    parts = torch.distributions.Normal(pair.means, pair.precisions.reshape(M, -1).rsqrt().expand(M, D))
+    pair, error, precision = (
+        mixture(seed, M, D, diagonal),
+        tensor(seed + 3, (7, D)).requires_grad_(),
+        tensor(seed, (D,)).exp(),
+    )
+    parts = torch.distributions.Normal(
+        pair.means, pair.precisions.reshape(M, -1).rsqrt().expand(M, D)
+    )
     torchs = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(logits=pair.log_mix), torch.distributions.Independent(parts, 1))
+        torch.distributions.Categorical(logits=pair.log_mix),
+        torch.distributions.Independent(parts, 1),
+    )
     value = pair.log_prob(error, precision)
     close(value, torchs.log_prob(error * precision.sqrt()) + precision.log().sum() / 2)
     (want,) = torch.autograd.grad(value.sum(), error)
     close(pair.score(error.detach(), precision), want)
-    close(pair.responsibilities(error.detach(), precision).sum(-1), torch.ones(7, dtype=torch.float64))
+    close(
+        pair.responsibilities(error.detach(), precision).sum(-1), torch.ones(7, dtype=torch.float64)
+    )
 
 
 def test_mixture_learns_by_gradient() -> None:
     error = tensor(0, (6, 2))
     raw = [x.requires_grad_() for x in (tensor(1, (3,)), tensor(2, (3, 2)), tensor(3, (3, 2)))]
-    assert torch.autograd.gradcheck(lambda a, m, s: GaussianMixture(a, m, s.exp()).log_prob(error, 2.0), raw)
+    assert torch.autograd.gradcheck(
+        lambda a, m, s: GaussianMixture(a, m, s.exp()).log_prob(error, 2.0), raw
+    )
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -488,7 +586,12 @@ def test_mixture_finds_its_components(diagonal: bool) -> None:
 @given(seeds, st.integers(1, 5), st.booleans())
 def test_em_never_lowers_the_likelihood(seed: int, M: int, diagonal: bool) -> None:
     errors = tensor(seed, (60, 2)) * tensor(seed + 1, (60, 1)).exp()
-    r, last = torch.rand(60, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1), -math.inf
+    r, last = (
+        torch.rand(
+            60, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).softmax(-1),
+        -math.inf,
+    )
     for _ in range(30):
         best = GaussianMixture._maximise(errors, r, diagonal, 1e-3)
         r, now = best.responsibilities(errors), best.log_prob(errors).mean().item()
@@ -512,7 +615,9 @@ def test_a_component_on_one_error_stops_at_the_floor() -> None:
     (torch.zeros(2), torch.full((2, 3), math.nan), torch.ones(2), "means must be finite"),
     (torch.zeros(2), torch.zeros(2, 3), torch.zeros(2), "precision must be positive and finite"),
 ])  # fmt: skip
-def test_a_mixture_that_is_none_is_refused(log_mix: Tensor, means: Tensor, precisions: Tensor, says: str) -> None:
+def test_a_mixture_that_is_none_is_refused(
+    log_mix: Tensor, means: Tensor, precisions: Tensor, says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         GaussianMixture(log_mix, means, precisions)
 
@@ -520,7 +625,9 @@ def test_a_mixture_that_is_none_is_refused(log_mix: Tensor, means: Tensor, preci
 def test_a_mixture_needs_its_own_number_of_coordinates_and_enough_errors() -> None:
     with pytest.raises(ValueError, match="the error has 3 coordinates, the components have 2"):
         mixture(0, 2, 2, False).log_prob(torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="cannot fit 3 components to fewer than 3 different errors"):
+    with pytest.raises(
+        ValueError, match="cannot fit 3 components to fewer than 3 different errors"
+    ):
         GaussianMixture.fit(torch.tensor([[0.0], [1.0], [1.0]]), 3)
     with pytest.raises(ValueError, match="M must be at least 1, got 0"):
         GaussianMixture.fit(torch.randn(5, 2), 0)
@@ -552,7 +659,9 @@ def truth(family: Any, error: float, dim: int, precision: float) -> tuple[Any, A
     shape = {f.name: mpmath.mpf(getattr(family, f.name)) for f in fields(family)}
     a = next(iter(shape.values()), None)
     if isinstance(family, IndependentLaplace):
-        return dim * (mpmath.log(Pi) / 2 - mpmath.sqrt(Pi) * abs(e) - mpmath.log(2)), -mpmath.sqrt(Pi) * mpmath.sign(e)
+        return dim * (mpmath.log(Pi) / 2 - mpmath.sqrt(Pi) * abs(e) - mpmath.log(2)), -mpmath.sqrt(
+            Pi
+        ) * mpmath.sign(e)
     if isinstance(family, Gaussian):
         g, w = -u / 2, mpmath.mpf(1)
     elif isinstance(family, StudentT):
@@ -582,17 +691,23 @@ EVERY = [*ELLIPTICAL, Contaminated(0.1, 1e-8), IndependentLaplace()]
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("family", EVERY, ids=str)
 @settings(quick, max_examples=15)
-@given(st.floats(-30, 30).map(lambda x: 10**x), st.sampled_from([1, 64]), st.sampled_from([1.0, 1e-3, 1e6]))
+@given(
+    st.floats(-30, 30).map(lambda x: 10**x),
+    st.sampled_from([1, 64]),
+    st.sampled_from([1.0, 1e-3, 1e6]),
+)
 @example(40.0, 64, 1.0)
 @example(1e4, 64, 1.0)
 @example(1e30, 1, 1.0)
 @example(1e-30, 64, 1.0)
 @example(1e-22, 1, 1e6)
-def test_extreme_errors_in_short_dtypes(family: Any, dtype: torch.dtype, size: float, dim: int, precision: float) -> None:
+def test_extreme_errors_in_short_dtypes(
+    family: Any, dtype: torch.dtype, size: float, dim: int, precision: float
+) -> None:
     "Density and slope are those of the formula, wherever the result itself fits: what is rounded is the result alone."
     info = torch.finfo(dtype)
     error = torch.full((2, dim), size).to(dtype)
-    error[1] = 1.0                                                  # a row of its own: not touched by the other
+    error[1] = 1.0  # a row of its own: not touched by the other
     assume(0 < error[0, 0] < math.inf)
     with mpmath.workdps(60):
         log_p, slope = truth(family, error[0, 0].item(), dim, precision)
@@ -603,8 +718,15 @@ def test_extreme_errors_in_short_dtypes(family: Any, dtype: torch.dtype, size: f
             if abs(want) > info.max * 0.99:
                 assert have.item() in (-math.inf, -info.max)
             else:
-                assert abs(have.item() - want) <= tolerance * abs(want) + scale * 2e-6 + info.smallest_normal * info.eps, want
-    for have, want in zip(found, (family.log_prob(error[1:], precision), family.score(error[1:], precision)), strict=True):
+                assert (
+                    abs(have.item() - want)
+                    <= tolerance * abs(want) + scale * 2e-6 + info.smallest_normal * info.eps
+                ), want
+    for have, want in zip(
+        found,
+        (family.log_prob(error[1:], precision), family.score(error[1:], precision)),
+        strict=True,
+    ):
         assert torch.equal(have[1:], want)
     assert torch.equal(family.energy(error, precision), -found[0])
 
@@ -615,7 +737,9 @@ def test_extreme_errors_in_short_dtypes(family: Any, dtype: torch.dtype, size: f
 @given(st.floats(-38, 38).map(lambda x: 10**x), st.sampled_from([1, 64]))
 @example(0.0, 64)
 @example(6e-8, 1)
-def test_links_and_weights_in_short_dtypes(family: Elliptical, dtype: torch.dtype, u: float, dim: int) -> None:
+def test_links_and_weights_in_short_dtypes(
+    family: Elliptical, dtype: torch.dtype, u: float, dim: int
+) -> None:
     "Both are computed in float32 and rounded once; a weight is finite everywhere."
     at, info = torch.tensor([u], dtype=dtype), torch.finfo(dtype)
     assume(at < math.inf)
@@ -624,15 +748,21 @@ def test_links_and_weights_in_short_dtypes(family: Elliptical, dtype: torch.dtyp
     assert family.weight(at, dim).isfinite() or want_w > torch.finfo(torch.float32).max
     if at > torch.finfo(torch.float32).tiny:
         tolerance = 2 * info.eps + (1e-3 if dtype == torch.float32 else 0)
-        assert min(family.weight(at, dim).item(), info.max) == pytest.approx(min(want_w, info.max), rel=tolerance, abs=info.tiny)
+        assert min(family.weight(at, dim).item(), info.max) == pytest.approx(
+            min(want_w, info.max), rel=tolerance, abs=info.tiny
+        )
     if abs(want_g) < info.max:
-        assert family.link(at, dim).item() == pytest.approx(want_g, rel=4 * info.eps + 1e-5, abs=dim * 1e-6 + info.tiny)
+        assert family.link(at, dim).item() == pytest.approx(
+            want_g, rel=4 * info.eps + 1e-5, abs=dim * 1e-6 + info.tiny
+        )
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
     "Widened before the square: far errors keep a density and a slope, huge ones a slope."
-    pair = GaussianMixture(*(x.to(dtype) for x in (tensor(0, (2,)), tensor(1, (2, 64)), tensor(2, (2,)).exp())))
+    pair = GaussianMixture(
+        *(x.to(dtype) for x in (tensor(0, (2,)), tensor(1, (2, 64)), tensor(2, (2,)).exp()))
+    )
     wide = GaussianMixture(*(x.double() for x in (pair.log_mix, pair.means, pair.precisions)))
     for size in (1e-30, 1e-3, 1.0, 20.0, 40.0, 1e4, 1e30):
         error = torch.full((3, 64), size).to(dtype)
@@ -642,26 +772,46 @@ def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
             have, want = getattr(pair, name)(error, 1.0), getattr(wide, name)(error.double(), 1.0)
             fits = want.abs() < torch.finfo(dtype).max
             assert have.dtype == dtype and have[fits].isfinite().all() and have[~fits].isinf().all()
-            close(have[fits].double(), want[fits], rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-4)
+            close(
+                have[fits].double(), want[fits], rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-4
+            )
 
 
 def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
     "A precision of a million serves errors of 16 bits; what overflows, or a tail that does, is refused after the cast."
     small = torch.full((3, 4), 1e-3, dtype=torch.float16)
-    close(Gaussian().log_prob(small, 1e6).float(), Gaussian().log_prob(small.float(), 1e6), rtol=1e-3, atol=1e-3)
+    close(
+        Gaussian().log_prob(small, 1e6).float(),
+        Gaussian().log_prob(small.float(), 1e6),
+        rtol=1e-3,
+        atol=1e-3,
+    )
     for family in (*ELLIPTICAL[:5], IndependentLaplace(), mixture(0, 2, 4, False)):
-        for bad in (1e300, torch.tensor(1e300, dtype=torch.float64), torch.tensor(math.nan), 1e-300):
+        for bad in (
+            1e300,
+            torch.tensor(1e300, dtype=torch.float64),
+            torch.tensor(math.nan),
+            1e-300,
+        ):
             for method in (family.log_prob, family.energy, family.score):
-                with pytest.raises(ValueError, match="precision must be positive and finite in torch.float32"):
+                with pytest.raises(
+                    ValueError, match="precision must be positive and finite in torch.float32"
+                ):
                     method(small, bad)
     for make, bad in ((StudentT, 1e300), (StudentT, 1e-300), (Huber, 1e300), (Laplace, 1e300), (GeneralizedGaussian, 1e300),
                       (StudentT, torch.tensor([2.0, 1e300], dtype=torch.float64))):  # fmt: skip
         make(bad).log_normaliser(1)
         for method in (make(bad).log_prob, make(bad).score):
-            with pytest.raises(ValueError, match="must be a number in torch.float32 and not vanish there, got"):
+            with pytest.raises(
+                ValueError, match="must be a number in torch.float32 and not vanish there, got"
+            ):
                 method(torch.zeros(2, 4), 1.0)
-    far = GaussianMixture(torch.zeros(1), torch.zeros(1, 4), torch.tensor([1e300], dtype=torch.float64))
-    with pytest.raises(ValueError, match="precision must be positive and finite in torch.float32, got inf"):
+    far = GaussianMixture(
+        torch.zeros(1), torch.zeros(1, 4), torch.tensor([1e300], dtype=torch.float64)
+    )
+    with pytest.raises(
+        ValueError, match="precision must be positive and finite in torch.float32, got inf"
+    ):
         far.log_prob(torch.zeros(2, 4))
 
 
@@ -670,8 +820,15 @@ def test_a_fit_of_short_errors(family: Any) -> None:
     "Fitted in float64; a precision that the dtype cannot hold is refused, not infinite."
     errors = (300 * tensor(0, (200, 3))).half()
     more = {"max_iters": 20_000} if isinstance(family, Elliptical) else {}
-    close(family.fit(errors, **more).double(), family.fit(errors.double(), **more), rtol=1e-3, atol=6e-8)
-    with pytest.raises(ValueError, match="precision must be positive and finite in torch.float16, got inf"):
+    close(
+        family.fit(errors, **more).double(),
+        family.fit(errors.double(), **more),
+        rtol=1e-3,
+        atol=6e-8,
+    )
+    with pytest.raises(
+        ValueError, match="precision must be positive and finite in torch.float16, got inf"
+    ):
         family.fit(torch.full((9, 3), 1e-6, dtype=torch.float16), **more)
 
 
@@ -681,7 +838,12 @@ def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
     error, precision = tensor(0, (3, 2, 4)).float(), torch.tensor([1.0, 2.0, -1.0])
     for method in (family.log_prob, family.score):
         found = torch.vmap(method)(error, precision)
-        close(found[:2], torch.stack([method(error[i], precision[i]) for i in range(2)]), rtol=1e-5, atol=1e-5)
+        close(
+            found[:2],
+            torch.stack([method(error[i], precision[i]) for i in range(2)]),
+            rtol=1e-5,
+            atol=1e-5,
+        )
         assert found[2].isnan().all()
 
 
@@ -751,4 +913,7 @@ def test_types_are_looked_at_first(call: Any, kind: type, says: str) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     error = torch.ones(2, 3)
-    close(StudentT(np.float64(4.0)).log_prob(error, np.float32(2.0)), StudentT(4.0).log_prob(error, 2.0))
+    close(
+        StudentT(np.float64(4.0)).log_prob(error, np.float32(2.0)),
+        StudentT(4.0).log_prob(error, 2.0),
+    )

@@ -125,7 +125,9 @@ def dies_at(count: int) -> None:
 
     save_file, write = training.save_file, Path.write_text
     training.save_file = killing(save_file, half_tensors)
-    Path.write_text = killing(write, lambda path, text, **options: write(path, text[: len(text) // 2], **options))
+    Path.write_text = killing(
+        write, lambda path, text, **options: write(path, text[: len(text) // 2], **options)
+    )
     os.rename, os.replace = killing(os.rename, None), killing(os.replace, None)
     shutil.rmtree = killing(shutil.rmtree, half_removed)
     Path.mkdir = killing(Path.mkdir, None)
@@ -170,7 +172,9 @@ def fill_disk() -> None:
 
 def child(args: list[str], log: Path, fate: str, number: int) -> None:
     "`pct` in a process of its own."
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # whatever started the tests may ignore it
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(target, 1), os.dup2(target, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
@@ -210,11 +214,17 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_sigterm_in_a_real_process(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_in_a_real_process(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     "SIGTERM while training: status 130, a checkpoint, a word on how to resume; and the resumed run is the same run."
     args = command(tmp_path / "run", text, 150, 5, **{"train.eval_interval": 75})
-    heard = lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever started the tests may ignore it
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *args], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    heard = lambda: signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # whatever started the tests may ignore it
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *args], stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     limit = time.monotonic() + 60
     while not checkpoints(tmp_path / "run") and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
@@ -231,8 +241,12 @@ def test_sigterm_in_a_real_process(text: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("algorithm", ["predictive_coding", "backprop"])
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGTERM", 2), ("SIGHUP", 2)])
-def test_stopped_and_resumed(text: Path, tmp_path: Path, name: str, step: int, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "step"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGTERM", 2), ("SIGHUP", 2)]
+)
+def test_stopped_and_resumed(
+    text: Path, tmp_path: Path, name: str, step: int, algorithm: str
+) -> None:
     "The step is finished, a checkpoint written although none was due, and the losses go on as if nothing had been."
     run, other = tmp_path / "run", tmp_path / "other"
     options = {"learner.algorithm": algorithm}
@@ -248,7 +262,9 @@ def test_stopped_and_resumed(text: Path, tmp_path: Path, name: str, step: int, a
 
 @pytest.mark.parametrize(("fate", "number", "held"), [("twice", 2, 2), ("twice in a checkpoint", 3, 1),
                                                        ("twice in a checkpoint", 6, 2)])  # fmt: skip
-def test_a_second_signal_ends_at_once(fate: str, number: int, held: int, text: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_second_signal_ends_at_once(
+    fate: str, number: int, held: int, text: Path, tmp_path: Path, whole: Path
+) -> None:
     "One sentence, no traceback, nothing half-written; the run goes on from the checkpoint before."
     run = tmp_path / "run"
     status, said = elsewhere(command(run, text), tmp_path / "log", fate, number)
@@ -258,7 +274,9 @@ def test_a_second_signal_ends_at_once(fate: str, number: int, held: int, text: P
     assert history(run) == history(whole)
 
 
-def test_what_a_process_was_told_to_ignore_stays_ignored(text: Path, tmp_path: Path, whole: Path) -> None:
+def test_what_a_process_was_told_to_ignore_stays_ignored(
+    text: Path, tmp_path: Path, whole: Path
+) -> None:
     "Under nohup a closed terminal does not stop a run."
     status, said = elsewhere(command(tmp_path / "run", text), tmp_path / "log", "nohup", 2)
     assert status == 0, said
@@ -272,8 +290,12 @@ def test_a_signal_in_the_last_step_changes_nothing(text: Path, tmp_path: Path, w
 
 
 # Changes 1 to 9 write config.yaml, up to 16 the first checkpoint, up to 24 the second, up to 36 the third
-@pytest.mark.parametrize("number", [4, 5, 9, 11, 12, 13, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 34, 35, 36])
-def test_killed_at_any_change_of_the_disk(text: Path, tmp_path: Path, whole: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    "number", [4, 5, 9, 11, 12, 13, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 34, 35, 36]
+)
+def test_killed_at_any_change_of_the_disk(
+    text: Path, tmp_path: Path, whole: Path, number: int
+) -> None:
     "A checkpoint a step; killed anywhere, at most one step is lost and the rest is the uninterrupted run."
     run = tmp_path / "run"
     status, said = elsewhere(command(run, text), tmp_path / "log", "kill", number)
@@ -401,7 +423,12 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
 def test_damaged_checkpoint(
-    file: str, damage: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str,
+    damage: str,
+    whole: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     "Resuming, evaluating and sampling each say in one sentence which file is no good."
     run = shutil.copytree(whole, tmp_path / "run")
@@ -410,14 +437,18 @@ def test_damaged_checkpoint(
         [resumed(run)] if file != "config.json" else []
     )  # a resumed run reads the configuration from the run
     if file in ("config.json", "model.safetensors"):
-        uses += [["evaluate", str(run), f"--data={text}"], ["sample", str(run), "--max_new_tokens=2"]]
+        uses += [
+            ["evaluate", str(run), f"--data={text}"],
+            ["sample", str(run), "--max_new_tokens=2"],
+        ]
     for use in uses:
         said = fails(use, capsys)
         assert file in said, f"{use[0]} does not name {file}: {said}"
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "3", "model: 3", "train: {iters: many}", "\x00", "model: {d_model: 9}", "new: 1"]
+    "content",
+    ["", "{", "3", "model: 3", "train: {iters: many}", "\x00", "model: {d_model: 9}", "new: 1"],
 )
 def test_damaged_run_configuration(
     content: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -437,7 +468,9 @@ def test_a_training_record_without_a_key(
     assert "training.json" in fails(resumed(run), capsys)
 
 
-def test_foreign_optimizer_states(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_optimizer_states(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     "Moments that are absent, of another shape or of no parameter."
     whole_state = training.load_file(whole / "step-000004" / "optimizer.safetensors")
     gain = "exp_avg:output.norm.weight"
@@ -498,7 +531,9 @@ def test_a_configuration_without_its_family_is_not_guessed(tmp_path: Path) -> No
         load(tmp_path / "model")
 
 
-def test_empty_and_absent_folders(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_and_absent_folders(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
         place = str(tmp_path / folder)
@@ -506,7 +541,9 @@ def test_empty_and_absent_folders(text: Path, tmp_path: Path, capsys: pytest.Cap
             assert place in fails(use, capsys)
 
 
-def test_a_run_is_not_overwritten(whole: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_not_overwritten(
+    whole: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = history(whole)
     assert "--resume" in fails(command(whole, text), capsys)
     assert history(whole) == before
@@ -523,12 +560,15 @@ def test_a_run_is_not_overwritten(whole: Path, text: Path, capsys: pytest.Captur
         ("abcdefghabc", "11 tokens but the context holds 8"),
     ],
 )
-def test_bad_prompt(prompt: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_prompt(
+    prompt: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert says in fails(["sample", str(whole), f"--prompt={prompt}"], capsys)
 
 
 @pytest.mark.parametrize(
-    "option", ["--temperature=-1", "--top_k=0", "--top_p=1.5", "--max_new_tokens=-1", "--device=tpu9"]
+    "option",
+    ["--temperature=-1", "--top_k=0", "--top_p=1.5", "--max_new_tokens=-1", "--device=tpu9"],
 )
 def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = option[2:].partition("=")[0]
@@ -538,7 +578,10 @@ def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model.d_model": 10, "model.n_head": 4}, "not divisible by n_head = 4; d_model = 8 or 12 would do"),
+        (
+            {"model.d_model": 10, "model.n_head": 4},
+            "not divisible by n_head = 4; d_model = 8 or 12 would do",
+        ),
         ({"train.min_learning_rate": 1}, "min_learning_rate = 1.0 is above learning_rate"),
         ({"train.iters": 0}, "iters must be positive"),
         ({"learner.step_size": 2}, "step_size must lie in"),
@@ -547,7 +590,11 @@ def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_contradictory_configuration(
-    options: dict[str, Any], says: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any],
+    says: str,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     "Said at once, and no run folder is begun."
     try:
@@ -665,10 +712,14 @@ def test_evaluation_needs_two_tokens() -> None:
         evaluate(PCTransformer(ModelConfig(5, 4, 1, 1, 4)), torch.zeros(1, dtype=torch.int64), 4)
 
 
-def test_gpu_that_is_not_there(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_that_is_not_there(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert "'cuda' is not available" in fails([*command(tmp_path / "run", text), "--device=cuda"], capsys)
+    assert "'cuda' is not available" in fails(
+        [*command(tmp_path / "run", text), "--device=cuda"], capsys
+    )
 
 
 def test_sentences_of_configurations() -> None:
@@ -691,18 +742,33 @@ def test_an_option_that_equals_its_default_is_an_option(
     said = fails([*resumed(whole), "--train.iters=2000"], capsys)
     assert "train.iters (2000, the run's is 4)" in said
     (tmp_path / "more.yaml").write_text("train: {iters: 2000, seed: 1}\n", encoding="utf-8")
-    assert "train.iters (2000, the run's is 4) differ" in fails([*resumed(whole), f"--config={tmp_path / 'more.yaml'}"], capsys)
+    assert "train.iters (2000, the run's is 4) differ" in fails(
+        [*resumed(whole), f"--config={tmp_path / 'more.yaml'}"], capsys
+    )
     assert "train.iters" in fails([*resumed(whole), '--train={"iters": 2000}'], capsys)
-    assert main([*resumed(whole), "--train.iters=4", "--train.seed=1", f"--data={text}"]) == 0  # what the run has anyway
+    assert (
+        main([*resumed(whole), "--train.iters=4", "--train.seed=1", f"--data={text}"]) == 0
+    )  # what the run has anyway
     small = command(tmp_path / "run", text, **{"model.vocab_size": 65})
-    assert "vocab_size is 65, but the corpus has 10 characters: leave it out" in fails(small, capsys)
-    for option in ("--train.iters=2000", "--train.eval_interval=250", "--train.seed=1", "--learner.algorithm=predictive_coding"):
+    assert "vocab_size is 65, but the corpus has 10 characters: leave it out" in fails(
+        small, capsys
+    )
+    for option in (
+        "--train.iters=2000",
+        "--train.eval_interval=250",
+        "--train.seed=1",
+        "--learner.algorithm=predictive_coding",
+    ):
         said = fails(["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys)
         assert option[2:].partition("=")[0] in said and "use --iters" in said
-    said = fails(["study", f"--out={tmp_path / 's'}", f"--data={text}", "--model.attention=gaussian"], capsys)
+    said = fails(
+        ["study", f"--out={tmp_path / 's'}", f"--data={text}", "--model.attention=gaussian"], capsys
+    )
     assert "study sets model.attention itself" in said
     for option in ("--seeds=[]", "--variants=[]"):
-        assert "must name at least one" in fails(["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys)
+        assert "must name at least one" in fails(
+            ["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys
+        )
     assert not any((tmp_path / name).exists() for name in ("run", "c", "s"))
 
 
@@ -716,18 +782,26 @@ def test_a_run_without_its_configuration_file(
     for place in (run, run / "step-000004"):
         assert main(["evaluate", str(place)]) == 0
         out, err = capsys.readouterr()
-        assert f"{math.log(10):.4f}" in out and str(text) in err  # the uniform loss of ten characters
+        assert (
+            f"{math.log(10):.4f}" in out and str(text) in err
+        )  # the uniform loss of ten characters
     assert main(resumed(run)) == 0
     assert (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
 
 
 def test_a_run_is_resumed_from_another_folder(
-    text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path,
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     "A relative path is kept from the root; a text that has moved is named anew, and its content compared."
     shutil.copy(text, tmp_path / "own.txt")
     monkeypatch.chdir(tmp_path)
-    assert elsewhere(command(Path("run"), Path("own.txt")), tmp_path / "log", "SIGTERM", 1)[0] == 130
+    assert (
+        elsewhere(command(Path("run"), Path("own.txt")), tmp_path / "log", "SIGTERM", 1)[0] == 130
+    )
     (tmp_path / "away").mkdir()
     monkeypatch.chdir(tmp_path / "away")
     assert main(["evaluate", "../run"]) == 0
@@ -741,7 +815,11 @@ def test_a_run_is_resumed_from_another_folder(
 
 
 def test_a_folder_that_is_removed_while_its_run_trains(
-    text: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path,
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     "What was learned is not lost and the folder is whole again; removed at the very end it is a failure."
     run, advance, save_last = tmp_path / "run", training.Trainer.advance, training.save_checkpoint
@@ -780,16 +858,35 @@ def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> Non
     "Train on, evaluate and sample letters that the platform does not know; no file is opened in its encoding."
     (tmp_path / "тест.txt").write_text("жук и été, straße ✓\n" * 40, encoding="utf-8")
     ours = "import warnings; warnings.filterwarnings('error', category=EncodingWarning, module='pc_transformer'); "
-    python = [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning", "-c", ours + PROGRAM]
-    run = tmp_path / ("run" if platform == "C locale" else "été")  # a folder's name is in the file system's encoding
+    python = [
+        sys.executable,
+        "-X",
+        "warn_default_encoding",
+        "-W",
+        "ignore::EncodingWarning",
+        "-c",
+        ours + PROGRAM,
+    ]
+    run = tmp_path / (
+        "run" if platform == "C locale" else "été"
+    )  # a folder's name is in the file system's encoding
     for args in (
         command(run, tmp_path / "тест.txt"),
         ["evaluate", str(run)],
         ["data", str(tmp_path / "тест.txt")],
-        ["sample", str(run), "--prompt=жук", "--max_new_tokens=60", "--sliding_window=true", "--temperature=3"],
+        [
+            "sample",
+            str(run),
+            "--prompt=жук",
+            "--max_new_tokens=60",
+            "--sliding_window=true",
+            "--temperature=3",
+        ],
         ["sample", str(run), "--prompt=#ё"],
     ):
-        done = subprocess.run([*python, *args], env=os.environ | PLATFORMS[platform], capture_output=True, timeout=120)
+        done = subprocess.run(
+            [*python, *args], env=os.environ | PLATFORMS[platform], capture_output=True, timeout=120
+        )
         out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
         if args[-1] == "--prompt=#ё":
             assert done.returncode == 1 and "'#' at position 0" in one_sentence(err)
@@ -814,16 +911,23 @@ def test_token_files_are_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
-def test_a_text_of_one_line(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_of_one_line(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     "Its closing line end is no part of it; it is trained on, evaluated, and sampled without a prompt."
     (tmp_path / "line.txt").write_bytes(("so it goes " * 40 + ending).encode())
-    assert main(command(tmp_path / "run", tmp_path / "line.txt")) == 0 and main(["evaluate", str(tmp_path / "run")]) == 0
+    assert (
+        main(command(tmp_path / "run", tmp_path / "line.txt")) == 0
+        and main(["evaluate", str(tmp_path / "run")]) == 0
+    )
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "run"), "--max_new_tokens=5"]) == 0
     assert len(capsys.readouterr().out) == 7  # a first symbol, five more, and print's own line end
 
 
-def test_no_side_result_kills_the_main_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_side_result_kills_the_main_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     "7,000 characters: no 5-gram fits in 64 bits. A character that only the last tenth has, but the tokenizer knows."
     alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 7000)))
     (tmp_path / "large.txt").write_text(alphabet * 2, encoding="utf-8")
@@ -836,7 +940,9 @@ def test_no_side_result_kills_the_main_one(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "late.txt").write_text(alphabet[:50] * 20 + alphabet[60:70] * 5, encoding="utf-8")
     assert main(["evaluate", str(run), f"--data={tmp_path / 'late.txt'}"]) == 0
     out = capsys.readouterr().out
-    assert "5-gram" in out and f"{math.log(7000):.4f}" in out  # the model's alphabet: every character is possible
+    assert (
+        "5-gram" in out and f"{math.log(7000):.4f}" in out
+    )  # the model's alphabet: every character is possible
 
 
 def test_an_evaluation_that_is_no_number_is_a_failure(
@@ -876,12 +982,25 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
         return read(place)
 
     model = training.read_model
-    monkeypatch.setattr(training, "read_model", lambda f, *more: places.append(f) or model(f, *more))
+    monkeypatch.setattr(
+        training, "read_model", lambda f, *more: places.append(f) or model(f, *more)
+    )
     monkeypatch.setattr(training, between, renewed)
-    for study in ("uncertainty.study_one", "experiments.settled_reading.study_one", "evidence.go_on"):
-        monkeypatch.setattr(f"pc_transformer.{study}", lambda *a, **b: (_ for _ in ()).throw(ValueError("all was read")))
+    for study in (
+        "uncertainty.study_one",
+        "experiments.settled_reading.study_one",
+        "evidence.go_on",
+    ):
+        monkeypatch.setattr(
+            f"pc_transformer.{study}",
+            lambda *a, **b: (_ for _ in ()).throw(ValueError("all was read")),
+        )
     many = name not in ("evaluate", "sample")
-    args = [name, f"[{run}]" if many else str(run), *([f"--out={tmp_path / 'out'}"] if many else [])]
+    args = [
+        name,
+        f"[{run}]" if many else str(run),
+        *([f"--out={tmp_path / 'out'}"] if many else []),
+    ]
     args += [] if name == "sample" else [f"--data={text}"]
     args += {"uncertainty": [f"--foreign={text}"], "evidence": ["--windows=1"]}.get(name, [])
     capsys.readouterr()
@@ -891,16 +1010,26 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     assert places[-1].name == "step-000009"
 
 
-def test_a_padded_vocabulary_is_sampled(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_padded_vocabulary_is_sampled(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = data.CharTokenizer.fit(text.read_text())
     save(PCTransformer(ModelConfig(64, 8, 1, 1, 8)), tmp_path / "model", tokenizer)
-    args = ["sample", str(tmp_path / "model"), "--max_new_tokens=200", "--sliding_window=true", "--top_p=null"]
+    args = [
+        "sample",
+        str(tmp_path / "model"),
+        "--max_new_tokens=200",
+        "--sliding_window=true",
+        "--top_p=null",
+    ]
     assert main(args) == 0
     out = capsys.readouterr().out.removesuffix("\n")
     assert len(out) == 201 and set(out) <= set(tokenizer.vocabulary)
 
 
-def test_a_checkpoint_file_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_file_is_named_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     for use in (["sample", str(tmp_path / "ckpt.pt")], ["evaluate", str(tmp_path / "ckpt.pt")]):
         said = fails(use, capsys)
@@ -911,7 +1040,9 @@ def test_a_checkpoint_file_is_named_as_one(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "compare", "uncertainty"])
-def test_hostile_options(verb: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_options(
+    verb: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     "Status 1 with one sentence, or 2 with the usage; never a traceback, never a page of a message."
     (tmp_path / "deep.yaml").write_text("train: " + "[" * 5000)
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
@@ -924,11 +1055,31 @@ def test_hostile_options(verb: str, whole: Path, text: Path, tmp_path: Path, cap
         "compare": ["compare", f"--out={tmp_path / 'c'}", f"--data={text}", "--iters=1"],
         "uncertainty": ["uncertainty", f"[{whole}]", f"--out={tmp_path / 'u'}", f"--data={text}"],
     }[verb]
-    hostile = [f"--config={tmp_path / name}.yaml" for name in ("deep", "binary", "list", "folder", "missing")]
+    hostile = [
+        f"--config={tmp_path / name}.yaml"
+        for name in ("deep", "binary", "list", "folder", "missing")
+    ]
     hostile += ["--device=meta", "--device=", "--device=" + "9" * 5000]
-    hostile += ["--model.window=" + "9" * 30, "--model.d_model=4611686018427387904", f"--train.batch_size={9 * 10**18}"]
-    hostile += ["--train.seed=1" + "0" * 25, "--train.iters=1e400", "--data=/", "--data=\udcff", "--data=" + "a" * 300]
-    hostile += ["--out=/dev/null/x", "--seeds=[[]]", '--seeds=["a"]', "--max_new_tokens=[]", "--windows=-1", "--models=1"]
+    hostile += [
+        "--model.window=" + "9" * 30,
+        "--model.d_model=4611686018427387904",
+        f"--train.batch_size={9 * 10**18}",
+    ]
+    hostile += [
+        "--train.seed=1" + "0" * 25,
+        "--train.iters=1e400",
+        "--data=/",
+        "--data=\udcff",
+        "--data=" + "a" * 300,
+    ]
+    hostile += [
+        "--out=/dev/null/x",
+        "--seeds=[[]]",
+        '--seeds=["a"]',
+        "--max_new_tokens=[]",
+        "--windows=-1",
+        "--models=1",
+    ]
     for option in hostile:
         try:
             status = main([*base, option])
@@ -937,7 +1088,9 @@ def test_hostile_options(verb: str, whole: Path, text: Path, tmp_path: Path, cap
         said = capsys.readouterr().err
         assert status in (1, 2) and "Traceback" not in said, (option, said)
         if status == 1:
-            one_sentence(said[said.index("pct: ") :].partition("\n")[0] if verb == "compare" else said)  # beside bars
+            one_sentence(
+                said[said.index("pct: ") :].partition("\n")[0] if verb == "compare" else said
+            )  # beside bars
         elif not option.startswith("--config"):
             assert len(said) < 12000, option
 
@@ -950,14 +1103,24 @@ def test_large_numbers_are_refused_by_name() -> None:
 
 def test_nobody_reads_the_output(whole: Path) -> None:
     "A closed pipe is silent, a full disk is one sentence, and Python adds nothing of its own when it ends."
-    args = [sys.executable, "-c", PROGRAM, "sample", str(whole), "--max_new_tokens=3", "--prompt=ab"]
+    args = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "sample",
+        str(whole),
+        "--max_new_tokens=3",
+        "--prompt=ab",
+    ]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(args, stdout=write, stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=120)
+        done = subprocess.run(
+            args, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=120
+        )
     assert done.returncode == 1 and "No space left" in one_sentence(done.stderr)
 
 
@@ -981,7 +1144,9 @@ def test_files_that_may_not_be_read(
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert f"Permission denied: '{text}'" in fails(["data", str(text)], capsys)
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert "config.json cannot be read (Permission denied)" in fails(["evaluate", str(whole)], capsys)
+    assert "config.json cannot be read (Permission denied)" in fails(
+        ["evaluate", str(whole)], capsys
+    )
     assert "config.yaml cannot be read" in fails(["train", str(whole), "--resume", "true"], capsys)
 
 

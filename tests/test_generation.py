@@ -44,7 +44,9 @@ logits_1d = st.one_of(tied, free).map(lambda x: torch.tensor(x, dtype=torch.floa
 @pytest.fixture(params=["dot", "gaussian"])
 def model(request) -> PCTransformer:
     """A small untrained model of each attention family, with logits far from uniform."""
-    config = ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=request.param)
+    config = ModelConfig(
+        vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=request.param
+    )
     made = PCTransformer(config, seed=1)
     with torch.no_grad():
         for p in made.parameters():
@@ -64,7 +66,9 @@ def kept(filtered: Tensor) -> list[int]:
 @given(logits_1d, st.data())
 def test_top_k_keeps_exactly_the_k_first(z, data):
     k = data.draw(st.integers(1, len(z)))
-    order = sorted(range(len(z)), key=lambda i: (-z[i].item(), i))  # largest first, then lowest index
+    order = sorted(
+        range(len(z)), key=lambda i: (-z[i].item(), i)
+    )  # largest first, then lowest index
     out = top_k_filter(z, k)
     assert kept(out) == sorted(order[:k])
     assert torch.equal(out[out.isfinite()], z[out.isfinite()])  # what stays is unchanged
@@ -98,7 +102,9 @@ def test_limits_of_the_filters(z):
     assert torch.equal(top_k_filter(z, 1), greedy) and torch.equal(top_p_filter(z, 1e-12), greedy)
     assert torch.equal(top_k_filter(z, len(z)), z) and torch.equal(top_p_filter(z, 1.0), z)
     ties = (z == z.max()).double()
-    assert torch.allclose(temperature_scale(z, 1e-18).softmax(-1), ties / ties.sum())  # ties share the limit
+    assert torch.allclose(
+        temperature_scale(z, 1e-18).softmax(-1), ties / ties.sum()
+    )  # ties share the limit
 
 
 @given(logits_1d, st.floats(0.05, 20))
@@ -114,7 +120,11 @@ def test_distribution_is_one(z, tau, k, p):
 
 def test_filters_work_on_any_leading_shape():
     z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
-    for f in (lambda x: top_k_filter(x, 2), lambda x: top_p_filter(x, 0.6), lambda x: temperature_scale(x, 0.5)):
+    for f in (
+        lambda x: top_k_filter(x, 2),
+        lambda x: top_p_filter(x, 0.6),
+        lambda x: temperature_scale(x, 0.5),
+    ):
         rows = torch.stack([f(row) for row in z.flatten(0, 1)]).view_as(z)
         assert torch.equal(f(z), rows) and f(z).dtype == z.dtype
 
@@ -149,7 +159,9 @@ def test_shape_and_prompt_are_kept(model):
     out = generate(model, PROMPT, 20, seed=0)
     assert out.shape == (2, 23) and out.dtype == torch.int64 and torch.equal(out[:, :3], PROMPT)
     assert int(out.min()) >= 0 and int(out.max()) < 11
-    assert torch.equal(generate(model, PROMPT[0], 5, seed=0)[:, :3], PROMPT[:1])  # one row counts as a batch of one
+    assert torch.equal(
+        generate(model, PROMPT[0], 5, seed=0)[:, :3], PROMPT[:1]
+    )  # one row counts as a batch of one
     same = generate(model, PROMPT, 0)
     assert torch.equal(same, PROMPT) and same.data_ptr() != PROMPT.data_ptr()
 
@@ -176,7 +188,9 @@ def test_long_prompt_reads_its_end(model):
 def test_seeds(model):
     first, second, other = (generate(model, PROMPT, 30, seed=s) for s in (4, 4, 5))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    assert not torch.equal(generate(model, PROMPT, 30), generate(model, PROMPT, 30))  # no seed: a new text
+    assert not torch.equal(
+        generate(model, PROMPT, 30), generate(model, PROMPT, 30)
+    )  # no seed: a new text
 
 
 def test_output_can_be_trained_on(model):
@@ -192,7 +206,10 @@ def test_output_can_be_trained_on(model):
 def bits(module: nn.Module) -> dict[str, bytes]:
     """Every parameter and buffer as raw bytes."""
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: bytes(t.detach().contiguous().flatten().view(torch.uint8).tolist()) for name, t in named}
+    return {
+        name: bytes(t.detach().contiguous().flatten().view(torch.uint8).tolist())
+        for name, t in named
+    }
 
 
 def only_reads(model: nn.Module, run=generate) -> bool:
@@ -304,12 +321,20 @@ def test_rule_3_rows_do_not_mix(model):
         (torch.tensor([1.0]), TypeError, "but got torch.float32"),
         (torch.tensor([1], dtype=torch.int32), TypeError, "but got torch.int32"),
         (torch.tensor(1), ValueError, r"has \(\)"),
-        (torch.zeros(1, 1, 1, dtype=torch.int64), ValueError, r"shape \(time,\) or \(batch, time\)"),
+        (
+            torch.zeros(1, 1, 1, dtype=torch.int64),
+            ValueError,
+            r"shape \(time,\) or \(batch, time\)",
+        ),
         (torch.zeros(0, dtype=torch.int64), ValueError, "prompt is empty"),
         (torch.zeros(2, 0, dtype=torch.int64), ValueError, "prompt is empty"),
         (torch.zeros(0, 2, dtype=torch.int64), ValueError, "prompt is empty"),
         (torch.zeros(9, dtype=torch.int64), ValueError, "9 tokens but the context holds 8"),
-        (torch.tensor([[1, 2], [3, 11]]), ValueError, r"token 11 at position 1, outside the vocabulary \[0, 11\)"),
+        (
+            torch.tensor([[1, 2], [3, 11]]),
+            ValueError,
+            r"token 11 at position 1, outside the vocabulary \[0, 11\)",
+        ),
         (torch.tensor([-1]), ValueError, "token -1 at position 0"),
     ],
 )
@@ -352,13 +377,18 @@ def test_types_come_first(model):
         with pytest.raises(error, match=words) as caught:
             generate(model, PROMPT, **({"max_new_tokens": 1} | bad))
         assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="model must have a config with block_size and vocab_size, but a Linear has none"):
+    with pytest.raises(
+        TypeError,
+        match="model must have a config with block_size and vocab_size, but a Linear has none",
+    ):
         generate(nn.Linear(2, 2), PROMPT, 1)
     tokenizer = CharTokenizer("abcdefghijk")
     for words, bad in (("prompt must be a text", {"prompt": PROMPT}), ("tokenizer must have", {"tokenizer": {}}),
                        ("stop must be", {"stop": 1}), ("stop must be", {"stop": {"a": 1}})):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=words):
-            generate_text(model, **({"tokenizer": tokenizer, "prompt": "ab", "max_new_tokens": 1} | bad))
+            generate_text(
+                model, **({"tokenizer": tokenizer, "prompt": "ab", "max_new_tokens": 1} | bad)
+            )
     for call, words in (
         (lambda: PCTransformer({}), "made from a ModelConfig, but got a dict"),
         (lambda: model([[1]]), "tokens must be an int64 tensor, but are a list"),
@@ -384,7 +414,9 @@ def test_text(model):
     tokenizer = CharTokenizer("abcdefghijk")
     out = generate_text(model, tokenizer, "abc", 10, seed=1, top_k=5, top_p=0.9, temperature=0.7)
     assert out[:3] == "abc" and len(out) == 13
-    assert out == generate_text(model, tokenizer, "abc", 10, seed=1, top_k=5, top_p=0.9, temperature=0.7)
+    assert out == generate_text(
+        model, tokenizer, "abc", 10, seed=1, top_k=5, top_p=0.9, temperature=0.7
+    )
     with pytest.raises(ValueError, match="character 'z' at position 1"):
         generate_text(model, tokenizer, "az", 1)
     with pytest.raises(ValueError, match="prompt is empty"):
@@ -402,9 +434,13 @@ def test_a_padded_vocabulary_is_sampled_without_its_padding(model, options):
     """Surplus tokens, however likely, are never drawn; the others are drawn as if there were no surplus."""
     with torch.no_grad():
         model.predictors[0].token.weight[3:] *= 30  # of all logits these are now the largest
-    tokens = generate(model, PROMPT[0, :1].clamp(max=2), 40, seed=1, **({"sliding_window": True} | options))
+    tokens = generate(
+        model, PROMPT[0, :1].clamp(max=2), 40, seed=1, **({"sliding_window": True} | options)
+    )
     assert (tokens >= 3).any(), "the test draws no surplus token"
-    text = generate_text(model, CharTokenizer("abc"), "a", 40, seed=1, **({"sliding_window": True} | options))
+    text = generate_text(
+        model, CharTokenizer("abc"), "a", 40, seed=1, **({"sliding_window": True} | options)
+    )
     assert len(text) == 41 and set(text) <= set("abc")
 
 
@@ -414,8 +450,14 @@ def test_symbols_are_checked_and_share_the_whole_probability(model):
             generate(model, PROMPT, 1, symbols=bad)
     for few in (1, 3):
         q = model(PROMPT)[:, -1, :few].double().softmax(-1)
-        drawn = [int(t) for s in range(400) for t in generate(model, PROMPT[:1], 1, seed=s, symbols=few)[:, -1]]
-        assert torch.allclose(torch.bincount(torch.tensor(drawn), minlength=few).double() / 400, q[0], atol=0.08)
+        drawn = [
+            int(t)
+            for s in range(400)
+            for t in generate(model, PROMPT[:1], 1, seed=s, symbols=few)[:, -1]
+        ]
+        assert torch.allclose(
+            torch.bincount(torch.tensor(drawn), minlength=few).double() / 400, q[0], atol=0.08
+        )
 
 
 @pytest.mark.cuda
@@ -436,7 +478,7 @@ def test_min_p_is_the_definition_and_keeps_the_mode(z, p):
     q, out = z.softmax(-1), min_p_filter(z, p)
     edge = p * q.max()
     assert out[z.argmax()] == z.max()
-    for i in range(len(z)):                        # clear cases only: rounding decides at the edge
+    for i in range(len(z)):  # clear cases only: rounding decides at the edge
         if q[i] > edge * (1 + 1e-9):
             assert out[i] == z[i]
         if q[i] < edge * (1 - 1e-9):
@@ -481,10 +523,15 @@ class Fixed(nn.Module):
 def test_penalties_count_prompt_and_continuation(penalty):
     prompts = [torch.tensor([0, 1, 1]), torch.tensor([3, 0])]
     rows = generate(Fixed(), prompts, 9, temperature=0, **{penalty: 100.0})
-    fresh = [[2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 4, 5, 6, 7, 8, 9, 10]]      # nobody is used twice while others are left
-    assert [row[len(p):].tolist() for row, p in zip(rows, prompts, strict=True)] == fresh
+    fresh = [
+        [2, 3, 4, 5, 6, 7, 8, 9, 10],
+        [1, 2, 4, 5, 6, 7, 8, 9, 10],
+    ]  # nobody is used twice while others are left
+    assert [row[len(p) :].tolist() for row, p in zip(rows, prompts, strict=True)] == fresh
     again = generate(Fixed(), prompts[0], 12, temperature=0, **{penalty: 100.0})[0][12:].tolist()
-    assert again == ([0, 2, 3] if penalty == "frequency_penalty" else [0, 0, 0])    # the second 1 counts, or does not
+    assert again == (
+        [0, 2, 3] if penalty == "frequency_penalty" else [0, 0, 0]
+    )  # the second 1 counts, or does not
 
 
 @given(logits_1d, st.floats(-0.5, 0.5), st.floats(-9, 9), st.floats(-2, 2), st.floats(0.5, 4))
@@ -504,22 +551,36 @@ def test_sampling_config_prints_and_reads_back():
 # ---- cache, batches, streams
 
 
-STRATEGIES = [{}, {"temperature": 0}, {"top_k": 4, "slide": 3}, {"min_p": 0.1, "slide": 8}, {"typical_p": 0.7},
-              {"repetition_penalty": 1.3, "frequency_penalty": 0.1}, {"stop_tokens": [3, 7]}, {"settle": "attention", "slide": 4}]
+STRATEGIES = [
+    {},
+    {"temperature": 0},
+    {"top_k": 4, "slide": 3},
+    {"min_p": 0.1, "slide": 8},
+    {"typical_p": 0.7},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.1},
+    {"stop_tokens": [3, 7]},
+    {"settle": "attention", "slide": 4},
+]
 RAGGED = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.arange(8)]
 
 
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "laplace", "mixture"])
 @pytest.mark.parametrize("options", STRATEGIES)
 def test_text_with_and_without_a_cache_is_the_same(family, options):
-    model = PCTransformer(ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=family), seed=1)
+    model = PCTransformer(
+        ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16, attention=family),
+        seed=1,
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(6)
     for prompt in (PROMPT, RAGGED):
         for seed in (5, list(range(len(prompt)))):
-            (a, x), (b, y) = (generate(model, prompt, 16, seed=seed, cache=c, log_probs=True, **options) for c in (True, False))
+            (a, x), (b, y) = (
+                generate(model, prompt, 16, seed=seed, cache=c, log_probs=True, **options)
+                for c in (True, False)
+            )
             assert type(a) is type(b) and all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
             assert all(torch.allclose(s, t, atol=1e-3) for s, t in zip(x, y, strict=True))
 
@@ -543,7 +604,10 @@ def test_a_row_does_not_depend_on_the_others(model):
 
 
 def test_stop_tokens_end_a_row_and_nobody_else(model):
-    free, stopped = generate(model, RAGGED, 30, seed=4), generate(model, RAGGED, 30, seed=4, stop_tokens=[2])
+    free, stopped = (
+        generate(model, RAGGED, 30, seed=4),
+        generate(model, RAGGED, 30, seed=4, stop_tokens=[2]),
+    )
     for prompt, whole, text in zip(RAGGED, free, stopped, strict=True):
         new = whole[len(prompt) :].tolist()
         assert text[len(prompt) :].tolist() == (new[: new.index(2) + 1] if 2 in new else new)
@@ -554,7 +618,9 @@ def test_log_probabilities_are_the_models_own(model):
     model.eval()
     with torch.no_grad():
         full = model(text[:, :-1]).double().log_softmax(-1)
-    torch.testing.assert_close(logs, full[:, 2:].gather(-1, text[:, 3:, None])[..., 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logs, full[:, 2:].gather(-1, text[:, 3:, None])[..., 0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_rule_4_a_stream_that_is_left_half_way(model):
@@ -562,8 +628,10 @@ def test_rule_4_a_stream_that_is_left_half_way(model):
     state, rng = bits(model), torch.get_rng_state()
     steps = stream(model, PROMPT, 20, seed=0)
     seen = [next(steps).tokens for _ in range(3)]
-    assert model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()   # between two steps, too
-    model(PROMPT).sum().backward()                                                                # and the model is usable
+    assert (
+        model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    )  # between two steps, too
+    model(PROMPT).sum().backward()  # and the model is usable
     steps.close()
     model.zero_grad(set_to_none=True)
     assert bits(model) == state and torch.equal(torch.get_rng_state(), rng)
@@ -584,7 +652,9 @@ def test_a_stream_notices_that_the_weights_have_moved(model):
 def test_text_with_and_without_copies_of_the_weights_is_the_same(model, options, monkeypatch):
     monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
     for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
-        a, b = (generate(model, prompt, 16, seed=5, copy_weights=c, **options) for c in (True, False))
+        a, b = (
+            generate(model, prompt, 16, seed=5, copy_weights=c, **options) for c in (True, False)
+        )
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
@@ -592,13 +662,19 @@ def test_text_with_and_without_copies_of_the_weights_is_the_same(model, options,
 def test_copies_never_outlive_a_change_of_the_weights(model, rows, monkeypatch):
     monkeypatch.setattr("pc_transformer.cache.SMALL", 0)
     prompt, texts = torch.ones(rows, 1, dtype=torch.int64), []
-    for change in (lambda p: None, lambda p: p.neg_(), lambda p: p.data.copy_(p.data.flip(0))):    # the last counts no version
+    for change in (
+        lambda p: None,
+        lambda p: p.neg_(),
+        lambda p: p.data.copy_(p.data.flip(0)),
+    ):  # the last counts no version
         with torch.no_grad():
             change(model.output.weight)
         texts.append(generate(model, prompt, 7, temperature=0, copy_weights=True))
         assert torch.equal(texts[-1], generate(model, prompt, 7, temperature=0, cache=False))
     assert not torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])
-    steps = {c: stream(model, prompt, 6, seed=0, copy_weights=c, log_probs=True) for c in (True, False)}
+    steps = {
+        c: stream(model, prompt, 6, seed=0, copy_weights=c, log_probs=True) for c in (True, False)
+    }
     for _ in range(6):
         a, b = (next(s) for s in steps.values())
         torch.testing.assert_close(a.log_probs, b.log_probs, atol=1e-4, rtol=1e-4)
@@ -611,26 +687,53 @@ def test_settling_objects(model):
         def logits(self, model, tokens):
             return model(tokens)[:, -1]
 
-    assert all(torch.equal(a, b) for a, b in zip(generate(model, RAGGED, 12, seed=1, settle=Own()),
-                                                 generate(model, RAGGED, 12, seed=1), strict=True))
-    model = PCTransformer(model.config, seed=1)      # precision 1: at 25 the nearest key takes all, settled or not
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            generate(model, RAGGED, 12, seed=1, settle=Own()),
+            generate(model, RAGGED, 12, seed=1),
+            strict=True,
+        )
+    )
+    model = PCTransformer(
+        model.config, seed=1
+    )  # precision 1: at 25 the nearest key takes all, settled or not
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.mul_(0 if name.endswith("log_precision") else 8 if p.dim() > 1 else 1)
     options = {"seed": 1, "settle_steps": 3, "log_probs": True}
-    settled, plain = (generate(model, PROMPT, 1, settle=s, **options)[1] for s in ("attention", None))
+    settled, plain = (
+        generate(model, PROMPT, 1, settle=s, **options)[1] for s in ("attention", None)
+    )
     assert (settled - plain).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("options", [
-    {"min_p": -0.1}, {"min_p": 1.1}, {"typical_p": 0.0}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}, {"slide": 0},
-    {"slide": 9}, {"stop_tokens": [11]}, {"settle": "hope"}, {"settle_steps": -1}, {"energy_std": 0.0, "energy_slope": 1.0},
-    {"seed": [1]}, {"seed": "x"}, {"sampling": SamplingConfig(), "temperature": 0.5}, {"sampling": SamplingConfig(top_k=12)},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"typical_p": 0.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"slide": 0},
+        {"slide": 9},
+        {"stop_tokens": [11]},
+        {"settle": "hope"},
+        {"settle_steps": -1},
+        {"energy_std": 0.0, "energy_slope": 1.0},
+        {"seed": [1]},
+        {"seed": "x"},
+        {"sampling": SamplingConfig(), "temperature": 0.5},
+        {"sampling": SamplingConfig(top_k=12)},
+    ],
+)
 def test_bad_options_of_the_loop(options):
     with pytest.raises(ValueError) as caught:
         stream(PCTransformer(CONFIG), PROMPT, 1, **options)
-    assert "\n" not in str(caught.value) and any(name in str(caught.value) for name in [*options, "top_k"])
+    assert "\n" not in str(caught.value) and any(
+        name in str(caught.value) for name in [*options, "top_k"]
+    )
 
 
 def test_stop_strings(model):
@@ -645,7 +748,9 @@ def test_stop_strings(model):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_copies_under_autocast(rows):
-    model = PCTransformer(ModelConfig(vocab_size=65, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
+    model = PCTransformer(
+        ModelConfig(vocab_size=65, block_size=64, n_layer=1, n_head=6, d_model=384)
+    ).eval()
     prompt = torch.ones(rows, 4, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
         a, b = (generate(model, prompt, 40, temperature=0, copy_weights=c) for c in (None, False))
@@ -656,8 +761,16 @@ def test_copies_under_autocast(rows):
 @pytest.mark.parametrize("change", ["data", "inference", "replaced"])
 def test_an_open_stream_notices_changes_that_count_no_version(rows, change):
     with torch.inference_mode(change == "inference"):
-        model = PCTransformer(ModelConfig(vocab_size=11, block_size=64, n_layer=1, n_head=6, d_model=384)).eval()
-    texts = Texts(torch.randint(11, (rows, 50), generator=torch.Generator().manual_seed(0)), [2] * rows, 64, 1, list(range(rows)))
+        model = PCTransformer(
+            ModelConfig(vocab_size=11, block_size=64, n_layer=1, n_head=6, d_model=384)
+        ).eval()
+    texts = Texts(
+        torch.randint(11, (rows, 50), generator=torch.Generator().manual_seed(0)),
+        [2] * rows,
+        64,
+        1,
+        list(range(rows)),
+    )
     memory, late = Memory(model, rows, 64, copy_weights=True), change == "replaced"
     for turn in range(8 + EVERY):
         found, expected = memory(texts)[0], recompute(Recompute(), model, texts)

@@ -69,7 +69,10 @@ class GPT(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.block_size, c.d_model)
+        self.wte, self.wpe = (
+            nn.Embedding(c.vocab_size, c.d_model),
+            nn.Embedding(c.block_size, c.d_model),
+        )
         self.h = nn.ModuleList(Block(c.d_model, c.n_head, c.block_size) for _ in range(c.n_layer))
         self.ln_f = LayerNorm(c.d_model)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
@@ -122,7 +125,9 @@ def twins(config: ModelConfig, seed: int = 0, scale: float = 1.0) -> tuple[PCTra
 
 def draw(config: ModelConfig, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     x = torch.randint(
-        config.vocab_size, (rows, config.block_size + 1), generator=torch.Generator().manual_seed(seed)
+        config.vocab_size,
+        (rows, config.block_size + 1),
+        generator=torch.Generator().manual_seed(seed),
     )
     return x[:, :-1], x[:, 1:]
 
@@ -185,9 +190,17 @@ def test_initial_weights(family: str) -> None:
     "Normal with nanoGPT's standard deviations; gains are one; the seed decides and the global state is left alone."
     config = ModelConfig(attention=family)
     state = torch.get_rng_state()
-    model, again, other = PCTransformer(config, 1), PCTransformer(config, 1), PCTransformer(config, 2)
-    assert torch.equal(state, torch.get_rng_state()), "construction drew from the global random state"
-    for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
+    model, again, other = (
+        PCTransformer(config, 1),
+        PCTransformer(config, 1),
+        PCTransformer(config, 2),
+    )
+    assert torch.equal(state, torch.get_rng_state()), (
+        "construction drew from the global random state"
+    )
+    for (name, p), q, r in zip(
+        model.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(p, q), f"{name} differs for the same seed"
         if name.endswith(LEARNED):
             assert torch.equal(p, r), f"{name} depends on the seed"
@@ -196,10 +209,16 @@ def test_initial_weights(family: str) -> None:
             assert torch.equal(p, torch.ones_like(p)), f"{name} should start at one"
             continue
         assert not torch.equal(p, r), f"{name} is the same for another seed"
-        std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith(("out.weight", "down.weight")) else 0.02
+        std = (
+            0.02 / math.sqrt(2 * config.n_layer)
+            if name.endswith(("out.weight", "down.weight"))
+            else 0.02
+        )
         z = (p.detach().double().flatten() / std).sort().values
         expected = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-        apart = (expected - torch.linspace(0, 1, len(z), dtype=torch.float64)).abs().max() * len(z) ** 0.5
+        apart = (expected - torch.linspace(0, 1, len(z), dtype=torch.float64)).abs().max() * len(
+            z
+        ) ** 0.5
         assert apart < 2.2, (
             f"{name} is not normal with standard deviation {std:.4g}: Kolmogorov distance {apart:.2f}"
         )
@@ -229,7 +248,9 @@ def nanogpt_lr(it: int, c: TrainConfig) -> float:
 @few
 @given(st.integers(1, 500), st.integers(0, 400), st.floats(1e-6, 1.0), st.floats(0.0, 1.0))
 def test_schedule(iters: int, warmup: int, high: float, part: float) -> None:
-    c = TrainConfig(iters=iters, warmup_iters=warmup, learning_rate=high, min_learning_rate=part * high)
+    c = TrainConfig(
+        iters=iters, warmup_iters=warmup, learning_rate=high, min_learning_rate=part * high
+    )
     steps = {0, 1, warmup - 1, warmup, warmup + 1, (warmup + iters) // 2, iters - 1}
     if (
         warmup < iters
@@ -237,7 +258,9 @@ def test_schedule(iters: int, warmup: int, high: float, part: float) -> None:
         steps |= {iters, iters + 1, 2 * iters}
     for it in steps:
         if 0 <= it < (iters if warmup >= iters else math.inf):
-            assert learning_rate(it, c) == pytest.approx(nanogpt_lr(it, c), rel=1e-12), f"step {it} of {c}"
+            assert learning_rate(it, c) == pytest.approx(nanogpt_lr(it, c), rel=1e-12), (
+                f"step {it} of {c}"
+            )
 
 
 def test_schedule_of_the_cpu_run() -> None:
@@ -255,7 +278,9 @@ def test_optimizer_groups(family: str) -> None:
     optimizer = make_optimizer(model, c)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert (
-        sum(len(g["params"]) for g in optimizer.param_groups) == len(groups) == len(list(model.parameters()))
+        sum(len(g["params"]) for g in optimizer.param_groups)
+        == len(groups)
+        == len(list(model.parameters()))
     )
     for name, p in model.named_parameters():
         g, precision = groups[id(p)], name.endswith(LEARNED)
@@ -269,7 +294,10 @@ def nanogpt_run(model: GPT, trainer: Trainer, c: TrainConfig, steps: int) -> lis
     "nanoGPT's training loop over the same batches, by its own groups, rates and clipping."
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": c.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
     losses = []
     for it in range(steps):
@@ -306,7 +334,9 @@ def test_training_run(grad_clip: float) -> None:
     want = nanogpt_run(theirs, trainer, train, 30)
     got = [trainer.advance() for _ in range(30)]
     assert want[-1] < want[0] - 0.1, "the reference run does not learn"
-    assert got == pytest.approx(want, abs=1e-3), f"the first step that differs: {first_difference(got, want)}"
+    assert got == pytest.approx(want, abs=1e-3), (
+        f"the first step that differs: {first_difference(got, want)}"
+    )
 
 
 def first_difference(got: list[float], want: list[float]) -> str:

@@ -37,7 +37,13 @@ from pc_transformer.learning import (
     gradients,
     learn,
 )
-from pc_transformer.settling import ErrorSettling, SettlingError, errors_down, predict_up, relative_precisions
+from pc_transformer.settling import (
+    ErrorSettling,
+    SettlingError,
+    errors_down,
+    predict_up,
+    relative_precisions,
+)
 from pc_transformer.training import (
     CheckpointError,
     Trainer,
@@ -56,7 +62,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laplace": {"attention": "laplace", "precision_init": 4.0, "background": True, "n_kv_head": 1},
     "mixture": {"attention": "mixture", "precision_init": 4.0, "mixing": "key"},
     "gaussian, diagonal": {
-        "attention": "gaussian", "precision_init": 1.0, "precision": "diagonal", "window": 3, "qk_norm": True,
+        "attention": "gaussian",
+        "precision_init": 1.0,
+        "precision": "diagonal",
+        "window": 3,
+        "qk_norm": True,
     },  # fmt: skip
 }
 LEARNERS: dict[str, Any] = {
@@ -80,7 +90,11 @@ def shapes(draw: st.DrawFn) -> dict[str, int]:
     "Sizes of a small model; its width is a multiple of its heads."
     n_head = draw(st.integers(1, 3))
     width = n_head * draw(st.sampled_from([3, 4, 5]))
-    layers, length, vocabulary = draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(3, 11))
+    layers, length, vocabulary = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(2, 7)),
+        draw(st.integers(3, 11)),
+    )
     return {
         "vocab_size": vocabulary,
         "block_size": length,
@@ -121,9 +135,13 @@ def batch(
 
 def same(got: Tensor, want: Tensor, what: str, rtol: float = 1e-9) -> None:
     "Equal to `rtol` of the largest value, else an AssertionError that says what differs."
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert got.shape == want.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    )
     apart, size = (got - want).abs().max().item(), want.abs().max().item()
-    assert apart <= rtol * size + 1e-14, f"{what}: off by {apart:.3g}, its largest value is {size:.3g}"
+    assert apart <= rtol * size + 1e-14, (
+        f"{what}: off by {apart:.3g}, its largest value is {size:.3g}"
+    )
 
 
 def identical(got: Tensor, want: Tensor, what: str) -> None:
@@ -141,7 +159,9 @@ def read_logits(model: PCTransformer, tokens: Tensor, targets: Tensor) -> Tensor
     return model.eval()(tokens)
 
 
-def check_rule_1(model: PCTransformer, learner: Any, read: Reader = read_logits, seed: int = 0) -> None:
+def check_rule_1(
+    model: PCTransformer, learner: Any, read: Reader = read_logits, seed: int = 0
+) -> None:
     "Random targets, also those of a training step just before, leave the logits bit-equal."
     tokens, targets = batch(model, seed)
     logits = []
@@ -152,7 +172,9 @@ def check_rule_1(model: PCTransformer, learner: Any, read: Reader = read_logits,
         identical(other, logits[0], "logits under other targets")
 
 
-def check_rule_1_evaluation(whole_split: Callable[..., float], model: PCTransformer, seed: int = 0) -> None:
+def check_rule_1_evaluation(
+    whole_split: Callable[..., float], model: PCTransformer, seed: int = 0
+) -> None:
     "Nobody predicts noise: its loss is at least ln V, and it is that of the feed-forward logits."
     V, T = model.config.vocab_size, model.config.block_size
     ids = torch.randint(V, (40 * T + 1,), generator=torch.Generator().manual_seed(seed))
@@ -197,7 +219,9 @@ SEEN: list[Tensor] = []  # what LeaksThroughAGlobal reads
 class Telltale(PredictiveCoding):
     "Mutant, its learner: leaves the targets where the model finds them."
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
         SEEN[:] = [targets]
         if hasattr(model, "clamped"):
             model.clamped = targets.clamp(min=0)
@@ -263,9 +287,15 @@ def check_rule_2(model: PCTransformer, seed: int = 0) -> None:
         for t in range(tokens.shape[1]):
             changed = tokens.clone()
             changed[:, t] = (changed[:, t] + 1) % model.config.vocab_size
-            reach = None if (w := model.config.window) is None else t + model.config.n_layer * (w - 1) + 1
+            reach = (
+                None
+                if (w := model.config.window) is None
+                else t + model.config.n_layer * (w - 1) + 1
+            )
             moved = (model(changed) - logits)[:, t:reach].abs().amax(-1)
-            assert (moved > 1e-6).all(), f"another token at {t} does not move the logits from {t} on: {moved}"
+            assert (moved > 1e-6).all(), (
+                f"another token at {t} does not move the logits from {t} on: {moved}"
+            )
 
 
 @few(8)
@@ -337,7 +367,14 @@ class ForgetsTheContext(PCTransformer):
 
 @pytest.mark.parametrize(
     "mutant",
-    [RandomLatentStart, RandomStartOfNumpy, DropoutLeftOn, IgnoresItsInput, Saturates, ForgetsTheContext],
+    [
+        RandomLatentStart,
+        RandomStartOfNumpy,
+        DropoutLeftOn,
+        IgnoresItsInput,
+        Saturates,
+        ForgetsTheContext,
+    ],
 )
 def test_rule_2_catches(mutant: type[PCTransformer]) -> None:
     with pytest.raises(AssertionError, match="random state|does not move"):
@@ -362,12 +399,16 @@ def check_rule_3(model: PCTransformer, learner: Any = None, seed: int = 0) -> No
                     with torch.enable_grad():
                         gradients(learner, model, changed, targets)
                 identical(
-                    model(changed)[:, :t], logits[:, :t], f"logits before {t}, where the tokens changed"
+                    model(changed)[:, :t],
+                    logits[:, :t],
+                    f"logits before {t}, where the tokens changed",
                 )
             prefix = model(tokens[:, :t])
             apart = (prefix - logits[:, :t]).abs().max().item()
             size = logits.abs().max().item()
-            assert apart <= 1e-4 * size, f"the first {t} tokens alone give logits that are off by {apart:.3g}"
+            assert apart <= 1e-4 * size, (
+                f"the first {t} tokens alone give logits that are off by {apart:.3g}"
+            )
 
 
 @few(8)
@@ -459,7 +500,9 @@ class CountsFromTheEnd(PCTransformer):
     "Mutant: positions are counted from the end; only the prefix shows it."
 
     def forward(self, tokens: Tensor) -> Tensor:
-        s = self.predictors[0].token(tokens) + self.predictors[0].position.weight[: tokens.shape[1]].flip(0)
+        s = self.predictors[0].token(tokens) + self.predictors[0].position.weight[
+            : tokens.shape[1]
+        ].flip(0)
         for f in self.predictors[1:]:
             s = f(s)
         return self.output(s)
@@ -496,7 +539,9 @@ def test_the_mask_of_the_library_is_infinite() -> None:
 def bits(model: nn.Module) -> dict[str, bytes]:
     "Every parameter and buffer, saved or not, as raw bytes."
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {n: t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named}
+    return {
+        n: t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for n, t in named
+    }
 
 
 def check_rule_4(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> None:
@@ -553,7 +598,9 @@ class LearnsInForward(PCTransformer):
 class LearnsWhileSettling(ErrorSettling):
     "Mutant: weights move at each settling step, and settling is also what evaluation runs."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         with torch.no_grad():
             for f, e in zip(model.predictors, settled.errors, strict=True):
@@ -565,7 +612,9 @@ class LearnsWhileSettling(ErrorSettling):
 class LeavesGradients(ErrorSettling):
     "Mutant: settling by `backward()`, which also fills the weights' gradients."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         predict_up(model, tokens, targets).output_energy.backward()
         return settled
@@ -674,7 +723,9 @@ def skips_missing(folder: Path) -> PCTransformer:
 def wrong_key(folder: Path) -> PCTransformer:
     "Mutant: strict=False and the wrong key: evaluation runs on random weights."
     model = build("gaussian", 9)
-    model.load_state_dict({f"model.{n}": t for n, t in load_or_nothing(folder).items()}, strict=False)
+    model.load_state_dict(
+        {f"model.{n}": t for n, t in load_or_nothing(folder).items()}, strict=False
+    )
     return model
 
 
@@ -731,8 +782,16 @@ IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(7))
 def run_config(family: str, learner: LearnerConfig, **options: Any) -> RunConfig:
     "A run of a few steps, with everything that a careless resume gets wrong: warm-up, decay, clipping."
     model = ModelConfig(**SMALL, **FAMILIES[family])
-    train = {"iters": 8, "warmup_iters": 3, "batch_size": 2, "learning_rate": 0.02, "min_learning_rate": 1e-3}
-    return RunConfig(model, learner, TrainConfig(**(train | options), eval_interval=4, checkpoint_interval=4))
+    train = {
+        "iters": 8,
+        "warmup_iters": 3,
+        "batch_size": 2,
+        "learning_rate": 0.02,
+        "min_learning_rate": 1e-3,
+    }
+    return RunConfig(
+        model, learner, TrainConfig(**(train | options), eval_interval=4, checkpoint_interval=4)
+    )
 
 
 def advance(trainer: Trainer, steps: int) -> Trainer:
@@ -758,7 +817,9 @@ def check_rule_6_resume(
     pairs = zip(trainer.losses, whole.losses, strict=True)
     wrong = [f"step {i}: {a!r}, uninterrupted {b!r}" for i, (a, b) in enumerate(pairs) if a != b]
     assert not wrong, f"resumed losses differ, first at {wrong[0]}"
-    for (name, p), q in zip(trainer.model.named_parameters(), whole.model.parameters(), strict=True):
+    for (name, p), q in zip(
+        trainer.model.named_parameters(), whole.model.parameters(), strict=True
+    ):
         identical(p, q, f"{name} after the resumed run")
 
 
@@ -846,7 +907,10 @@ Weights = dict[str, Tensor]
 
 
 def weights_of(model: nn.Module, requires_grad: bool = False) -> Weights:
-    return {n: p.detach().double().clone().requires_grad_(requires_grad) for n, p in model.named_parameters()}
+    return {
+        n: p.detach().double().clone().requires_grad_(requires_grad)
+        for n, p in model.named_parameters()
+    }
 
 
 def normalised(s: Tensor, gain: Tensor) -> Tensor:
@@ -862,17 +926,29 @@ def log_shape(c: ModelConfig, u: Tensor, tail: Tensor | None) -> Tensor:
     return -u.sqrt() if c.attention == "laplace" else -u / 2
 
 
-def scores_by_hand(W: Weights, name: str, c: ModelConfig, x: Tensor, h: int, q: Tensor, k: Tensor) -> list[Tensor]:
+def scores_by_hand(
+    W: Weights, name: str, c: ModelConfig, x: Tensor, h: int, q: Tensor, k: Tensor
+) -> list[Tensor]:
     "Scores of all keys k for one query q in head h: one list entry for each component."
-    get, g, found = (lambda n: W.get(f"{name}.{n}")), h // (c.n_head // (c.n_kv_head or c.n_head)), []
+    get, g, found = (
+        (lambda n: W.get(f"{name}.{n}")),
+        h // (c.n_head // (c.n_kv_head or c.n_head)),
+        [],
+    )
     lp, shift, mix, tail = get("log_precision"), get("shift"), get("log_mix"), get("log_tail")
     for m in range(c.n_component if shift is not None else 1):
         key = k if shift is None else k + shift[g, m, 0]
         if c.attention == "dot":
-            found.append((1 / math.sqrt(c.d_head) if lp is None else lp[g, 0].exp()) * (q * key).sum(-1))
+            found.append(
+                (1 / math.sqrt(c.d_head) if lp is None else lp[g, 0].exp()) * (q * key).sum(-1)
+            )
             continue
         assert lp is not None
-        log_lambda = lp[0, g, 0] if c.precision == "diagonal" else lp[g, m if lp.dim() == 3 else 0].expand(c.d_head)
+        log_lambda = (
+            lp[0, g, 0]
+            if c.precision == "diagonal"
+            else lp[g, m if lp.dim() == 3 else 0].expand(c.d_head)
+        )
         if (by_token := get("precision_map")) is not None:
             log_lambda = log_lambda + (x[:, : k.shape[1]] @ by_token[g])[..., None]
         u = (log_lambda.exp() * (q - key) ** 2).sum(-1)
@@ -892,13 +968,25 @@ def attention_by_hand(W: Weights, name: str, c: ModelConfig, x: Tensor) -> Tenso
     heads = []
     for h in range(H):
         g = h // (H // Hk)
-        q, k, v = Q[..., h * d : (h + 1) * d], K[..., g * d : (g + 1) * d], V[..., g * d : (g + 1) * d]
+        q, k, v = (
+            Q[..., h * d : (h + 1) * d],
+            K[..., g * d : (g + 1) * d],
+            V[..., g * d : (g + 1) * d],
+        )
         if c.qk_norm:
-            q, k = (y / ((y * y).mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt() for y in (q, k))
+            q, k = (
+                y / ((y * y).mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt()
+                for y in (q, k)
+            )
         rows = []
         for i in range(x.shape[1]):
             first = max(0, i + 1 - (c.window or i + 1))
-            logs = torch.stack([s[:, first:] for s in scores_by_hand(W, name, c, x, h, q[:, i : i + 1], k[:, : i + 1])])
+            logs = torch.stack(
+                [
+                    s[:, first:]
+                    for s in scores_by_hand(W, name, c, x, h, q[:, i : i + 1], k[:, : i + 1])
+                ]
+            )
             top = logs.detach().amax((0, 2), keepdim=True)
             p = (logs - top).exp().sum(0)
             total = p.sum(-1, keepdim=True)
@@ -931,7 +1019,12 @@ def output_by_hand(W: Weights, s: Tensor, targets: Tensor) -> Tensor:
 
 
 def energies_by_hand(
-    W: Weights, c: ModelConfig, tokens: Tensor, targets: Tensor, errors: list[Tensor], precision: list[Tensor]
+    W: Weights,
+    c: ModelConfig,
+    tokens: Tensor,
+    targets: Tensor,
+    errors: list[Tensor],
+    precision: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     "E_0..E_N and E_out, normalisers included, and the states, as functions of the errors."
     s, states, energies = tokens, [], []
@@ -979,7 +1072,9 @@ def gradients_by_hand(
         energy = output_by_hand(W, s, targets)
     else:
         energy = output_by_hand(W, states[-1], targets)
-        for l, (below, s, P) in enumerate(zip([tokens, *states[:-1]], states, precision, strict=True)):
+        for l, (below, s, P) in enumerate(
+            zip([tokens, *states[:-1]], states, precision, strict=True)
+        ):
             energy = energy + P / 2 * ((s - mu_by_hand(W, c, l, below)) ** 2).sum()
     slopes = torch.autograd.grad(energy / int((targets != -100).sum()), list(W.values()))
     return dict(zip(W, slopes, strict=True))
@@ -997,11 +1092,18 @@ def check_rule_7(
     if isinstance(learner, PredictiveCoding):
         settled = learner.solver(model, tokens, targets)
         beta = learner.solver.relative_precision
-        errors, precision, states, trace = settled_by_hand(model, tokens, targets, beta, settled.step_sizes)
+        errors, precision, states, trace = settled_by_hand(
+            model, tokens, targets, beta, settled.step_sizes
+        )
         for l, (got, want) in enumerate(zip(settled.errors, errors, strict=True)):
             same(got, want, f"the error of node {l} after settling", rtol)
         want = torch.tensor(trace).double() / settled.count
-        same(settled.node_energy, torch.tensor(trace, dtype=torch.float64) / settled.count, "energies", rtol)
+        same(
+            settled.node_energy,
+            torch.tensor(trace, dtype=torch.float64) / settled.count,
+            "energies",
+            rtol,
+        )
         same(settled.energy, want.double().sum(-1), "the energy trace", 1e-5)
     got = gradients(learner, model, tokens, targets)
     for name, want in gradients_by_hand(model, tokens, targets, states, precision).items():
@@ -1062,7 +1164,10 @@ class NoNormJacobian(PCTransformer):
 
     @staticmethod
     def constant(s: Tensor, gain: Tensor) -> Tensor:
-        mean, variance = s.detach().mean(-1, keepdim=True), s.detach().var(-1, correction=0, keepdim=True)
+        mean, variance = (
+            s.detach().mean(-1, keepdim=True),
+            s.detach().var(-1, correction=0, keepdim=True),
+        )
         return (s - mean) / (variance + 1e-5).sqrt() * gain
 
 
@@ -1078,7 +1183,9 @@ class NoAttentionJacobian(PCTransformer):
     def constant(attention: Any, x: Tensor) -> Tensor:
         q, k, v = attention.split(x)
         q, k = q.detach(), k.detach()
-        _, r = attend(q, k, v, attention.family, attention.precision, is_causal=True, return_attention=True)
+        _, r = attend(
+            q, k, v, attention.family, attention.precision, is_causal=True, return_attention=True
+        )
         return attention.out((r @ v).transpose(1, 2).flatten(2))
 
 
@@ -1104,14 +1211,18 @@ class LearnsBy(PredictiveCoding):
 
     push: Callable[[int, list[Tensor], list[Tensor]], Tensor] = lambda l, eps, Pi: -Pi[l] * eps[l]
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
         settled = self.solver(model, tokens, targets, measure)
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
             push = self.push(l, settled.errors, settled.precision) / settled.count
             parameters = list(f.parameters())
             accumulate(parameters, torch.autograd.grad(mu, parameters, push))
         parameters = list(model.output.parameters())
-        accumulate(parameters, torch.autograd.grad(settled.up.output_energy / settled.count, parameters))
+        accumulate(
+            parameters, torch.autograd.grad(settled.up.output_energy / settled.count, parameters)
+        )
         return Report(settled.loss)
 
 
@@ -1140,7 +1251,9 @@ def test_rule_7_passes_the_rule_of_the_mutants() -> None:
 @every_family
 def test_rule_7_catches_learners(family: str, push: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the gradient of predictors"):
-        check_rule_7(build(family, dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0), push=push))
+        check_rule_7(
+            build(family, dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0), push=push)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1177,7 +1290,8 @@ def test_rule_7_passes_the_solver_of_the_mutants() -> None:
 def test_rule_7_catches_solvers(message: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the error of node"):
         check_rule_7(
-            build("gaussian", dtype=torch.float64), PredictiveCoding(StepsBy(2, 100.0, 0.5, message=message))
+            build("gaussian", dtype=torch.float64),
+            PredictiveCoding(StepsBy(2, 100.0, 0.5, message=message)),
         )
 
 
@@ -1190,24 +1304,34 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     try:
         settled = solver(model, tokens, targets)
     except SettlingError as error:
-        assert re.search(r"node \d|the output|lowered the energy", str(error)), f"{error} names no node"
+        assert re.search(r"node \d|the output|lowered the energy", str(error)), (
+            f"{error} names no node"
+        )
         return False
     energy, eps = settled.energy, torch.finfo(next(model.parameters()).dtype).eps
     assert energy.isfinite().all(), f"the energy trace is {energy.tolist()}"
     assert len(energy) == solver.steps + 1 == len(settled.step_sizes) + 1
     D, N = model.config.d_model, tokens.numel()
     constants = (
-        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.precision) / settled.count
+        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.precision)
+        / settled.count
     )
     moving = energy[:-1] - constants
     rises = energy.diff() - 10 * eps * (moving.abs() + abs(constants))
-    assert (rises <= 0).all(), f"the energy rises: {energy.tolist()} after steps {settled.step_sizes}"
+    assert (rises <= 0).all(), (
+        f"the energy rises: {energy.tolist()} after steps {settled.step_sizes}"
+    )
     if eps < 1e-12:
         W, c = weights_of(model), model.config
         zero = [torch.zeros_like(e) for e in settled.errors]
         for k, errors in ((0, zero), (-1, settled.errors)):
             parts, _ = energies_by_hand(W, c, tokens, targets, errors, settled.precision)
-            same(energy[k], torch.stack(parts).sum() / settled.count, f"energy {k} of the trace", 1e-8)
+            same(
+                energy[k],
+                torch.stack(parts).sum() / settled.count,
+                f"energy {k} of the trace",
+                1e-8,
+            )
     return True
 
 
@@ -1222,7 +1346,13 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     st.sampled_from([torch.float32, torch.float64]),
 )
 def test_rule_8(
-    shape: dict[str, int], seed: int, family: str, scale: float, beta: float, steps: int, dtype: torch.dtype
+    shape: dict[str, int],
+    seed: int,
+    family: str,
+    scale: float,
+    beta: float,
+    steps: int,
+    dtype: torch.dtype,
 ) -> None:
     check_rule_8(build(family, seed, scale / 5, dtype, **shape), ErrorSettling(steps, beta), seed)
 
@@ -1246,7 +1376,11 @@ def broken_nodes(solver: ErrorSettling, model: PCTransformer, value: float) -> l
     tokens, targets = batch(model)
     complaints = []
     for name, p in model.named_parameters():
-        harmless = {"log_precision": (-math.inf,), "background": (-math.inf, math.inf), "log_mix": (-math.inf,)}
+        harmless = {
+            "log_precision": (-math.inf,),
+            "background": (-math.inf, math.inf),
+            "log_mix": (-math.inf,),
+        }
         if value in harmless.get(name.split(".")[-1], ()):
             continue  # a precision of zero, a background that explains nothing or all, a component that never is
         l = re.search(r"predictors\.(\d+)", name)
@@ -1323,7 +1457,9 @@ class NeverRejects(ErrorSettling):
 class HidesTheRise(NeverRejects):
     "Mutant: the same, and the trace shows the best energy so far."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         best = settled.node_energy[settled.energy.argmin()].clone()
         rising = settled.energy > settled.energy.cummin(0).values
@@ -1335,7 +1471,9 @@ class HidesTheRise(NeverRejects):
 class ReportsTheWrongEnergy(ErrorSettling):
     "Mutant: an energy without its normaliser (the log-determinant is part of it)."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         D = settled.errors[0].shape[-1]
         for l, P in enumerate(settled.precision):
@@ -1355,7 +1493,9 @@ class Scrubbed:
 class ScrubsNaN(ErrorSettling):
     "Mutant: `nan_to_num` after each layer: divergence looks like a bad loss."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         return super().__call__(Scrubbed(model), tokens, targets, measure_residual)
 
 
@@ -1363,7 +1503,9 @@ class ScrubsNaN(ErrorSettling):
 class SwallowsExceptions(ErrorSettling):
     "Mutant: the exception is printed and passed over."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         try:
             return super().__call__(model, tokens, targets, measure_residual)
         except SettlingError as error:
@@ -1374,7 +1516,9 @@ class SwallowsExceptions(ErrorSettling):
 class NamesNoNode(ErrorSettling):
     "Mutant: an error that says only that something was not finite."
 
-    def __call__(self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True) -> Any:
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
+    ) -> Any:
         try:
             return super().__call__(model, tokens, targets, measure_residual)
         except SettlingError:
@@ -1411,7 +1555,9 @@ def check_rule_9(model: PCTransformer, learner: Any) -> None:
     generate(model, tokens, 2, seed=0)
     evaluate(model, tokens.flatten(), model.config.block_size)
     after = {n: (id(p), p.shape) for n, p in model.named_parameters()}
-    assert after == before, f"parameters changed after construction: {sorted(after.keys() ^ before.keys())}"
+    assert after == before, (
+        f"parameters changed after construction: {sorted(after.keys() ^ before.keys())}"
+    )
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert {i for i, _ in after.values()} == held, "the optimiser does not hold every parameter"
     assert sum(p.numel() for p in model.parameters()) == model.n_parameters
@@ -1465,12 +1611,16 @@ def check_rule_10(
         assert cosine[worst] >= 0.999, (
             f"cosine {cosine[worst]:.6f} with backprop in {worst} at beta = {beta:g}"
         )
-        apart.append(math.sqrt(sum(float(((ours[n] - g) ** 2).sum()) for n, g in theirs.items())) / size)
+        apart.append(
+            math.sqrt(sum(float(((ours[n] - g) ** 2).sum()) for n, g in theirs.items())) / size
+        )
     assert apart[0] < 1e-2, (
         f"at beta = 1e7 the gradient is still {apart[0]:.3g} of its size away from backprop's"
     )
     falls = apart[0] / max(apart[1], 1e-300)
-    assert 8 < falls < 12, f"ten times the beta makes the difference {falls:.2f} times smaller: {apart}"
+    assert 8 < falls < 12, (
+        f"ten times the beta makes the difference {falls:.2f} times smaller: {apart}"
+    )
 
 
 @few(8)
@@ -1492,7 +1642,11 @@ def test_rule_10_is_reported(family: str, learner: LearnerConfig) -> None:
         gradient_cosine(trainer.learner, trainer.model, tokens, targets)["all"], abs=1e-9
     )
     if learner.algorithm == "backprop":
-        assert entry["cosine"] == pytest.approx(1) and entry["residual"] is None and entry["energy"] is None
+        assert (
+            entry["cosine"] == pytest.approx(1)
+            and entry["residual"] is None
+            and entry["energy"] is None
+        )
     else:
         assert 0 <= entry["residual"] <= 1 and len(entry["energy"]) == learner.steps + 1
 
@@ -1501,15 +1655,21 @@ def test_rule_10_is_reported(family: str, learner: LearnerConfig) -> None:
 class AbsolutePrecision(PredictiveCoding):
     "Mutant: precision one everywhere; beta is configured and changes nothing."
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
-        return PredictiveCoding(ErrorSettling(2, 1.0, 0.1)).backward(model, tokens, targets, measure)
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
+        return PredictiveCoding(ErrorSettling(2, 1.0, 0.1)).backward(
+            model, tokens, targets, measure
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomStart(PredictiveCoding):
     "Mutant: errors start at random, and no number of steps is enough."
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
         settled = self.solver(model, tokens, targets, measure)
         noise = torch.Generator().manual_seed(0)
         for e in settled.errors:
@@ -1522,7 +1682,9 @@ class RandomStart(PredictiveCoding):
 class TooBrief(PredictiveCoding):
     "Mutant: half a step only: hidden layers learn at half the pace of the output, at any beta."
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
         solver = dataclasses.replace(self.solver, steps=1, step_size=0.5)
         return PredictiveCoding(solver).backward(model, tokens, targets, measure)
 
@@ -1531,7 +1693,9 @@ class TooBrief(PredictiveCoding):
 class ErrorsStopOnTheWay(PredictiveCoding):
     "Mutant: the message to a node passes one layer only (state settling with too few steps for its depth)."
 
-    def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Report:
+    def backward(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
+    ) -> Report:
         settled = self.solver(model, tokens, targets, measure)
         for e in settled.errors[:-2]:
             e.zero_()
@@ -1573,11 +1737,19 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> dict[str, Any]:
     for variant, parameters in (("GPT, backprop", 804_096), ("ours, predictive coding", 804_112)):
         for s in range(1, n_seeds + 1):
             loss = 1.9 + draw.uniform(-0.05, 0.05)
-            runs.append({"variant": variant, "seed": s, "valid_loss": loss, "bits_per_byte": bits(loss)})
-            runs[-1] |= {"tokens": 1_536_000, "parameters": parameters, "seconds": 50 + draw.uniform(0, 60)}
+            runs.append(
+                {"variant": variant, "seed": s, "valid_loss": loss, "bits_per_byte": bits(loss)}
+            )
+            runs[-1] |= {
+                "tokens": 1_536_000,
+                "parameters": parameters,
+                "seconds": 50 + draw.uniform(0, 60),
+            }
     return {
         "seeds": list(range(1, n_seeds + 1)),
-        "baselines": {n: {"nats_per_char": v, "bits_per_byte": bits(v)} for n, v in baseline.items()},
+        "baselines": {
+            n: {"nats_per_char": v, "bits_per_byte": bits(v)} for n, v in baseline.items()
+        },
         "runs": runs,
     }
 
@@ -1588,11 +1760,15 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
     Seconds of runs made on different days do not compare: time stands beside it, as ratios measured in turns.
     """
     lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if "|" in line
     ]
     header, body = lines[0], {row[0]: row for row in lines[2:]}
     column = {}
-    assert not any("time" in cell for cell in header), f"the header {header} says a time of another day"
+    assert not any("time" in cell for cell in header), (
+        f"the header {header} says a time of another day"
+    )
     for word in ("nats", "bits", "tokens", "parameters", "seeds"):
         found = [i for i, cell in enumerate(header) if word in cell]
         assert len(found) == 1, f"the header {header} has no column of {word}"
@@ -1602,14 +1778,20 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
         assert name in body, f"there is no baseline {name}"
         for unit, key in keys.items():
             shown = body[name][column[unit]]
-            assert shown == f"{b[key]:.3f}", f"{name} says {shown!r} in {unit}, its value is {b[key]:.3f}"
+            assert shown == f"{b[key]:.3f}", (
+                f"{name} says {shown!r} in {unit}, its value is {b[key]:.3f}"
+            )
     for needed in ("uniform", "unigram", "5-gram"):
         assert needed in body, f"there is no baseline {needed}"
     for variant in {r["variant"] for r in results["runs"]}:
         runs = [r for r in results["runs"] if r["variant"] == variant]
         assert variant in body, f"there is no row of {variant}"
         row = body[variant]
-        want = {"tokens": runs[0]["tokens"], "parameters": runs[0]["parameters"], "seeds": len(runs)}
+        want = {
+            "tokens": runs[0]["tokens"],
+            "parameters": runs[0]["parameters"],
+            "seeds": len(runs),
+        }
         for word, value in want.items():
             shown = row[column[word]]
             assert shown.replace(",", "") == str(value), (
@@ -1623,7 +1805,9 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
             )
             if len(runs) >= 3:
                 spread = f"± {max(abs(v - mean) for v in values):.3f}"
-                assert shown.endswith(spread), f"{variant} says {shown!r} in {unit}, the spread is {spread}"
+                assert shown.endswith(spread), (
+                    f"{variant} says {shown!r} in {unit}, the spread is {spread}"
+                )
 
 
 @pytest.mark.parametrize("n_seeds", [1, 2, 3, 5])
@@ -1635,7 +1819,9 @@ def test_rule_12(n_seeds: int) -> None:
 
 def in_other_units(text: str) -> str:
     "Mutant: baselines in bits in a column of nats: they look worse than they are."
-    return re.sub(r"^\| (uniform|unigram|5-gram) \| \S+ \| (\S+)", r"| \1 | \2 | \2", text, flags=re.M)
+    return re.sub(
+        r"^\| (uniform|unigram|5-gram) \| \S+ \| (\S+)", r"| \1 | \2 | \2", text, flags=re.M
+    )
 
 
 TABLES: dict[str, Callable[[str], str]] = {
@@ -1664,10 +1850,15 @@ def test_rule_12_catches(mutant: Callable[[str], str]) -> None:
 def test_rule_12_catches_the_best_seed() -> None:
     "Mutant: the best of three seeds instead of their mean."
     results = synthetic_results()
-    best = {v: min(r["valid_loss"] for r in results["runs"] if r["variant"] == v) for v in ("GPT, backprop",)}
+    best = {
+        v: min(r["valid_loss"] for r in results["runs"] if r["variant"] == v)
+        for v in ("GPT, backprop",)
+    }
     flattering = {
         **results,
-        "runs": [{**r, "valid_loss": best.get(r["variant"], r["valid_loss"])} for r in results["runs"]],
+        "runs": [
+            {**r, "valid_loss": best.get(r["variant"], r["valid_loss"])} for r in results["runs"]
+        ],
     }
     with pytest.raises(AssertionError, match="the mean is"):
         check_rule_12(table(flattering), results)

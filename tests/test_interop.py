@@ -36,7 +36,13 @@ from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
 from pc_transformer.settling import ErrorSettling
 from pc_transformer.training import CheckpointError, digest, load_tokenizer
 
-SIZES: dict[str, Any] = {"vocab_size": 31, "block_size": 12, "n_layer": 2, "n_head": 2, "d_model": 16}
+SIZES: dict[str, Any] = {
+    "vocab_size": 31,
+    "block_size": 12,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+}
 SMALL = ModelConfig(**SIZES, attention="dot", bias=True, gelu="tanh")
 TOKENS = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +70,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for t in self.c_attn(x).split(C, dim=2)
+        )
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
         return self.c_proj((F.softmax(att, dim=-1) @ v).transpose(1, 2).contiguous().view(B, T, C))
@@ -73,7 +82,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(n_embd, 4 * n_embd, bias=bias), nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.c_fc, self.c_proj = (
+            nn.Linear(n_embd, 4 * n_embd, bias=bias),
+            nn.Linear(4 * n_embd, n_embd, bias=bias),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)
@@ -92,10 +104,15 @@ class Block(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int, bias: bool):
+    def __init__(
+        self, n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int, bias: bool
+    ):
         super().__init__()
         blocks = nn.ModuleList([Block(n_embd, n_head, block_size, bias) for _ in range(n_layer)])
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(vocab_size, n_embd), "wpe": nn.Embedding(block_size, n_embd)}
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(vocab_size, n_embd),
+            "wpe": nn.Embedding(block_size, n_embd),
+        }
         self.transformer = nn.ModuleDict(parts | {"h": blocks, "ln_f": LayerNorm(n_embd, bias)})
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight
@@ -130,7 +147,9 @@ def checkpoint(path: Path, bias: bool = True, compiled: bool = True, **changes: 
     return model
 
 
-@pytest.mark.parametrize(("bias", "compiled"), list(itertools.product([True, False], [True, False])))
+@pytest.mark.parametrize(
+    ("bias", "compiled"), list(itertools.product([True, False], [True, False]))
+)
 def test_nanogpt_logits(bias: bool, compiled: bool, tmp_path: Path) -> None:
     theirs = checkpoint(tmp_path / "ckpt.pt", bias, compiled)
     ours = from_nanogpt(tmp_path / "ckpt.pt")
@@ -143,7 +162,9 @@ def test_nanogpt_logits(bias: bool, compiled: bool, tmp_path: Path) -> None:
 def test_nanogpt_without_a_word_about_biases_has_them(tmp_path: Path) -> None:
     "nanoGPT's default is bias=True, and its older checkpoints leave it out."
     theirs = checkpoint(tmp_path / "ckpt.pt", model_args=ARGS)
-    torch.testing.assert_close(from_nanogpt(tmp_path / "ckpt.pt")(TOKENS), theirs(TOKENS), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        from_nanogpt(tmp_path / "ckpt.pt")(TOKENS), theirs(TOKENS), rtol=0, atol=1e-4
+    )
 
 
 def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -164,8 +185,14 @@ STATE = nanogpt(True).state_dict()
     [
         ({"model": without(STATE, "transformer.h.1.ln_2.bias")}, "lacks 1 tensors.*h.1.ln_2.bias"),
         ({"model": STATE | {"transformer.h.2.ln_1.weight": torch.ones(16)}}, "h.2.ln_1.weight"),
-        ({"model": STATE | {"transformer.wpe.weight": torch.ones(16, 12)}}, "wpe.weight.*shape .16, 12."),
-        ({"model": STATE | {"transformer.ln_f.weight": torch.ones(16, 1)}}, "ln_f.weight.*shape .16, 1."),
+        (
+            {"model": STATE | {"transformer.wpe.weight": torch.ones(16, 12)}},
+            "wpe.weight.*shape .16, 12.",
+        ),
+        (
+            {"model": STATE | {"transformer.ln_f.weight": torch.ones(16, 1)}},
+            "ln_f.weight.*shape .16, 1.",
+        ),
         ({"model": STATE | {"lm_head.weight": torch.ones(31, 16)}}, "lm_head.weight"),
         ({"model": [1, 2]}, "tensors by name"),
         ({"model": None}, "lacks model"),
@@ -207,7 +234,9 @@ def test_code_in_a_checkpoint_never_runs(where: str, tmp_path: Path) -> None:
         from_nanogpt(path)
     one_sentence(error)
     assert not ran.exists()
-    torch.load(path, weights_only=False) if where != "plain pickle" else pickle.loads(path.read_bytes())
+    torch.load(path, weights_only=False) if where != "plain pickle" else pickle.loads(
+        path.read_bytes()
+    )
     assert ran.exists(), "the payload is harmless, so the test proves nothing"
 
 
@@ -244,7 +273,9 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize(("activation", "gelu"), [("gelu_new", "tanh"), ("gelu", "exact"), ("gelu_pytorch_tanh", "tanh")])
+@pytest.mark.parametrize(
+    ("activation", "gelu"), [("gelu_new", "tanh"), ("gelu", "exact"), ("gelu_pytorch_tanh", "tanh")]
+)
 def test_huggingface_in_and_out(activation: str, gelu: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = gpt2(tmp_path / "in", activation_function=activation)
@@ -256,7 +287,9 @@ def test_huggingface_in_and_out(activation: str, gelu: str, tmp_path: Path) -> N
         to_huggingface(ours, tmp_path / "out"), output_loading_info=True
     )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    torch.testing.assert_close(logits(back.eval(), TOKENS), logits(theirs, TOKENS), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        logits(back.eval(), TOKENS), logits(theirs, TOKENS), rtol=0, atol=1e-6
+    )
 
 
 def test_the_shape_of_gpt2_small(tmp_path: Path) -> None:
@@ -265,7 +298,9 @@ def test_the_shape_of_gpt2_small(tmp_path: Path) -> None:
     full = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
     theirs = gpt2(tmp_path / "in", scale=1.5, **full)
     ours = from_huggingface(tmp_path / "in")
-    assert ours.config == GPT2["gpt2"] and ours.n_parameters == theirs.num_parameters() == 124_439_808
+    assert (
+        ours.config == GPT2["gpt2"] and ours.n_parameters == theirs.num_parameters() == 124_439_808
+    )
     tokens = torch.randint(50257, (1, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = logits(theirs, tokens)
@@ -278,12 +313,16 @@ def test_models_without_biases_go_out_with_zeros(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = PCTransformer(ModelConfig(**SIZES, attention="dot"), seed=2)
     stir(ours, 2, 3.0)
-    back = transformers.GPT2LMHeadModel.from_pretrained(to_huggingface(ours, tmp_path / "out")).eval()
+    back = transformers.GPT2LMHeadModel.from_pretrained(
+        to_huggingface(ours, tmp_path / "out")
+    ).eval()
     with torch.no_grad():
         torch.testing.assert_close(logits(back, TOKENS), ours(TOKENS), rtol=0, atol=1e-4)
         again = from_huggingface(tmp_path / "out")
         torch.testing.assert_close(again(TOKENS), ours(TOKENS), rtol=0, atol=1e-5)
-    assert again.config.bias and all(p.eq(0).all() for n, p in again.named_parameters() if n.endswith("bias"))
+    assert again.config.bias and all(
+        p.eq(0).all() for n, p in again.named_parameters() if n.endswith("bias")
+    )
 
 
 def test_other_layouts_of_the_same_weights(tmp_path: Path) -> None:
@@ -294,14 +333,22 @@ def test_other_layouts_of_the_same_weights(tmp_path: Path) -> None:
     file, want = tmp_path / "model.safetensors", from_huggingface(tmp_path)(TOKENS)
     whole = load_file(file)
     bare = {n.removeprefix("transformer."): t for n, t in whole.items()}
-    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 12, 12), "h.1.attn.masked_bias": torch.tensor(-1e4)}, file)
+    save_file(
+        bare
+        | {"h.0.attn.bias": torch.ones(1, 1, 12, 12), "h.1.attn.masked_bias": torch.tensor(-1e4)},
+        file,
+    )
     assert torch.equal(from_huggingface(tmp_path)(TOKENS), want)
     save_file(whole | {"lm_head.weight": whole["transformer.wte.weight"].clone()}, file)
     assert torch.equal(from_huggingface(tmp_path)(TOKENS), want)
     save_file({n: t.half() for n, t in whole.items()}, file)
     half = from_huggingface(tmp_path)
-    assert next(half.parameters()).dtype == torch.float16, "a model in another precision is another model"
-    torch.testing.assert_close(half.float()(TOKENS), theirs.half().float()(TOKENS).logits, rtol=0, atol=1e-4)
+    assert next(half.parameters()).dtype == torch.float16, (
+        "a model in another precision is another model"
+    )
+    torch.testing.assert_close(
+        half.float()(TOKENS), theirs.half().float()(TOKENS).logits, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,7 +371,9 @@ def test_other_layouts_of_the_same_weights(tmp_path: Path) -> None:
         ({"n_head": None}, "lacks n_head"),
     ],
 )
-def test_huggingface_that_is_not_supported(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_huggingface_that_is_not_supported(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     ours = PCTransformer(SMALL)
     file = to_huggingface(ours, tmp_path / "model") / "config.json"
     about = {**json.loads(file.read_text()), **changes}
@@ -344,7 +393,10 @@ def test_damaged_huggingface_folders(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="no model.safetensors"):
         from_huggingface(folder)
-    for other, says in (("pytorch_model.bin", "pickles are not read"), ("model.safetensors.index.json", "not complete JSON")):
+    for other, says in (
+        ("pytorch_model.bin", "pickles are not read"),
+        ("model.safetensors.index.json", "not complete JSON"),
+    ):
         (folder / other).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
         with pytest.raises(CheckpointError, match=says):
             from_huggingface(folder)
@@ -379,7 +431,9 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     theirs = gpt2(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="10kB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2 and transformers
-    assert torch.equal(from_huggingface(tmp_path / "many")(TOKENS), from_huggingface(tmp_path / "one")(TOKENS))
+    assert torch.equal(
+        from_huggingface(tmp_path / "many")(TOKENS), from_huggingface(tmp_path / "one")(TOKENS)
+    )
 
 
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
@@ -426,13 +480,21 @@ def test_parts_that_are_missing_or_hold_a_tensor_twice(tmp_path: Path) -> None:
         one_sentence(error)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+)
 def test_what_wrappers_put_before_names(prefix: str, tmp_path: Path) -> None:
     "DistributedDataParallel, torch.compile, and both."
     state = {prefix + n: t for n, t in STATE.items()}
     checkpoint(tmp_path / "ckpt.pt", compiled=False, model=state)
-    torch.testing.assert_close(from_nanogpt(tmp_path / "ckpt.pt")(TOKENS), nanogpt(True)(TOKENS), rtol=0, atol=1e-4)
-    checkpoint(tmp_path / "ckpt.pt", compiled=False, model=state | {"transformer.ln_f.weight": torch.zeros(16)})
+    torch.testing.assert_close(
+        from_nanogpt(tmp_path / "ckpt.pt")(TOKENS), nanogpt(True)(TOKENS), rtol=0, atol=1e-4
+    )
+    checkpoint(
+        tmp_path / "ckpt.pt",
+        compiled=False,
+        model=state | {"transformer.ln_f.weight": torch.zeros(16)},
+    )
     with pytest.raises(CheckpointError, match="'transformer.ln_f.weight' twice"):
         from_nanogpt(tmp_path / "ckpt.pt")
 
@@ -444,12 +506,16 @@ def test_precision_is_part_of_a_foreign_model(dtype: torch.dtype, tmp_path: Path
     again = from_huggingface(to_huggingface(ours, tmp_path / "model"))
     assert again(TOKENS).dtype == dtype and torch.equal(again(TOKENS), ours(TOKENS))
     assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").dtype == dtype
-    checkpoint(tmp_path / "ckpt.pt", compiled=False, model={n: t.to(dtype) for n, t in STATE.items()})
+    checkpoint(
+        tmp_path / "ckpt.pt", compiled=False, model={n: t.to(dtype) for n, t in STATE.items()}
+    )
     assert {p.dtype for p in from_nanogpt(tmp_path / "ckpt.pt").parameters()} == {dtype}
     mixed = {n: t.to(dtype) if "ln_" in n else t for n, t in STATE.items()}
     checkpoint(tmp_path / "ckpt.pt", compiled=False, model=mixed)
     widest = torch.promote_types(dtype, torch.float32)
-    assert {p.dtype for p in from_nanogpt(tmp_path / "ckpt.pt").parameters()} == {widest}, "no number may be rounded"
+    assert {p.dtype for p in from_nanogpt(tmp_path / "ckpt.pt").parameters()} == {widest}, (
+        "no number may be rounded"
+    )
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
@@ -544,7 +610,9 @@ def test_precisions_without_retraining() -> None:
 
 def test_tails_near_the_original() -> None:
     ours = stirred().double()
-    gaps = [(with_tails(ours, 10.0**k)(TOKENS) - ours(TOKENS)).abs().max().item() for k in range(3, 8)]
+    gaps = [
+        (with_tails(ours, 10.0**k)(TOKENS) - ours(TOKENS)).abs().max().item() for k in range(3, 8)
+    ]
     assert gaps[0] > 1e-3
     assert all(8 < a / b < 12 for a, b in itertools.pairwise(gaps[1:]))
     from_gaussian = with_tails(convert(ours, "gaussian"), 1e4)
@@ -560,24 +628,36 @@ def test_tails_near_the_original() -> None:
 def test_models_with_biases_settle_and_learn(kind: str) -> None:
     "Every bias gets a local gradient; stiff latents give backprop's direction; the energy falls."
     model = stirred().double()
-    model = model if kind == "dot" else convert(model, "gaussian") if kind == "gaussian" else with_tails(model, 30.0)
+    model = (
+        model
+        if kind == "dot"
+        else convert(model, "gaussian")
+        if kind == "gaussian"
+        else with_tails(model, 30.0)
+    )
     targets = TOKENS.roll(-1, 1)
     settled = ErrorSettling(steps=3, relative_precision=10.0)(model, TOKENS, targets)
     assert settled.energy[-1] < settled.energy[0]
     below = [TOKENS, *settled.states]
     alone = [local_gradient(f, x, e, p, settled.count) for f, x, e, p in
              zip(model.predictors, below, settled.errors, settled.precision, strict=False)]  # fmt: skip
-    PredictiveCoding(ErrorSettling(steps=3, relative_precision=10.0)).backward(model, TOKENS, targets)
+    PredictiveCoding(ErrorSettling(steps=3, relative_precision=10.0)).backward(
+        model, TOKENS, targets
+    )
     for l, (f, own) in enumerate(zip(model.predictors, alone, strict=True)):
         for n, p in f.named_parameters():
             if n != "token.weight":  # tied: the output teaches it, too
                 assert p.grad is not None
-                torch.testing.assert_close(p.grad, own[n], rtol=1e-9, atol=1e-12, msg=f"predictor {l}, {n}")
+                torch.testing.assert_close(
+                    p.grad, own[n], rtol=1e-9, atol=1e-12, msg=f"predictor {l}, {n}"
+                )
     directions = []
     for learner in (Backprop(), PredictiveCoding(ErrorSettling(steps=1, relative_precision=1e8))):
         model.zero_grad()
         learner.backward(model, TOKENS, targets)
-        directions.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        directions.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
     for n, g in directions[0].items():
         if n.endswith("bias"):
             assert g.abs().max() > 1e-9, n
@@ -649,12 +729,25 @@ def test_any_text_there_and_back(text: str, bpe: BPETokenizer, theirs_bpe: Any) 
 
 def test_a_saved_model_brings_its_bpe(bpe: BPETokenizer, tmp_path: Path) -> None:
     "Saved and loaded like the tokenizer of characters; a damaged one is one sentence."
-    model = PCTransformer(ModelConfig(vocab_size=bpe.vocab_size, block_size=8, n_layer=1, n_head=1, d_model=4))
+    model = PCTransformer(
+        ModelConfig(vocab_size=bpe.vocab_size, block_size=8, n_layer=1, n_head=1, d_model=4)
+    )
     save(model, tmp_path / "model", bpe)
     again = load_tokenizer(tmp_path / "model")
-    assert again == bpe and hash(again) == hash(bpe) and again.encode("one two").tolist() == bpe.encode("one two").tolist()
+    assert (
+        again == bpe
+        and hash(again) == hash(bpe)
+        and again.encode("one two").tolist() == bpe.encode("one two").tolist()
+    )
     about = json.loads((tmp_path / "model" / "config.json").read_text())
-    for damage in ({"type": "bpe", "json": "{"}, {"type": "bpe"}, {"type": "other"}, {}, [], "char"):
+    for damage in (
+        {"type": "bpe", "json": "{"},
+        {"type": "bpe"},
+        {"type": "other"},
+        {},
+        [],
+        "char",
+    ):
         (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"tokenizer": damage}))
         with pytest.raises(CheckpointError) as error:
             load_tokenizer(tmp_path / "model")
@@ -662,7 +755,9 @@ def test_a_saved_model_brings_its_bpe(bpe: BPETokenizer, tmp_path: Path) -> None
 
 
 def test_tokenizer_facts_and_errors(bpe: BPETokenizer, theirs_bpe: Any, tmp_path: Path) -> None:
-    assert bpe.vocab_size == 50257 == len(theirs_bpe) and bpe.encode("<|endoftext|>").tolist() == [50256]
+    assert bpe.vocab_size == 50257 == len(theirs_bpe) and bpe.encode("<|endoftext|>").tolist() == [
+        50256
+    ]
     half = bpe.encode("🙂")[:1]
     assert bpe.decode(half) == theirs_bpe.decode(half) and "\ufffd" in bpe.decode(half)
     with pytest.raises(ValueError, match="no UTF-8 text"):
@@ -716,7 +811,12 @@ def test_files_come_from_the_cache_a_url_or_a_wheel(
 
 # ---- generate and pipeline of transformers
 
-FAMILIES = [{"attention": "dot"}, {"attention": "gaussian"}, {"attention": "student_t"}, {"attention": "mixture"}]
+FAMILIES = [
+    {"attention": "dot"},
+    {"attention": "gaussian"},
+    {"attention": "student_t"},
+    {"attention": "mixture"},
+]
 
 
 @pytest.mark.parametrize("options", FAMILIES)
@@ -729,8 +829,12 @@ def test_greedy_text_is_ours(options: dict[str, Any]) -> None:
         got = as_transformers(model).generate(prompt, do_sample=False, max_new_tokens=20)
         want = generate(model, prompt, 20, temperature=0)
         assert torch.equal(got, want)
-        assert len(set(want[:, prompt.shape[1] :].flatten().tolist())) > 3, "a constant text proves little"
-    assert model.training == mode and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert len(set(want[:, prompt.shape[1] :].flatten().tolist())) > 3, (
+            "a constant text proves little"
+        )
+    assert model.training == mode and all(
+        torch.equal(p, before[n]) for n, p in model.named_parameters()
+    )
 
 
 def test_generation_stops_at_its_token() -> None:
@@ -738,7 +842,9 @@ def test_generation_stops_at_its_token() -> None:
     model = stirred(seed=3, scale=40.0).eval()
     want = generate(model, TOKENS[:1, :4], 12, temperature=0)[0].tolist()
     end = want[8]
-    got = as_transformers(model, eos_token_id=end).generate(TOKENS[:1, :4], do_sample=False, max_new_tokens=12)
+    got = as_transformers(model, eos_token_id=end).generate(
+        TOKENS[:1, :4], do_sample=False, max_new_tokens=12
+    )
     assert got[0].tolist() == want[: want.index(end, 4) + 1]
 
 
@@ -750,7 +856,15 @@ def test_what_the_coat_refuses() -> None:
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="padding"):
         coat(TOKENS, attention_mask=mask)
-    for name in ("labels", "position_ids", "token_type_ids", "output_hidden_states", "use_cache", "past_key_values", "anything"):
+    for name in (
+        "labels",
+        "position_ids",
+        "token_type_ids",
+        "output_hidden_states",
+        "use_cache",
+        "past_key_values",
+        "anything",
+    ):
         with pytest.raises(ValueError, match=f"{name} cannot be given"):
             coat(TOKENS, **{name: TOKENS})
     with pytest.raises(ValueError, match="position_ids"):
@@ -759,7 +873,9 @@ def test_what_the_coat_refuses() -> None:
         coat.generate(TOKENS, use_cache=True, max_new_tokens=1)
     with pytest.raises(ValueError, match="attention_mask has shape"):
         coat(TOKENS, attention_mask=torch.ones(1, 1))
-    nothing = dict.fromkeys(("labels", "position_ids", "past_key_values")) | {"output_attentions": False}
+    nothing = dict.fromkeys(("labels", "position_ids", "past_key_values")) | {
+        "output_attentions": False
+    }
     assert torch.equal(coat(TOKENS, **nothing).logits, coat(TOKENS).logits)
     assert torch.equal(coat(TOKENS, return_dict=False)[0], coat(TOKENS).logits)
 
@@ -783,10 +899,14 @@ def test_pipeline_writes_our_text() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = CharTokenizer.fit("Friends, Romans, countrymen:\n\tlend me your ears! 🙂é")
     model = stirred(ModelConfig(tokenizer.vocab_size, 16, 2, 2, 32), seed=2, scale=40.0).eval()
-    coat = transformers.pipeline("text-generation", model=as_transformers(model), tokenizer=transformers_tokenizer(tokenizer))
+    coat = transformers.pipeline(
+        "text-generation", model=as_transformers(model), tokenizer=transformers_tokenizer(tokenizer)
+    )
     for prompt in ("ears", "lend me\n\ty", "🙂é"):
         ids = generate(model, tokenizer.encode(prompt), 10, temperature=0)[0]
-        assert coat(prompt, do_sample=False, max_new_tokens=10)[0]["generated_text"] == tokenizer.decode(ids)
+        assert coat(prompt, do_sample=False, max_new_tokens=10)[0][
+            "generated_text"
+        ] == tokenizer.decode(ids)
 
 
 def test_transformers_is_imported_only_where_it_is_used() -> None:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 import pc_transformer
 from pc_transformer import kernels
-from pc_transformer.config import Attention, LearnerConfig, ModelConfig, RunConfig, TrainConfig, replace
+from pc_transformer.config import (
+    Attention,
+    LearnerConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    replace,
+)
 from pc_transformer.experiments.components import evaluate_damaged
 from pc_transformer.generation import Recompute, Still, generate, stream
 from pc_transformer.isolation import (
@@ -33,7 +40,14 @@ from pc_transformer.isolation import (
     view,
 )
 from pc_transformer.layers import FeedForwardLayer
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding, gradient_cosine, gradients, rehearse
+from pc_transformer.learning import (
+    Backprop,
+    Learner,
+    PredictiveCoding,
+    gradient_cosine,
+    gradients,
+    rehearse,
+)
 from pc_transformer.model import PCTransformer
 from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import ErrorSettling
@@ -133,13 +147,19 @@ def test_threads_get_what_each_gets_alone() -> None:
         for name, found in zip(calls, row, strict=True):
             assert same(found, alone[name]), name
     assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in model.modules()] == modes and same(dict(model.state_dict()), dict(bits))
+    assert [m.training for m in model.modules()] == modes and same(
+        dict(model.state_dict()), dict(bits)
+    )
     assert all(p.grad is not None and p.grad.eq(2).all() for p in model.parameters())
 
 
 def test_a_run_trains_on_while_others_read() -> None:
     """Steps of training with dropout are the same bit for bit while another thread reads the weights they move."""
-    for learner in (LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(centred=True)):
+    for learner in (
+        LearnerConfig(algorithm="backprop"),
+        LearnerConfig(),
+        LearnerConfig(centred=True),
+    ):
         quiet, watched = trainer(learner), trainer(learner)
         expected = [quiet.advance() for _ in range(6)]
         with ThreadPoolExecutor(4) as pool:
@@ -162,7 +182,9 @@ def test_twelve_threads_make_one_model() -> None:
     for family in get_args(Attention):
         config = replace(CONFIG, attention=family, bias=True)
         expected = PCTransformer(config, seed=5).state_dict()
-        rows = together([lambda config=config: PCTransformer(config, seed=5).state_dict()], 12, workers=12)
+        rows = together(
+            [lambda config=config: PCTransformer(config, seed=5).state_dict()], 12, workers=12
+        )
         assert all(same(dict(row[0]), dict(expected)) for row in rows)
 
 
@@ -193,7 +215,14 @@ def sources() -> list[Path]:
     return sorted(Path(pc_transformer.__file__).parent.rglob("*.py"))
 
 
-BORROWED = {"fork_rng", "set_rng_state", "default_generator", "manual_seed_all", "scratch_gradients", "set_default_dtype"}
+BORROWED = {
+    "fork_rng",
+    "set_rng_state",
+    "default_generator",
+    "manual_seed_all",
+    "scratch_gradients",
+    "set_default_dtype",
+}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.stem)
@@ -203,10 +232,14 @@ def test_no_module_borrows(path: Path) -> None:
         if isinstance(node, ast.Attribute):
             assert node.attr not in BORROWED, f"{path.name}:{node.lineno}"
             whole = ast.unparse(node)
-            assert whole not in ("torch.manual_seed", "np.random.seed", "random.seed"), f"{path.name}:{node.lineno}"
+            assert whole not in ("torch.manual_seed", "np.random.seed", "random.seed"), (
+                f"{path.name}:{node.lineno}"
+            )
         for item in node.items if isinstance(node, ast.With) else ():
             if ast.unparse(item.context_expr).startswith("evaluating("):
-                assert item.optional_vars is not None, f"{path.name}:{node.lineno}: evaluating(...) needs `as`"
+                assert item.optional_vars is not None, (
+                    f"{path.name}:{node.lineno}: evaluating(...) needs `as`"
+                )
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -293,7 +326,9 @@ def test_masks_belong_to_seed_step_and_layer(way: str, monkeypatch: pytest.Monke
         assert once or len(seen[kind, 0]) > layers  # looked at more than once
         for a, b in itertools.combinations(each, 2):
             assert not a & b, f"{kind}: a mask came back in another step"
-        assert not set().union(*each) & set().union(*(set(runs[2][kind, step]) for step in range(3)))
+        assert not set().union(*each) & set().union(
+            *(set(runs[2][kind, step]) for step in range(3))
+        )
 
 
 def test_ranks_and_parts_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,8 +414,17 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     model.a.register_forward_hook(lambda m, *_: calls.append(m))
     expected = copy.deepcopy(model).eval()(x)
     still = view(model, training=False)
-    assert torch.equal(still(x), expected) and calls == [calls[0], still.a] and model.training and model.norm.training
-    assert type(still) is Tied and still.norm.owner[0] is still and still.a.weight is still.b.weight is model.a.weight
+    assert (
+        torch.equal(still(x), expected)
+        and calls == [calls[0], still.a]
+        and model.training
+        and model.norm.training
+    )
+    assert (
+        type(still) is Tied
+        and still.norm.owner[0] is still
+        and still.a.weight is still.b.weight is model.a.weight
+    )
     assert [n for n, _ in still.named_modules()] == [n for n, _ in model.named_modules()]
     apart = view(model, tensor=leaf)
     assert apart.training and apart.a.weight is apart.b.weight is not model.a.weight
@@ -388,7 +432,10 @@ def test_a_view_is_the_model_in_another_mode() -> None:
     assert model.a.weight.grad is None and apart.a.weight.grad is not None
     copied = view(model, training=False, tensor=private)
     copied.load_state_dict({k: torch.zeros_like(v) for k, v in copied.state_dict().items()})
-    assert torch.equal(view(model, training=False)(x), copy.deepcopy(model).eval()(x)) and model.a.weight.abs().sum() > 0
+    assert (
+        torch.equal(view(model, training=False)(x), copy.deepcopy(model).eval()(x))
+        and model.a.weight.abs().sum() > 0
+    )
     with torch.no_grad():
         model.a.bias += 1
     assert torch.equal(still.a.bias, model.a.bias)
@@ -427,8 +474,18 @@ def test_views_follow_every_kind_of_container() -> None:
     model, x = Keeps(), torch.ones(50)
     still = view(model, training=False)
     assert torch.equal(still(x), x) and model.notes == [True] * 3, "hooks are the model's own"
-    assert type(still.ordered) is Ordered and type(still.pair) is Pair and type(still.default) is defaultdict
-    assert still.ordered["drop"] is still.pair.first is still.default["drop"][0] is still.drop is not model.drop
+    assert (
+        type(still.ordered) is Ordered
+        and type(still.pair) is Pair
+        and type(still.default) is defaultdict
+    )
+    assert (
+        still.ordered["drop"]
+        is still.pair.first
+        is still.default["drop"][0]
+        is still.drop
+        is not model.drop
+    )
     assert model.ordered["drop"] is model.drop and still.ordered["other"] == 1
 
 
@@ -450,7 +507,9 @@ def test_nobody_else_turns_the_mode_of_a_reader() -> None:
 def test_a_layer_without_dropout_compiles_as_one_graph() -> None:
     """Who drops nothing asks for no randomness."""
     layer, x = FeedForwardLayer(16), torch.randn(2, 5, 16)
-    assert layer.training and torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    assert layer.training and torch.equal(
+        torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x)
+    )
 
 
 def test_a_failure_inside_changes_nothing() -> None:
@@ -505,8 +564,12 @@ def test_a_rehearsal_moves_no_weights() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
-    report, found = rehearse(IncrementalPC(StateSettling(3, 30.0), apply), model, X, Y, measure=True)
-    assert same(dict(model.state_dict()), dict(before)) and all(p.grad.eq(1).all() for p in model.parameters())  # type: ignore[union-attr]
+    report, found = rehearse(
+        IncrementalPC(StateSettling(3, 30.0), apply), model, X, Y, measure=True
+    )
+    assert same(dict(model.state_dict()), dict(before)) and all(
+        p.grad.eq(1).all() for p in model.parameters()
+    )  # type: ignore[union-attr]
     assert report.residual is not None and any(g.abs().sum() > 0 for g in found.values())
 
 

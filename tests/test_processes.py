@@ -75,7 +75,10 @@ def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
         for seed in range(2):
             tokens, targets = batch(seed)
             targets[:, 5:] = -100
-            there, here = ring.step(tokens, targets), PredictiveCoding(solver).backward(one, tokens, targets)
+            there, here = (
+                ring.step(tokens, targets),
+                PredictiveCoding(solver).backward(one, tokens, targets),
+            )
             PredictiveCoding(solver).backward(short, tokens[:, :5], targets[:, :5])
             for optimizer in optimizers:
                 optimizer.step()
@@ -89,7 +92,9 @@ def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
                 optimizer.zero_grad()
             assert whole.step_sizes == there.step_sizes == [1.0, 1.0]
         learned = ring.weights()
-    limits = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-4}
+    limits = (
+        {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-4}
+    )
     for (name, p), q in zip(one.named_parameters(), short.parameters(), strict=True):
         torch.testing.assert_close(learned[name], p.detach(), **limits)
         torch.testing.assert_close(learned[name], q.detach(), **limits)
@@ -100,7 +105,9 @@ def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProces
     "Tokens that the parent did not check: node 0 fails, and its own sentence arrives."
     tokens, targets = batch()
     processes.model = torch.nn.Module()  # pyright: ignore[reportAttributeAccessIssue] not a PCTransformer: nothing is checked
-    with pytest.raises(ProcessError, match="the process of node 0 stopped: IndexError: index out of range"):
+    with pytest.raises(
+        ProcessError, match="the process of node 0 stopped: IndexError: index out of range"
+    ):
         processes.step(tokens + 9, targets)
     assert all(p.poll() is not None for p in processes.processes)
 
@@ -116,7 +123,10 @@ def test_the_start_has_a_time_of_its_own() -> None:
 
 def test_a_failing_start_is_one_error_and_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     "Every process refuses its optimiser; one is quoted, and none prints."
-    with pytest.raises(ProcessError, match=r"the process of node \d stopped: ValueError: Invalid learning rate: -1.0"):
+    with pytest.raises(
+        ProcessError,
+        match=r"the process of node \d stopped: ValueError: Invalid learning rate: -1.0",
+    ):
         LayerProcesses(PCTransformer(CONFIG, seed=1), partial(torch.optim.SGD, lr=-1.0))
     assert capfd.readouterr() == ("", "")
 
@@ -126,7 +136,9 @@ def test_a_process_that_is_ended_is_named_and_nothing_is_printed(
     number: signal.Signals, processes: LayerProcesses, capfd: pytest.CaptureFixture[str]
 ) -> None:
     os.kill(processes.processes[1].pid, number)
-    with pytest.raises(ProcessError, match=rf"the process of node 1 ended \(killed by {number.name}\)"):
+    with pytest.raises(
+        ProcessError, match=rf"the process of node 1 ended \(killed by {number.name}\)"
+    ):
         processes.step(*batch())
     assert all(p.poll() is not None for p in processes.processes) and capfd.readouterr() == ("", "")
 
@@ -188,7 +200,9 @@ sys.stdin.read()
 
 def test_when_the_parent_is_killed_its_children_end() -> None:
     env = os.environ | {"PYTHONPATH": SOURCE}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=-1, stdout=-1, env=env, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=-1, stdout=-1, env=env, text=True
+    )
     assert parent.stdout is not None
     children = [int(x) for x in parent.stdout.readline().split()]
     assert len(children) == 3 and not any(map(gone, children))
@@ -207,10 +221,22 @@ with join(timeout=2.0) as team: pass
 
 
 def test_a_rank_whose_partner_never_comes_gives_up() -> None:
-    env = os.environ | {"PYTHONPATH": SOURCE, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    found = subprocess.run([sys.executable, "-c", LONELY], env=env, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1 and found.stderr.count("Traceback") == 1  # the script's own: it caught nothing
-    assert "ProcessError: torch.distributed could not bring the processes together (" in found.stderr
+    env = os.environ | {
+        "PYTHONPATH": SOURCE,
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", LONELY], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        found.returncode == 1 and found.stderr.count("Traceback") == 1
+    )  # the script's own: it caught nothing
+    assert (
+        "ProcessError: torch.distributed could not bring the processes together (" in found.stderr
+    )
 
 
 HALF = """
@@ -225,9 +251,19 @@ with join(timeout=5.0) as team:
 
 def test_when_one_of_a_team_dies_the_other_fails_and_does_not_hang() -> None:
     "torchrun starts them as a user would."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
     env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run([*command, sys.executable, "-c", HALF], env=env, capture_output=True, text=True, timeout=180)
+    found = subprocess.run(
+        [*command, sys.executable, "-c", HALF], env=env, capture_output=True, text=True, timeout=180
+    )
     assert found.returncode != 0 and "ChildFailedError" in found.stderr
 
 
@@ -247,14 +283,39 @@ sys.exit(main())
 def test_the_survivor_of_a_team_says_one_sentence_and_ends_with_one(tmp_path: Path) -> None:
     "Two processes as torchrun starts them, one of which is killed in the middle of a step."
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question: " * 60)
-    small = ["--model.n_layer", "1", "--model.n_head", "2", "--model.d_model", "16", "--model.block_size", "8",
-             "--train.iters", "50", "--train.batch_size", "4", "--data", str(tmp_path / "text.txt"), "--progress", "false"]
+    small = [
+        "--model.n_layer",
+        "1",
+        "--model.n_head",
+        "2",
+        "--model.d_model",
+        "16",
+        "--model.block_size",
+        "8",
+        "--train.iters",
+        "50",
+        "--train.batch_size",
+        "4",
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--progress",
+        "false",
+    ]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        meet = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(s.getsockname()[1]),
+        }
     env = os.environ | meet | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", DYING, "train", str(tmp_path / "run"), *small]
-    team = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True) for r in "01"]
+    team = [
+        subprocess.Popen(
+            command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
+        )
+        for r in "01"
+    ]
     said = [p.communicate(timeout=240)[1] for p in team]
     assert [p.returncode for p in team] == [1, -signal.SIGKILL] and said[1] == ""
     (line,) = said[0].splitlines()
@@ -265,16 +326,55 @@ def test_the_survivor_of_a_team_says_one_sentence_and_ends_with_one(tmp_path: Pa
 def test_pct_train_shares_batches_under_torchrun(tmp_path: Path) -> None:
     "Two processes of torchrun and one alone: the same losses, one run folder each."
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question: " * 60)
-    small = ["--model.n_layer", "1", "--model.n_head", "2", "--model.d_model", "16", "--model.block_size", "8",
-             "--train.iters", "6",
-             "--train.batch_size", "4", "--train.eval_interval", "6", "--data", str(tmp_path / "text.txt"), "--progress", "false"]
+    small = [
+        "--model.n_layer",
+        "1",
+        "--model.n_head",
+        "2",
+        "--model.d_model",
+        "16",
+        "--model.block_size",
+        "8",
+        "--train.iters",
+        "6",
+        "--train.batch_size",
+        "4",
+        "--train.eval_interval",
+        "6",
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--progress",
+        "false",
+    ]
     env = os.environ | {"PYTHONPATH": SOURCE, "CUDA_VISIBLE_DEVICES": ""}
-    start = [sys.executable, "-c", "import sys; from pc_transformer.cli import main; sys.exit(main())", "train"]
-    team = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", *start]
+    start = [
+        sys.executable,
+        "-c",
+        "import sys; from pc_transformer.cli import main; sys.exit(main())",
+        "train",
+    ]
+    team = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+        *start,
+    ]
     losses = {}
     for name, command in (("one", start), ("two", team)):
-        found = subprocess.run([*command, str(tmp_path / name), *small], env=env, capture_output=True, text=True, timeout=240)
+        found = subprocess.run(
+            [*command, str(tmp_path / name), *small],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert found.returncode == 0, found.stderr
-        losses[name] = json.loads(next((tmp_path / name).glob("step-*/training.json")).read_text())["losses"]
+        losses[name] = json.loads(next((tmp_path / name).glob("step-*/training.json")).read_text())[
+            "losses"
+        ]
     assert found.stderr.count("validation loss") == 1
     assert len(losses["one"]) == 6 and losses["two"] == pytest.approx(losses["one"], abs=1e-6)

@@ -24,7 +24,13 @@ from pc_transformer.experiments.settled_reading import (
 from pc_transformer.generation import SamplingConfig
 from pc_transformer.training import TextData
 
-SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
+SIZES: dict[str, Any] = {
+    "vocab_size": 13,
+    "block_size": 10,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
 FAMILIES: dict[str, dict[str, Any]] = {
     "gaussian": {"attention": "gaussian"},
@@ -38,7 +44,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> PCTransformer:
-    net = PCTransformer(ModelConfig(**SIZES, **FAMILIES[request.param]), seed=0).eval().requires_grad_(False)
+    net = (
+        PCTransformer(ModelConfig(**SIZES, **FAMILIES[request.param]), seed=0)
+        .eval()
+        .requires_grad_(False)
+    )
     stir(net, seed=0, scale=8.0)
     return net
 
@@ -67,7 +77,10 @@ def test_drivers_know_the_past_only(model: PCTransformer) -> None:
     later[:, 6:] = (later[:, 6:] + 1) % 13
     a, b = (read_text(model, x, TOKENS) for x in (TOKENS, later))
     assert set(a.drivers) == set(DRIVERS)
-    assert all(torch.equal(a.drivers[n][:, :6], b.drivers[n][:, :6]) and a.drivers[n].isfinite().all() for n in DRIVERS)
+    assert all(
+        torch.equal(a.drivers[n][:, :6], b.drivers[n][:, :6]) and a.drivers[n].isfinite().all()
+        for n in DRIVERS
+    )
 
 
 def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTransformer) -> None:
@@ -76,20 +89,32 @@ def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTrans
     best = best_of(rules)
     assert all(rules[best.energy_slope][1] <= loss for _, loss in rules.values())
     fixed = rules[0.0][0]
-    assert torch.equal(log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log())
+    assert torch.equal(
+        log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log()
+    )
 
 
 def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:
     """Rule 15. Halves without a common symbol: slopes and temperatures follow the first, losses and intervals the second."""
-    net = PCTransformer(ModelConfig(**SIZES, attention="gaussian"), seed=0).eval().requires_grad_(False)
+    net = (
+        PCTransformer(ModelConfig(**SIZES, attention="gaussian"), seed=0)
+        .eval()
+        .requires_grad_(False)
+    )
     stir(net, seed=0, scale=8.0)
 
     def study(fit: int, test: int) -> dict[str, Any]:
-        halves = [torch.randint(6, (200,), generator=torch.Generator().manual_seed(seed)) for seed in (fit, test)]
+        halves = [
+            torch.randint(6, (200,), generator=torch.Generator().manual_seed(seed))
+            for seed in (fit, test)
+        ]
         return temperature_study(net, torch.cat([halves[0], halves[1] + 6]), 10, 4, 0)
 
     base, other_test, other_fit = study(1, 2), study(1, 3), study(4, 2)
-    chosen = lambda m: {name: {k: r[k] for k in ("slope", "temperature", "mean", "sd")} for name, r in m["rules"].items()}
+    chosen = lambda m: {
+        name: {k: r[k] for k in ("slope", "temperature", "mean", "sd")}
+        for name, r in m["rules"].items()
+    }
     on_fit = lambda m: [c["fit"] for curve in m["curves"].values() for c in curve.values()]
     assert chosen(base) == chosen(other_test) and on_fit(base) == on_fit(other_test)
     assert chosen(base) != chosen(other_fit) and on_fit(base) != on_fit(other_fit)
@@ -105,12 +130,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for seed in (1, 2):
         net = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16), seed=seed)
         save(net, tmp_path / f"seed-{seed}", data.tokenizer)
-    options = ["--data", tmp_path / "text.txt", "--windows", 8, "--draws", 10, "--out", tmp_path / "out", "--device", "cpu"]
+    options = [
+        "--data",
+        tmp_path / "text.txt",
+        "--windows",
+        8,
+        "--draws",
+        10,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     args = ["settled-reading", f"[{tmp_path / 'seed-1'},{tmp_path / 'seed-2'}]", *map(str, options)]
     assert main(args) == 0, capsys.readouterr().err
     assert "after entropy" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"date", "device", "versions", "seed", "windows", "baselines"} <= results.keys() and len(results["models"]) == 2
+    assert {"date", "device", "versions", "seed", "windows", "baselines"} <= results.keys() and len(
+        results["models"]
+    ) == 2
     for m in results["models"]:
         assert set(m["loss"]) == {"0.0", "0.1"} and set(m["loss"]["0.0"]) == {str(n) for n in STEPS}
         fixed = m["temperature"]["rules"]["one temperature"]

@@ -58,7 +58,10 @@ SOLVERS: dict[str, Solver] = {
     "errors, delayed": ErrorSettling(steps=3, pathway=Pathway(delay=1)),
     "errors, skip": ErrorSettling(relative_precision=1e4, pathway=Pathway(skip=True)),
     "errors, blocked": ErrorSettling(pathway=Pathway(blocked=(2,))),
-    **{f"errors, {name}": ErrorSettling(steps=3, relative_precision=30.0, family=family) for name, family in ENERGIES.items()},
+    **{
+        f"errors, {name}": ErrorSettling(steps=3, relative_precision=30.0, family=family)
+        for name, family in ENERGIES.items()
+    },
     "errors, per coordinate": ErrorSettling(steps=2, per="coordinate"),
     "errors, per token": ErrorSettling(steps=2, per="token"),
     "states": StateSettling(steps=5),
@@ -80,7 +83,9 @@ def build(seed: int = 1, **changes: Any) -> PCTransformer:
 
 
 def batch(seed: int = 0, B: int = 2) -> tuple[Tensor, Tensor]:
-    tokens, targets = torch.randint(9, (2, B, 6), generator=torch.Generator().manual_seed(seed)).unbind()
+    tokens, targets = torch.randint(
+        9, (2, B, 6), generator=torch.Generator().manual_seed(seed)
+    ).unbind()
     targets[-1, 2] = -100
     return tokens, targets
 
@@ -95,19 +100,30 @@ def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
     assert torch.equal(model(tokens), logits)
-    assert math.isclose(settled.loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel_tol=1e-12)
+    assert math.isclose(
+        settled.loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel_tol=1e-12
+    )
     assert (settled.energy.diff() <= 1e-12 * settled.energy.abs().max()).all()
     solver = SOLVERS[name]
-    if isinstance(solver, SweepSettling) or (isinstance(solver, ErrorSettling) and solver.fused):   # not measured
+    if isinstance(solver, SweepSettling) or (
+        isinstance(solver, ErrorSettling) and solver.fused
+    ):  # not measured
         assert settled.residual is None
     else:
         assert settled.residual is not None and math.isfinite(settled.residual)
-    fused = isinstance(solver, (SweepSettling, HighwaySettling)) or (isinstance(solver, ErrorSettling) and solver.fused)
+    fused = isinstance(solver, (SweepSettling, HighwaySettling)) or (
+        isinstance(solver, ErrorSettling) and solver.fused
+    )
     if not fused:
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
-            stated = settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum() / settled.count
-            torch.testing.assert_close(settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9)
+            stated = (
+                settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum()
+                / settled.count
+            )
+            torch.testing.assert_close(
+                settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -119,14 +135,18 @@ def test_learning_is_local(name: str) -> None:
     settled = SOLVERS[name](model, tokens, targets)
     for l, f in enumerate(model.predictors):
         below = settled.up.inputs[l].detach()
-        local = local_gradient(f, below, settled.errors[l], settled.precision[l], settled.count, settled.family)
+        local = local_gradient(
+            f, below, settled.errors[l], settled.precision[l], settled.count, settled.family
+        )
         for key, g in local.items():
             if (l, key) != (0, "token.weight"):
                 torch.testing.assert_close(got[f"predictors.{l}.{key}"], g, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("attention", ["dot", "gaussian", "student_t", "mixture"])
-@pytest.mark.parametrize("solver", ["errors", "lean", "coordinate", "token", "student_t", "sweep", "highway", "states"])
+@pytest.mark.parametrize(
+    "solver", ["errors", "lean", "coordinate", "token", "student_t", "sweep", "highway", "states"]
+)
 def test_backprop_limit(solver: str, attention: str) -> None:
     "Rule 10: stiff latents give backprop's direction; the sweep and the whole highway are backprop."
     model, (tokens, targets) = build(attention=attention), batch()
@@ -138,10 +158,14 @@ def test_backprop_limit(solver: str, attention: str) -> None:
         "student_t": ErrorSettling(relative_precision=1e7, family=ENERGIES["student_t"]),
         "sweep": SweepSettling(0.01),
         "highway": HighwaySettling(rounds=4),
-        "states": StateSettling(steps=400, relative_precision=3e3, method="momentum", step_size=0.4, memory=0.95),
+        "states": StateSettling(
+            steps=400, relative_precision=3e3, method="momentum", step_size=0.4, memory=0.95
+        ),
     }[solver]
     exact = solver in ("sweep", "highway")
-    floor = 1 - 1e-12 if exact else 0.99 if solver == "states" else 0.999    # 400 steps are not all the way for states
+    floor = (
+        1 - 1e-12 if exact else 0.99 if solver == "states" else 0.999
+    )  # 400 steps are not all the way for states
     assert gradient_cosine(PredictiveCoding(stiff), model, tokens, targets)["all"] > floor
 
 
@@ -173,7 +197,10 @@ def test_nothing_diverges_silently(
         assert len(str(error).splitlines()) == 1
         return
     assert settled.energy.isfinite().all()
-    assert (settled.node_energy.double().sum(-1).diff() <= 1e-5 * settled.node_energy.abs().sum(-1).max()).all()
+    assert (
+        settled.node_energy.double().sum(-1).diff()
+        <= 1e-5 * settled.node_energy.abs().sum(-1).max()
+    ).all()
 
 
 def test_adam_of_states_is_adam() -> None:
@@ -189,7 +216,7 @@ def test_adam_of_states_is_adam() -> None:
         before = [x.detach().clone() for x in at]
         adam.step()
         for d, x, old, s in zip(walk.direction(gradients), at, before, walk.up.states, strict=True):
-            rate = s.square().mean().sqrt() / 100        # a hundredth of the states' own size
+            rate = s.square().mean().sqrt() / 100  # a hundredth of the states' own size
             torch.testing.assert_close(d, rate * (old - x.detach()), rtol=1e-9, atol=1e-12)
         walk.sizes.append(1.0)
 
@@ -233,19 +260,30 @@ def test_stiff_learning_is_backprops_times_the_nudge(nudge: float) -> None:
     model = build()
     exact = gradients(Backprop(), model, *batch())
     for centred in (False, True):
-        found = gradients(PredictiveCoding(ErrorSettling(relative_precision=1e8, nudge=nudge), centred), model, *batch())
+        found = gradients(
+            PredictiveCoding(ErrorSettling(relative_precision=1e8, nudge=nudge), centred),
+            model,
+            *batch(),
+        )
         for name, g in exact.items():
-            torch.testing.assert_close(found[name], nudge * g, rtol=1e-5, atol=1e-5 * g.abs().max().item(), msg=name)
+            torch.testing.assert_close(
+                found[name], nudge * g, rtol=1e-5, atol=1e-5 * g.abs().max().item(), msg=name
+            )
 
 
 def test_centred_learning_is_the_difference_of_two_nudges() -> None:
     model, soft = build(), ErrorSettling(steps=3, relative_precision=30.0, step_size=0.5)
     both = gradients(PredictiveCoding(soft, centred=True), model, *batch())
-    pull, push = (gradients(PredictiveCoding(dataclasses.replace(soft, nudge=n)), model, *batch()) for n in (0.5, -0.5))
+    pull, push = (
+        gradients(PredictiveCoding(dataclasses.replace(soft, nudge=n)), model, *batch())
+        for n in (0.5, -0.5)
+    )
     one = gradients(PredictiveCoding(soft), model, *batch())
     for name, g in both.items():
         torch.testing.assert_close(g, pull[name] - push[name], rtol=1e-9, atol=1e-12)
-    assert any((both[n] - one[n]).abs().max() > 1e-3 * one[n].abs().max() for n in one), "a single nudge is another rule"
+    assert any((both[n] - one[n]).abs().max() > 1e-3 * one[n].abs().max() for n in one), (
+        "a single nudge is another rule"
+    )
 
 
 def test_a_delay_hears_nothing_first() -> None:
@@ -261,7 +299,10 @@ def test_a_delay_hears_nothing_first() -> None:
 def test_tolerance_stops_early_and_keeps_the_graph() -> None:
     model, (tokens, targets) = build(), batch()
     solver = ErrorSettling(steps=20, relative_precision=300.0, tolerance=1e-3)
-    free, early = dataclasses.replace(solver, tolerance=0.0)(model, tokens, targets), solver(model, tokens, targets)
+    free, early = (
+        dataclasses.replace(solver, tolerance=0.0)(model, tokens, targets),
+        solver(model, tokens, targets),
+    )
     assert len(early.step_sizes) < 20 == len(free.step_sizes)
     assert early.residual is not None and early.residual <= 1e-3
     gradients(PredictiveCoding(solver), model, tokens, targets)
@@ -277,7 +318,9 @@ def test_lean_is_the_same() -> None:
         HighwaySettling(2, ordered=1),
     ):
         full = gradients(PredictiveCoding(solver), model, tokens, targets)
-        lean = gradients(PredictiveCoding(dataclasses.replace(solver, lean=True)), model, tokens, targets)
+        lean = gradients(
+            PredictiveCoding(dataclasses.replace(solver, lean=True)), model, tokens, targets
+        )
         for name in full:
             torch.testing.assert_close(lean[name], full[name], rtol=1e-9, atol=1e-13)
 
@@ -287,7 +330,11 @@ def test_dropout_stands_still_while_settling() -> None:
     model, (tokens, targets) = build(dropout=0.4), batch()
     torch.manual_seed(3)
     settled = ErrorSettling(steps=6, relative_precision=30.0)(model, tokens, targets)
-    assert (settled.energy.diff() <= 1e-9).all() and settled.residual is not None and settled.residual < 0.5
+    assert (
+        (settled.energy.diff() <= 1e-9).all()
+        and settled.residual is not None
+        and settled.residual < 0.5
+    )
     other = ErrorSettling(steps=6, relative_precision=30.0)(model, tokens, targets)
     assert other.loss != settled.loss, "another settling draws other masks"
     model.eval()
@@ -307,7 +354,9 @@ def test_incremental_moves_weights_within_a_batch() -> None:
 
     report = IncrementalPC(StateSettling(steps=4), apply).backward(model, tokens, targets)
     assert len(calls) == 3 and report.step_sizes is not None and len(report.step_sizes) == 4
-    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(calls, calls[1:], strict=False)]
+    moved = [
+        any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(calls, calls[1:], strict=False)
+    ]
     assert all(moved) and all(p.grad is not None for p in model.parameters())
 
 
@@ -324,7 +373,9 @@ def test_highway_error_is_bounded() -> None:
     for k in range(N + 1):
         got = HighwaySettling(rounds=k).messages(predict_up(model, tokens, targets))
         for l in range(N + 1):
-            bound = exact[-1].norm().item() * sum(math.comb(N - l, j) * g**j for j in range(k + 1, N - l + 1))
+            bound = exact[-1].norm().item() * sum(
+                math.comb(N - l, j) * g**j for j in range(k + 1, N - l + 1)
+            )
             assert (got[l] - exact[l]).norm().item() <= bound + 1e-9
 
 
@@ -342,7 +393,9 @@ LEARNERS = {
     "incremental": LearnerConfig(solver="state", steps=3, incremental=True),
     "highway": LearnerConfig(solver="highway", steps=3),
     "centred": LearnerConfig(centred=True, relative_precision=30.0),
-    "annealed": LearnerConfig(steps=3, steps_end=1, relative_precision=30.0, relative_precision_end=3000.0),
+    "annealed": LearnerConfig(
+        steps=3, steps_end=1, relative_precision=30.0, relative_precision_end=3000.0
+    ),
     "student_t": LearnerConfig(energy="student_t", per="coordinate", steps=2),
 }
 
@@ -351,7 +404,10 @@ LEARNERS = {
 def test_every_learner_trains_and_resumes(name: str, tmp_path: Any) -> None:
     "Rule 6 for every solver: a resumed run's losses are an uninterrupted run's, bit for bit; with dropout too."
     for dropout in (0.0, 0.3):
-        whole, first = trainer(LEARNERS[name], dropout=dropout), trainer(LEARNERS[name], dropout=dropout)
+        whole, first = (
+            trainer(LEARNERS[name], dropout=dropout),
+            trainer(LEARNERS[name], dropout=dropout),
+        )
         for _ in range(6):
             whole.advance()
         for _ in range(3):
@@ -380,7 +436,10 @@ def test_schedules_are_functions_of_progress() -> None:
 
 def test_parts_of_a_batch_make_the_batch() -> None:
     "Accumulation: the gradient over parts is that of the whole."
-    for learner, tol in ((LearnerConfig(algorithm="backprop"), 1e-5), (LearnerConfig(solver="sweep"), 1e-5)):
+    for learner, tol in (
+        (LearnerConfig(algorithm="backprop"), 1e-5),
+        (LearnerConfig(solver="sweep"), 1e-5),
+    ):
         whole, parts = trainer(learner), trainer(learner, accumulate=4)
         for t in (whole, parts):
             t.backward()
@@ -436,9 +495,15 @@ def test_parts_count_by_what_they_predict() -> None:
 
 
 @pytest.mark.parametrize(
-    "learner", [LearnerConfig(algorithm="backprop"), *(LearnerConfig(solver=s) for s in ("sweep", "highway", "error"))]
+    "learner",
+    [
+        LearnerConfig(algorithm="backprop"),
+        *(LearnerConfig(solver=s) for s in ("sweep", "highway", "error")),
+    ],
 )
-def test_a_share_that_predicts_nothing(learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_predicts_nothing(
+    learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "In a team the process whose rows have no targets adds nothing and goes on; a batch without any stops all of them."
     t = trainer(learner)
     t.team = DataParallel(1, 2)
@@ -446,7 +511,9 @@ def test_a_share_that_predicts_nothing(learner: LearnerConfig, monkeypatch: pyte
     targets[2:] = -100
     t.batch = lambda _: (tokens, targets)  # type: ignore[method-assign]
     first = (targets[:2] != -100).sum()
-    others = lambda x: x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))  # what number 0 has
+    others = lambda x: (
+        x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))
+    )  # what number 0 has
     monkeypatch.setattr("pc_transformer.processes.all_sum", others)
     monkeypatch.setattr("pc_transformer.training.all_sum", others)
     monkeypatch.setattr("pc_transformer.training.sync_gradients", lambda model, count: count)
@@ -468,7 +535,9 @@ def test_mixed_precision_stays_close() -> None:
                 t.advance()
         assert all(p.dtype == torch.float32 for p in short.model.parameters())
         assert short.losses != full.losses
-        torch.testing.assert_close(torch.tensor(short.losses), torch.tensor(full.losses), rtol=0.01, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(short.losses), torch.tensor(full.losses), rtol=0.01, atol=0
+        )
 
 
 def test_mixed_precision_takes_full_steps() -> None:
@@ -483,7 +552,10 @@ def test_mixed_precision_takes_full_steps() -> None:
                 for beta in (1e3, 1e4, 1e5):
                     solver = ErrorSettling(relative_precision=beta)
                     assert solver(t.model, tokens, targets).step_sizes == [1.0]
-                    assert gradient_cosine(PredictiveCoding(solver), t.model, tokens, targets)["all"] > 0.999
+                    assert (
+                        gradient_cosine(PredictiveCoding(solver), t.model, tokens, targets)["all"]
+                        > 0.999
+                    )
                 soft = ErrorSettling(steps=8, relative_precision=0.3)(t.model, tokens, targets)
             assert soft.energy[-1] < soft.energy[0]
 
@@ -499,7 +571,9 @@ def test_make_learner_knows_every_solver() -> None:
 def test_adam_is_adam(memory: float) -> None:
     "Both moments are corrected for their start at zero, as torch's are; after a rejected step they start anew."
     model, (tokens, targets) = build(), batch()
-    solver = StateSettling(relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40)
+    solver = StateSettling(
+        relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40
+    )
     walk, noise = StateWalk.begin(solver, model, tokens, targets), torch.Generator().manual_seed(0)
     for _ in range(2):
         moved = [torch.zeros_like(s) for s in walk.up.states]
@@ -529,7 +603,9 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
         trios = zip(states, model.predictors, below, given, strict=True)
         logits = model.output(states[-1])
         judged = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return judged + sum((p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(()))
+        return judged + sum(
+            (p * (s - f(b)).square().sum() / 2 for s, f, b, p in trios), torch.zeros(())
+        )
 
     reference = patch("pc_transformer.kernels.choose", lambda *_, **__: ("reference", ""))
     for l, s in enumerate(walk.up.states):
@@ -563,7 +639,9 @@ def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
     for turn in range(2):
         seen.clear()
         SOLVERS[name](model, tokens, targets)
-        assert len(seen) == 1 + len(model.predictors[1:]) and all(torch.equal(m, all_[0]) for all_ in seen.values() for m in all_)
+        assert len(seen) == 1 + len(model.predictors[1:]) and all(
+            torch.equal(m, all_[0]) for all_ in seen.values() for m in all_
+        )
         now = {where: looks[0] for where, looks in seen.items()}
         for a, b in itertools.combinations(now, 2):
             assert (now[a] != now[b]).double().mean() > 0.2, f"{a} and {b} drop the same"
@@ -572,7 +650,9 @@ def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
         first = now
 
 
-@pytest.mark.parametrize("learner", [LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(solver="sweep")])
+@pytest.mark.parametrize(
+    "learner", [LearnerConfig(algorithm="backprop"), LearnerConfig(), LearnerConfig(solver="sweep")]
+)
 def test_dropout_differs_between_steps(learner: LearnerConfig) -> None:
     "Training drops something else at every step, though each is a function of the seed."
     runs = []
@@ -599,7 +679,9 @@ def ragged(
     "A model with room for padding, whose embedding is `pad` times as large; one row ends early, one predicts nothing."
     model = PCTransformer(ModelConfig(**(SIZES | {"block_size": 32} | changes)), seed=1).to(dtype)
     stir(model, 1, 5.0)
-    tokens, targets = torch.randint(8, (2, 4, 8), generator=torch.Generator().manual_seed(0)).unbind()
+    tokens, targets = torch.randint(
+        8, (2, 4, 8), generator=torch.Generator().manual_seed(0)
+    ).unbind()
     targets[0, 1], targets[1, 5:], targets[3] = -100, -100, -100
     with torch.no_grad():
         model.predictors[0].position.weight[8:] *= pad
@@ -613,14 +695,20 @@ def padded(tokens: Tensor, targets: Tensor, to: int = 32) -> tuple[Tensor, Tenso
 
 def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     "The largest difference in units of the largest entry of the whole gradient."
-    return max((one[n] - two[n]).abs().max().item() for n in one) / max(g.abs().max().item() for g in one.values())
+    return max((one[n] - two[n]).abs().max().item() for n in one) / max(
+        g.abs().max().item() for g in one.values()
+    )
 
 
 PADDED: dict[str, Any] = {
     "backprop": Backprop(),
-    "centred": PredictiveCoding(ErrorSettling(steps=3, relative_precision=1.0, step_size=0.5), centred=True),
+    "centred": PredictiveCoding(
+        ErrorSettling(steps=3, relative_precision=1.0, step_size=0.5), centred=True
+    ),
     "handed": PredictiveCoding(
-        ErrorSettling(3, 1.0, 0.5, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach))
+        ErrorSettling(
+            3, 1.0, 0.5, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach)
+        )
     ),
     **{
         f"{kind}, per {per}, {name}": PredictiveCoding(
@@ -629,7 +717,12 @@ PADDED: dict[str, Any] = {
             else StateSettling(4, 3.0, family=ENERGIES[name], per=per)
         )
         for kind in ("soft", "states")
-        for per, name in (("node", "huber"), ("coordinate", "gaussian"), ("token", "gaussian"), ("token", "student_t"))
+        for per, name in (
+            ("node", "huber"),
+            ("coordinate", "gaussian"),
+            ("token", "gaussian"),
+            ("token", "student_t"),
+        )
     },
     **{name: PredictiveCoding(solver) for name, solver in SOLVERS.items()},
     "incremental": IncrementalPC(StateSettling(steps=4, relative_precision=3.0), lambda: None),
@@ -652,13 +745,16 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["dot", "student_t", "mixture"])
-@pytest.mark.parametrize("name", ["errors", "soft, per coordinate, gaussian", "sweep", "highway", "states"])
+@pytest.mark.parametrize(
+    "name", ["errors", "soft, per coordinate, gaussian", "sweep", "highway", "states"]
+)
 def test_padding_changes_nothing_in_float32(name: str, attention: str) -> None:
     "Beyond 1e-6 only what rounding to float32 does anyway: the padded batch is no further off than the short one."
     model, tokens, targets = ragged(torch.float32, attention=attention)
     exact = gradients(PADDED[name], ragged(attention=attention)[0], tokens, targets)
     short, long = (
-        gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), padded(tokens, targets))
+        gradients(PADDED[name], model, x, y)
+        for x, y in ((tokens, targets), padded(tokens, targets))
     )
     rounded = apart(exact, {n: g.double() for n, g in short.items()})
     assert apart(short, long) < 1e-6 + 4 * rounded < (0.1 if name == "states" else 1e-3)
@@ -706,8 +802,13 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
     if kind != "sweep":
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
-            stated = settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum() / settled.count
-            torch.testing.assert_close(settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9)
+            stated = (
+                settled.family.energy(settled.states[l] - f(below), settled.precision[l]).sum()
+                / settled.count
+            )
+            torch.testing.assert_close(
+                settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9
+            )
     stiff: Any = ErrorSettling(relative_precision=1e9, per=per) if kind != "sweep" else solver
     learner: Any = PredictiveCoding(stiff)
     ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))  # type: ignore[arg-type]
@@ -718,7 +819,10 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
     "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
-    rough = {"states": 1e-3, "states, adam": 1e-5}  # whose error is a difference: rounding is amplified
+    rough = {
+        "states": 1e-3,
+        "states, adam": 1e-5,
+    }  # whose error is a difference: rounding is amplified
     limit = rough.get(name, 1e-6) if dtype == torch.float32 else 1e-11
     model, (tokens, targets) = build().to(dtype), batch(B=5)
     targets[3, 4:] = -100
@@ -728,7 +832,9 @@ def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> Non
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
         other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
         assert apart(first, other) < limit
-        assert StateSettling().tuned(model, tokens[order], targets[order]).curvature == pytest.approx(curves, rel=1e-4)
+        assert StateSettling().tuned(
+            model, tokens[order], targets[order]
+        ).curvature == pytest.approx(curves, rel=1e-4)
 
 
 # ---- what a solver refuses, says and measures
@@ -765,10 +871,14 @@ def test_a_sweep_measures_no_residual() -> None:
     model.predictors[1].register_full_backward_pre_hook(lambda *_: calls.append(1))
     for lean in (False, True):
         calls.clear()
-        assert SweepSettling(lean=lean)(model, tokens, targets, measure_residual=True).residual is None
+        assert (
+            SweepSettling(lean=lean)(model, tokens, targets, measure_residual=True).residual is None
+        )
         assert len(calls) == 1, "one sweep"
     right, weak = (HighwaySettling(rounds)(model, tokens, targets).residual for rounds in (4, 1))
-    assert right is not None and weak is not None and right < 1e-12 < 1e-3 < weak, "the highway's is measured"
+    assert right is not None and weak is not None and right < 1e-12 < 1e-3 < weak, (
+        "the highway's is measured"
+    )
 
 
 def test_parallel_states_say_that_they_are_far_from_rest() -> None:
@@ -779,9 +889,13 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
         for seed in range(4):
             settled = StateSettling(steps=2)(model, *batch(seed))
             assert settled.residual is not None and settled.residual > 0.5
-    assert [w.category for w in said] == [UnsettledWarning] and len(str(said[0].message).splitlines()) == 1
+    assert [w.category for w in said] == [UnsettledWarning] and len(
+        str(said[0].message).splitlines()
+    ) == 1
     line = linecache.getline(said[0].filename, said[0].lineno)
-    assert said[0].filename == __file__ and "StateSettling(steps=2)(model" in line, "the caller's line is named"
+    assert said[0].filename == __file__ and "StateSettling(steps=2)(model" in line, (
+        "the caller's line is named"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StateSettling(steps=2)(model, *batch(), measure_residual=False)
@@ -790,7 +904,9 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
     assert near.residual is not None and near.residual < 0.5
 
 
-@pytest.mark.parametrize("kind", [ErrorSettling, StateSettling, SweepSettling, HighwaySettling, Pathway])
+@pytest.mark.parametrize(
+    "kind", [ErrorSettling, StateSettling, SweepSettling, HighwaySettling, Pathway]
+)
 def test_types_of_settings_come_first(kind: Any) -> None:
     "Whatever is no number, name or function where one belongs: one sentence that names the setting."
     for f in dataclasses.fields(kind):

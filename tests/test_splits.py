@@ -41,7 +41,13 @@ from pc_transformer.training import (
 # ---------------------------------------------------------------------------------------------------------------------
 # A text whose parts can be told apart: training, choosing (first half of what validates), judging (second half)
 
-LETTERS = {"train": "abcdef", "choose": "ghijkl", "judge": "mnopqr", "foreign, first": "stuv", "foreign, second": "wxyz"}
+LETTERS = {
+    "train": "abcdef",
+    "choose": "ghijkl",
+    "judge": "mnopqr",
+    "foreign, first": "stuv",
+    "foreign, second": "wxyz",
+}
 HELD_OUT = {"choose", "judge"}
 VOCABULARY = "\n " + "".join(LETTERS.values())
 
@@ -49,7 +55,9 @@ VOCABULARY = "\n " + "".join(LETTERS.values())
 def written(letters: str, n: int, seed: int) -> str:
     "Words of these letters, `n` characters."
     draw = torch.Generator().manual_seed(seed)
-    return "".join((letters + "  ")[i] for i in torch.randint(len(letters) + 2, (n,), generator=draw).tolist())
+    return "".join(
+        (letters + "  ")[i] for i in torch.randint(len(letters) + 2, (n,), generator=draw).tolist()
+    )
 
 
 # every character stands in the training text, which alone makes the vocabulary; among five of its own letters each time
@@ -69,7 +77,9 @@ def splits_of(tokens: Tensor) -> list[str]:
     kinds, names = torch.full((V,), len(LETTERS)), list(LETTERS)
     for i, letters in enumerate(LETTERS.values()):
         kinds[DATA.tokenizer.encode(letters)] = i
-    counts = F.one_hot(kinds[tokens.reshape(-1, tokens.shape[-1]).cpu()], len(LETTERS) + 1).sum(1)[:, :-1]
+    counts = F.one_hot(kinds[tokens.reshape(-1, tokens.shape[-1]).cpu()], len(LETTERS) + 1).sum(1)[
+        :, :-1
+    ]
     return [names[i] for i in counts[counts.sum(1) > 0].argmax(1).tolist()]
 
 
@@ -93,8 +103,16 @@ class Spy:
 
 def config(**changes: Any) -> RunConfig:
     "A run of six steps, measured after the third and the last."
-    train = {"iters": 6, "batch_size": 4, "learning_rate": 0.01, "warmup_iters": 0, "eval_interval": 3}
-    settings = {f"model.{k}": v for k, v in SIZES.items()} | {f"train.{k}": v for k, v in train.items()}
+    train = {
+        "iters": 6,
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_iters": 0,
+        "eval_interval": 3,
+    }
+    settings = {f"model.{k}": v for k, v in SIZES.items()} | {
+        f"train.{k}": v for k, v in train.items()
+    }
     return replace(RunConfig(), **settings | {"learner.algorithm": "backprop"} | changes)
 
 
@@ -103,15 +121,28 @@ def by_hand(model: nn.Module, text: str, read: Callable[[Tensor], Tensor] = lamb
     ids, model = DATA.tokenizer.encode(text), model.eval()
     rows = [(ids[i : i + T], ids[i + 1 : i + T + 1]) for i in range(0, len(ids) - 1, T)]
     with torch.no_grad():
-        losses = [F.cross_entropy(model(read(x[: len(y)])[None])[0], y, reduction="sum").item() for x, y in rows]
+        losses = [
+            F.cross_entropy(model(read(x[: len(y)])[None])[0], y, reduction="sum").item()
+            for x, y in rows
+        ]
     return sum(losses) / (len(ids) - 1)
 
 
 def test_the_sentinels_themselves() -> None:
     "Splitting, vocabulary and ids come from where they should, and the spy sees what is read."
-    assert (DATA.train_text, DATA.valid_text) == (TRAIN, VALID) and DATA.tokenizer == CharTokenizer.fit(TRAIN)
-    assert DATA.tokenizer.decode(DATA.train_ids) == TRAIN and DATA.tokenizer.decode(DATA.valid_ids) == VALID
-    for part, name in ((DATA.train_ids, "train"), (DATA.valid_ids[:HALF], "choose"), (DATA.valid_ids[HALF:], "judge")):
+    assert (DATA.train_text, DATA.valid_text) == (
+        TRAIN,
+        VALID,
+    ) and DATA.tokenizer == CharTokenizer.fit(TRAIN)
+    assert (
+        DATA.tokenizer.decode(DATA.train_ids) == TRAIN
+        and DATA.tokenizer.decode(DATA.valid_ids) == VALID
+    )
+    for part, name in (
+        (DATA.train_ids, "train"),
+        (DATA.valid_ids[:HALF], "choose"),
+        (DATA.valid_ids[HALF:], "judge"),
+    ):
         assert set(splits_of(part.unfold(0, T, 1))) == {name}
     model = PCTransformer(config().model)
     with Spy() as spy:
@@ -144,7 +175,12 @@ def damaged(c: RunConfig, data: TextData) -> DamagedTrainer:
 
 
 PC = {"learner.algorithm": "predictive_coding"}
-STATES = PC | {"learner.solver": "state", "learner.steps": 2, "learner.curvature_interval": 2, "learner.relative_precision": 10.0}
+STATES = PC | {
+    "learner.solver": "state",
+    "learner.steps": 2,
+    "learner.curvature_interval": 2,
+    "learner.relative_precision": 10.0,
+}
 TRAINERS: dict[str, tuple[Callable[[RunConfig, TextData], Trainer], dict[str, Any]]] = {
     "backprop": (lambda c, data: start(c, data, "cpu"), {}),
     "predictive coding": (lambda c, data: start(c, data, "cpu"), PC),
@@ -152,7 +188,10 @@ TRAINERS: dict[str, tuple[Callable[[RunConfig, TextData], Trainer], dict[str, An
     "with dropout": (lambda c, data: start(c, data, "cpu"), PC | {"model.dropout": 0.3}),
     "in two parts": (lambda c, data: start(c, data, "cpu"), {"train.accumulate": 2}),
     "damaged context": (damaged, {}),
-    "noisy labels and inputs": (lambda c, data: altered(c, data, label_noise=0.1, input_noise=0.1), PC),
+    "noisy labels and inputs": (
+        lambda c, data: altered(c, data, label_noise=0.1, input_noise=0.1),
+        PC,
+    ),
     "in the order of the text": (lambda c, data: altered(c, data, in_order=True), {}),
     "evidence": (evidence_trainer, {}),
 }
@@ -164,7 +203,9 @@ def make_trainer(request: pytest.FixtureRequest) -> Callable[[TextData], Trainer
     return lambda data: make(config(**changes), data)
 
 
-def test_learning_reads_the_training_text_and_nothing_else(make_trainer: Callable[[TextData], Trainer]) -> None:
+def test_learning_reads_the_training_text_and_nothing_else(
+    make_trainer: Callable[[TextData], Trainer],
+) -> None:
     t = make_trainer(DATA)
     with Spy() as spy:
         t.advance()
@@ -174,7 +215,9 @@ def test_learning_reads_the_training_text_and_nothing_else(make_trainer: Callabl
         entry = t.measure()
     assert set(spy.learned) == {"train"} and set(spy.looked) == HELD_OUT
     first = t.batch(0)[0]
-    assert all((row == first).all(1).any() for row in spy.rows), "where the learner sits is measured on the first batch"
+    assert all((row == first).all(1).any() for row in spy.rows), (
+        "where the learner sits is measured on the first batch"
+    )
     assert entry["valid_loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5)
 
 
@@ -182,9 +225,14 @@ def test_the_validation_text_teaches_nothing(make_trainer: Callable[[TextData], 
     "Two runs that differ in their validation text only differ in their validation loss only."
     runs = [train(make_trainer(data)) for data in (DATA, OTHER_DATA)]
     assert runs[0].losses == runs[1].losses
-    assert all(torch.equal(p, q) for p, q in zip(*(t.model.parameters() for t in runs), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(*(t.model.parameters() for t in runs), strict=True)
+    )
     for a, b in zip(*(t.record for t in runs), strict=True):
-        assert a["valid_loss"] != b["valid_loss"] and {**a, "valid_loss": 0} == {**b, "valid_loss": 0}
+        assert a["valid_loss"] != b["valid_loss"] and {**a, "valid_loss": 0} == {
+            **b,
+            "valid_loss": 0,
+        }
     assert [e["step"] for e in runs[0].record] == [0, 3, 6]
 
 
@@ -217,8 +265,12 @@ def test_a_run_goes_on_with_its_own_splits(tmp_path: Path) -> None:
     t.advance()
     save_checkpoint(t, tmp_path)
     resume(start(config(), DATA, "cpu"), tmp_path)
-    end = 3 * T      # the same characters, split elsewhere
-    moved = changed(DATA, train_ids=torch.cat([DATA.train_ids, DATA.valid_ids[:end]]), valid_ids=DATA.valid_ids[end:])
+    end = 3 * T  # the same characters, split elsewhere
+    moved = changed(
+        DATA,
+        train_ids=torch.cat([DATA.train_ids, DATA.valid_ids[:end]]),
+        valid_ids=DATA.valid_ids[end:],
+    )
     for other in (OTHER_DATA, changed(DATA, train_ids=DATA.train_ids[:-1]), moved):
         with pytest.raises(CheckpointError, match="other data"):
             resume(start(config(), other, "cpu"), tmp_path)
@@ -243,7 +295,10 @@ def test_a_loss_is_of_every_token_and_without_dropout(text: str) -> None:
 
 
 def test_a_cosine_is_without_dropout() -> None:
-    model, (tokens, targets) = lively(dropout=0.5), (DATA.train_ids[: 2 * T].view(2, T), DATA.train_ids[1 : 2 * T + 1].view(2, T))
+    model, (tokens, targets) = (
+        lively(dropout=0.5),
+        (DATA.train_ids[: 2 * T].view(2, T), DATA.train_ids[1 : 2 * T + 1].view(2, T)),
+    )
     assert gradient_cosine(Backprop(), model, tokens, targets)["all"] == pytest.approx(1, abs=1e-6)
     stiff = PredictiveCoding()
     found, still = (gradient_cosine(stiff, m, tokens, targets) for m in (model, lively()))
@@ -253,15 +308,29 @@ def test_a_cosine_is_without_dropout() -> None:
 def test_other_looks_are_without_dropout() -> None:
     still, drops = lively().eval(), lively(dropout=0.5)
     ids, windows = DATA.valid_ids, DATA.valid_ids[: 8 * T].view(8, T)
-    assert components.evaluate_damaged(drops, ids, T, V, 0.1) == components.evaluate_damaged(still, ids, T, V, 0.1)
-    assert settled_reading.query_looks(drops, windows) == settled_reading.query_looks(still, windows)
+    assert components.evaluate_damaged(drops, ids, T, V, 0.1) == components.evaluate_damaged(
+        still, ids, T, V, 0.1
+    )
+    assert settled_reading.query_looks(drops, windows) == settled_reading.query_looks(
+        still, windows
+    )
     a, b = (settled_reading.read_text(m, windows, windows) for m in (drops, still))
-    assert torch.equal(a.logits, b.logits) and all(torch.equal(a.drivers[n], b.drivers[n]) for n in a.drivers)
-    assert torch.equal(uncertainty.flat_predictions(drops, windows)[0], uncertainty.flat_predictions(still, windows)[0])
-    for look in (uncertainty.ensemble_log_probs, lambda m, x: uncertainty.noisy_log_probs(m[0], x, 0.1, 2)):
+    assert torch.equal(a.logits, b.logits) and all(
+        torch.equal(a.drivers[n], b.drivers[n]) for n in a.drivers
+    )
+    assert torch.equal(
+        uncertainty.flat_predictions(drops, windows)[0],
+        uncertainty.flat_predictions(still, windows)[0],
+    )
+    for look in (
+        uncertainty.ensemble_log_probs,
+        lambda m, x: uncertainty.noisy_log_probs(m[0], x, 0.1, 2),
+    ):
         assert torch.equal(look([drops], windows), look([still], windows))
     known = [uncertainty.StateGaussians.fit(m, windows) for m in (drops, still)]
-    assert all(torch.equal(p, q) for p, q in zip(known[0].precision, known[1].precision, strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(known[0].precision, known[1].precision, strict=True)
+    )
     scores = [uncertainty.token_scores(m, windows, known[1]) for m in (drops, still)]
     assert all(torch.equal(scores[0][n], scores[1][n]) for n in scores[0])
     past = [EvidenceTransformer(m, 10.0) for m in (drops, still)]
@@ -270,11 +339,17 @@ def test_other_looks_are_without_dropout() -> None:
 
 def test_a_damaged_loss_is_that_of_damaged_context_and_clean_targets() -> None:
     model = lively()
-    assert components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.0) == evaluate(model, DATA.valid_ids, T)
+    assert components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.0) == evaluate(
+        model, DATA.valid_ids, T
+    )
     draw = torch.Generator().manual_seed(3)
     hurt = by_hand(model, VALID[: T + 1], lambda x: damage(x[None], V, 0.5, draw)[0])
-    assert components.evaluate_damaged(model, DATA.valid_ids[: T + 1], T, V, 0.5, 3) == pytest.approx(hurt, rel=1e-6)
-    losses = {components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.5, seed) for seed in (0, 1, 2)}
+    assert components.evaluate_damaged(
+        model, DATA.valid_ids[: T + 1], T, V, 0.5, 3
+    ) == pytest.approx(hurt, rel=1e-6)
+    losses = {
+        components.evaluate_damaged(model, DATA.valid_ids, T, V, 0.5, seed) for seed in (0, 1, 2)
+    }
     assert len(losses) == 3, "the damage is a function of its seed"
 
 
@@ -286,12 +361,16 @@ def test_a_monitor_looks_at_the_training_text() -> None:
         with Spy() as spy:
             looks.append(watch.look(t))
         assert set(spy.learned + spy.looked) == {"train"}
-        assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), "every look is at the same, first batch"
+        assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), (
+            "every look is at the same, first batch"
+        )
     assert looks[0] == looks[1]
     batch = DATA.valid_ids[: 2 * T].view(2, T), DATA.valid_ids[1 : 2 * T + 1].view(2, T)
     with Spy() as spy:
         Monitor(products=0, batch=batch).look(start(config(**PC), DATA, "cpu"))
-    assert set(spy.learned + spy.looked) == {"choose"}, "a batch that is given is the batch that is looked at"
+    assert set(spy.learned + spy.looked) == {"choose"}, (
+        "a batch that is given is the batch that is looked at"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,14 +379,20 @@ def test_a_monitor_looks_at_the_training_text() -> None:
 
 def one_batch(**changes: Any) -> RunConfig:
     "A run that does not move: with a text of one window every step has the same batch and the same weights."
-    still = {"train.min_learning_rate": 0.0, "train.learning_rate": 1e-30, "train.weight_decay": 0.0}
+    still = {
+        "train.min_learning_rate": 0.0,
+        "train.learning_rate": 1e-30,
+        "train.weight_decay": 0.0,
+    }
     return config(**still | changes)
 
 
 WINDOW = changed(DATA, train_ids=DATA.train_ids[: T + 1])
 
 
-@pytest.mark.parametrize("learner", [{}, PC, PC | {"learner.lean": True}, PC | {"learner.centred": True}], ids=str)
+@pytest.mark.parametrize(
+    "learner", [{}, PC, PC | {"learner.lean": True}, PC | {"learner.centred": True}], ids=str
+)
 def test_dropout_is_drawn_anew_in_every_step(learner: dict[str, Any]) -> None:
     """Same weights, same batch: only dropout can make losses differ, and it does, as a function of seed and step."""
     t = start(one_batch(**learner, **{"model.dropout": 0.5, "train.iters": 4}), WINDOW, "cpu")
@@ -332,7 +417,9 @@ def test_dropout_is_drawn_anew_in_every_layer(learner: dict[str, Any]) -> None:
     masks: dict[int, list[Tensor]] = {}
     for l, f in enumerate(t.model.predictors):
         if l:
-            hear = lambda module, args, out, l=l: masks.setdefault(l, []).append((out == args[0]).detach())
+            hear = lambda module, args, out, l=l: masks.setdefault(l, []).append(
+                (out == args[0]).detach()
+            )
             f.register_forward_hook(hear)
     t.advance()
     first = [masks[l][0] for l in range(1, 7)]
@@ -340,14 +427,23 @@ def test_dropout_is_drawn_anew_in_every_layer(learner: dict[str, Any]) -> None:
     same = [(a == b).double().mean().item() for i, a in enumerate(first) for b in first[:i]]
     assert max(same) < 0.6, f"two layers have the same mask: {same}"
     rows = first[0]
-    assert (rows[0] == rows[1]).double().mean() < 0.7 and (rows[:, 0] == rows[:, 1]).double().mean() < 0.7
+    assert (rows[0] == rows[1]).double().mean() < 0.7 and (
+        rows[:, 0] == rows[:, 1]
+    ).double().mean() < 0.7
 
 
 def shares(trainer: Trainer, steps: int = 40) -> tuple[float, float, int]:
     "Parts of tokens and of targets that differ from the run's own batch, and how many different batches there were."
     pairs = [(trainer.batch(i), trainer.batches[i]) for i in range(steps)]
-    parts = [torch.stack([(a[n] != b[n]).double().mean() for a, b in pairs]).mean().item() for n in (0, 1)]
-    return parts[0], parts[1], len({(*a[0].flatten().tolist(), *a[1].flatten().tolist()) for a, _ in pairs})
+    parts = [
+        torch.stack([(a[n] != b[n]).double().mean() for a, b in pairs]).mean().item()
+        for n in (0, 1)
+    ]
+    return (
+        parts[0],
+        parts[1],
+        len({(*a[0].flatten().tolist(), *a[1].flatten().tolist()) for a, _ in pairs}),
+    )
 
 
 NOISY: dict[str, tuple[Callable[[RunConfig], Trainer], tuple[float, float]]] = {
@@ -363,13 +459,22 @@ def test_noise_is_drawn_anew_in_every_step(kind: str) -> None:
     make, wanted = NOISY[kind]
     t, again, other = (make(config(**{"train.seed": s})) for s in (1, 1, 2))
     inputs, labels, batches = shares(t)
-    assert (inputs, labels) == (pytest.approx(wanted[0], abs=0.03), pytest.approx(wanted[1], abs=0.03))
+    assert (inputs, labels) == (
+        pytest.approx(wanted[0], abs=0.03),
+        pytest.approx(wanted[1], abs=0.03),
+    )
     assert batches == 40, "the noise of two steps is the same"
-    assert all(torch.equal(t.batch(3)[n], again.batch(3)[n]) for n in (0, 1)), "a step that is repeated repeats its noise"
-    assert any(not torch.equal(t.batch(3)[n], other.batch(3)[n]) for n in (0, 1)), "the noise does not know the run's seed"
+    assert all(torch.equal(t.batch(3)[n], again.batch(3)[n]) for n in (0, 1)), (
+        "a step that is repeated repeats its noise"
+    )
+    assert any(not torch.equal(t.batch(3)[n], other.batch(3)[n]) for n in (0, 1)), (
+        "the noise does not know the run's seed"
+    )
     losses = [t.advance() for _ in range(3)]
     t = make(one_batch())
-    assert len({t.advance() for _ in range(5)}) == 5, f"what is learned from is not what `batch` says: {losses}"
+    assert len({t.advance() for _ in range(5)}) == 5, (
+        f"what is learned from is not what `batch` says: {losses}"
+    )
 
 
 def test_a_foreign_start_is_over_in_time() -> None:
@@ -377,11 +482,15 @@ def test_a_foreign_start_is_over_in_time() -> None:
     plain, (written_, _) = t.batches[0], t.batch(0)
     assert not torch.equal(written_, plain[0])
     pairs = set(zip(plain[0].flatten().tolist(), written_.flatten().tolist(), strict=True))
-    assert len(pairs) == len(plain[0].unique()) == len({b for _, b in pairs}), "every token is written as one other"
+    assert len(pairs) == len(plain[0].unique()) == len({b for _, b in pairs}), (
+        "every token is written as one other"
+    )
     changed_ = [not torch.equal(t.batch(i)[0], t.batches[i][0]) for i in range(10)]
     assert changed_ == [True] * 3 + [False] * 7
     t.step = 5
-    assert torch.equal(t.batch(0)[0], plain[0]), "a late look reads an early batch as the run does by then"
+    assert torch.equal(t.batch(0)[0], plain[0]), (
+        "a late look reads an early batch as the run does by then"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +501,9 @@ def unigram(train_text: str, valid_text: str) -> float:
     "Witten and Bell's unigram over a uniform vocabulary, by hand."
     counts = Counter(train_text)
     N, kinds = len(train_text), len(counts)
-    return -sum(math.log((counts[c] + 1) / (N + kinds)) for c in valid_text[1:]) / (len(valid_text) - 1)
+    return -sum(math.log((counts[c] + 1) / (N + kinds)) for c in valid_text[1:]) / (
+        len(valid_text) - 1
+    )
 
 
 BASELINES = baselines(TRAIN, VALID)
@@ -401,54 +512,93 @@ BASELINES = baselines(TRAIN, VALID)
 def test_baselines_count_the_training_text_and_score_the_validation_text() -> None:
     assert BASELINES["unigram"]["nats_per_char"] == pytest.approx(unigram(TRAIN, VALID), rel=1e-12)
     assert BASELINES["uniform"]["nats_per_char"] == pytest.approx(math.log(V))
-    assert BASELINES["5-gram"]["nats_per_char"] > math.log(V) > baselines(TRAIN, TRAIN)["5-gram"]["nats_per_char"]
-    assert abs(unigram(TRAIN, VALID) - unigram(VALID, VALID)) > 1, "the splits differ so much that no other could be meant"
+    assert (
+        BASELINES["5-gram"]["nats_per_char"]
+        > math.log(V)
+        > baselines(TRAIN, TRAIN)["5-gram"]["nats_per_char"]
+    )
+    assert abs(unigram(TRAIN, VALID) - unigram(VALID, VALID)) > 1, (
+        "the splits differ so much that no other could be meant"
+    )
 
 
-def test_a_comparison_reads_every_number_from_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyshakespeare, "step_costs", lambda *a, **k: {})      # times, on random tokens
+def test_a_comparison_reads_every_number_from_its_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tinyshakespeare, "step_costs", lambda *a, **k: {}
+    )  # times, on random tokens
     seen = []
     traces = tinyshakespeare.settling_traces
-    hear = lambda model, batch, *rest: seen.append(splits_of(batch[0])) or traces(model, batch, *rest)
+    hear = lambda model, batch, *rest: (
+        seen.append(splits_of(batch[0])) or traces(model, batch, *rest)
+    )
     monkeypatch.setattr(tinyshakespeare, "settling_traces", hear)
     with Spy() as spy:
-        found = tinyshakespeare.compare(config(), DATA, tmp_path, (1, 2), device="cpu", progress=False)
+        found = tinyshakespeare.compare(
+            config(), DATA, tmp_path, (1, 2), device="cpu", progress=False
+        )
     assert set(spy.learned) == {"train"}
     assert found["baselines"] == BASELINES and set(sum(seen, [])) == {"train"}
-    assert [(r["seed"], r["variant"]) for r in found["runs"]] == [(s, v) for s in (1, 2) for v in tinyshakespeare.DEMO]
+    assert [(r["seed"], r["variant"]) for r in found["runs"]] == [
+        (s, v) for s in (1, 2) for v in tinyshakespeare.DEMO
+    ]
     assert len({r["valid_loss"] for r in found["runs"]}) == 6, "every seed is a run of its own"
     for run in found["runs"]:
-        assert run["valid_loss"] == run["record"][-1]["valid_loss"] and run["config"]["train"]["seed"] == run["seed"]
-        bits = run["valid_loss"] / math.log(2)      # one byte a character
+        assert (
+            run["valid_loss"] == run["record"][-1]["valid_loss"]
+            and run["config"]["train"]["seed"] == run["seed"]
+        )
+        bits = run["valid_loss"] / math.log(2)  # one byte a character
         assert run["bits_per_byte"] == pytest.approx(bits) and run["tokens"] == 6 * 4 * T
         assert [e["step"] for e in run["record"]] == [0, 3, 6]
     for run, folder in zip(found["runs"], sorted((tmp_path / "models").iterdir()), strict=False):
-        assert run["valid_loss"] == pytest.approx(by_hand(load(folder), VALID), rel=1e-5), run["variant"]
+        assert run["valid_loss"] == pytest.approx(by_hand(load(folder), VALID), rel=1e-5), run[
+            "variant"
+        ]
     assert json.loads((tmp_path / "results.json").read_text())["baselines"] == BASELINES
 
 
 def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) -> None:
     models: list[nn.Module] = []
-    for page, run in ((components, lambda: components.run_one(config(), DATA, 0.1, "cpu")),
-                      (settling_study, lambda: settling_study.run_one(config(**PC), DATA, {"label_noise": 0.1}, "cpu"))):
+    for page, run in (
+        (components, lambda: components.run_one(config(), DATA, 0.1, "cpu")),
+        (
+            settling_study,
+            lambda: settling_study.run_one(config(**PC), DATA, {"label_noise": 0.1}, "cpu"),
+        ),
+    ):
         kept: list[Trainer] = []
         measure = Trainer.measure
         with pytest.MonkeyPatch.context() as patch, Spy() as spy:
-            patch.setattr(Trainer, "measure", lambda t, kept=kept, measure=measure: kept.append(t) or measure(t))
+            patch.setattr(
+                Trainer,
+                "measure",
+                lambda t, kept=kept, measure=measure: kept.append(t) or measure(t),
+            )
             found = run()
         assert set(spy.learned) == {"train"} and set(spy.looked) == HELD_OUT, page.__name__
         t = kept[-1]
         models.append(t.model)
-        assert found["valid_loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5) and t.step == 6
+        assert (
+            found["valid_loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5) and t.step == 6
+        )
         assert [e["step"] for e in found["record"]] == [3, 6] and found["tokens"] == 6 * 4 * T
         if page is components:
-            assert found["damaged"] == {str(f): components.evaluate_damaged(t.model, DATA.valid_ids, T, V, f)
-                                        for f in components.DAMAGE}
-    few = components.study(config(**{"train.iters": 1}), DATA, tmp_path / "a", ["dot"], (None,), (1, 2), device="cpu")
+            assert found["damaged"] == {
+                str(f): components.evaluate_damaged(t.model, DATA.valid_ids, T, V, f)
+                for f in components.DAMAGE
+            }
+    few = components.study(
+        config(**{"train.iters": 1}), DATA, tmp_path / "a", ["dot"], (None,), (1, 2), device="cpu"
+    )
     grid = {"train.seed": [1, 2], "train.iters": 1}
     runs = settling_study.settle_study(config(**PC), DATA, tmp_path / "b", grid, "cpu")
     for results in (few, runs):
-        assert results["baselines"] == BASELINES and len({r["valid_loss"] for r in results["runs"].values()}) == 2
+        assert (
+            results["baselines"] == BASELINES
+            and len({r["valid_loss"] for r in results["runs"].values()}) == 2
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,7 +613,10 @@ def only(tokens: Tensor, name: str) -> None:
 
 def sentinel_scores(tokens: Tensor, known: Any) -> dict[str, Tensor]:
     "Scores that tell what they were read from: thousands, one for every split."
-    kinds, draw = torch.tensor([1000.0 * list(LETTERS).index(s) for s in splits_of(tokens)]), torch.Generator().manual_seed(0)
+    kinds, draw = (
+        torch.tensor([1000.0 * list(LETTERS).index(s) for s in splits_of(tokens)]),
+        torch.Generator().manual_seed(0),
+    )
     rows = lambda: kinds[:, None] + torch.rand(len(tokens), T - 1, generator=draw)
     return {n: rows().double() for n in uncertainty.SCORES}
 
@@ -473,9 +626,20 @@ def bands(x: Tensor) -> set[str]:
     return {list(LETTERS)[int(i)] for i in (x // 1000).flatten().unique()}
 
 
-def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: dict[str, list[Any]] = {"temperature": [], "calibration": [], "fit": [], "judged": [], "states": []}
-    old = {n: getattr(uncertainty, n) for n in ("fit_temperature", "calibration", "fit_logistic", "judge")}
+def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: dict[str, list[Any]] = {
+        "temperature": [],
+        "calibration": [],
+        "fit": [],
+        "judged": [],
+        "states": [],
+    }
+    old = {
+        n: getattr(uncertainty, n)
+        for n in ("fit_temperature", "calibration", "fit_logistic", "judge")
+    }
 
     def fit_temperature(z: Tensor, t: Tensor) -> float:
         heard["temperature"].append(t)
@@ -494,21 +658,33 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch: 
         return old["judge"](fit, test, *rest)
 
     fit_states = uncertainty.StateGaussians.fit
-    monkeypatch.setattr(uncertainty.StateGaussians, "fit", lambda m, x: heard["states"].append(x) or fit_states(m, x))
+    monkeypatch.setattr(
+        uncertainty.StateGaussians,
+        "fit",
+        lambda m, x: heard["states"].append(x) or fit_states(m, x),
+    )
     for f in (fit_temperature, calibration, fit_logistic, judge):
         monkeypatch.setattr(uncertainty, f.__name__, f)
-    monkeypatch.setattr(uncertainty, "token_scores", lambda model, tokens, known: sentinel_scores(tokens, known))
-    monkeypatch.setattr(uncertainty, "DAMAGES", ("replaced characters", "shuffled words", "foreign text"))
+    monkeypatch.setattr(
+        uncertainty, "token_scores", lambda model, tokens, known: sentinel_scores(tokens, known)
+    )
+    monkeypatch.setattr(
+        uncertainty, "DAMAGES", ("replaced characters", "shuffled words", "foreign text")
+    )
     model = lively().eval()
     found = uncertainty.study_one(model, DATA, DATA.tokenizer.encode(FOREIGN), 10, 5, 0)
     (chosen,) = heard["temperature"]
     only(chosen, "choose")
-    for (_, t) in heard["calibration"]:
+    for _, t in heard["calibration"]:
         only(t, "judge")
     (before, targets), (after, _) = heard["calibration"]
     assert torch.equal(before / found["temperature"], after)
-    assert before.shape[0] == len(targets) == HALF // (T + 1) * T, "all windows of the second half are judged"
-    fit = uncertainty.flat_predictions(model, uncertainty.even_windows(DATA.valid_ids[:HALF], T + 1, HALF))
+    assert before.shape[0] == len(targets) == HALF // (T + 1) * T, (
+        "all windows of the second half are judged"
+    )
+    fit = uncertainty.flat_predictions(
+        model, uncertainty.even_windows(DATA.valid_ids[:HALF], T + 1, HALF)
+    )
     assert found["temperature"] == pytest.approx(old["fit_temperature"](*fit))
     only_ = [set(splits_of(x)) for x in heard["states"]]
     assert only_ == [{"train"}], "what states look like is learned from the training text"
@@ -519,10 +695,14 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch: 
 
 def test_a_study_of_uncertainty_is_a_function_of_its_seed() -> None:
     text, model = DATA.tokenizer.encode(FOREIGN), lively().eval()
-    found = [uncertainty.study_one(model, DATA, text, 10, 5, seed)["detection"] for seed in (0, 0, 1)]
+    found = [
+        uncertainty.study_one(model, DATA, text, 10, 5, seed)["detection"] for seed in (0, 0, 1)
+    ]
     assert found[0] == found[1]
     for kind in ("replaced characters", "shuffled words", "random characters"):
-        numbers = [f[kind]["window"]["surprisal"]["auroc"] for f in found] + [f[kind]["window"]["weights"] for f in found]
+        numbers = [f[kind]["window"]["surprisal"]["auroc"] for f in found] + [
+            f[kind]["window"]["weights"] for f in found
+        ]
         assert numbers[0] != numbers[2] or numbers[3] != numbers[5], kind
 
 
@@ -538,7 +718,9 @@ def test_a_detector_is_fitted_on_the_text_that_is_given_to_fit() -> None:
 
 
 def test_an_ensemble_is_judged_on_the_second_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uncertainty, "DAMAGES", ("replaced characters", "shuffled words", "foreign text"))
+    monkeypatch.setattr(
+        uncertainty, "DAMAGES", ("replaced characters", "shuffled words", "foreign text")
+    )
     models = [lively(), lively(seed=1)]
     with Spy() as spy:
         found = uncertainty.study_ensemble(models, DATA, DATA.tokenizer.encode(FOREIGN), 10, 5, 0)
@@ -546,14 +728,22 @@ def test_an_ensemble_is_judged_on_the_second_half(monkeypatch: pytest.MonkeyPatc
     clean = uncertainty.even_windows(DATA.valid_ids[HALF:], T, 10)
     parts = uncertainty.decompose(uncertainty.ensemble_log_probs(models, clean))
     for name in ("total", "aleatoric", "epistemic"):
-        assert found["clean, nats per token"][name] == pytest.approx(getattr(parts, name).mean().item())
+        assert found["clean, nats per token"][name] == pytest.approx(
+            getattr(parts, name).mean().item()
+        )
         for kind in uncertainty.DAMAGES:
             assert 0 <= found[kind][name]["auroc"] <= 1
 
 
-def test_settled_reading_is_chosen_on_one_half_and_judged_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settled_reading_is_chosen_on_one_half_and_judged_on_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chosen, judged, fixed_at = [], [], []
-    tune, judge_rule, curves = settled_reading.tune, settled_reading.judge_rule, settled_reading.curve_losses
+    tune, judge_rule, curves = (
+        settled_reading.tune,
+        settled_reading.judge_rule,
+        settled_reading.curve_losses,
+    )
 
     def judging(how: Any, fixed: Any, tests: Any, *rest: Any) -> Any:
         judged.extend(r.targets for r in tests.values())
@@ -564,7 +754,9 @@ def test_settled_reading_is_chosen_on_one_half_and_judged_on_the_other(monkeypat
         judged.extend(r.targets for r in tests.values())
         return curves(how, tests, *rest)
 
-    monkeypatch.setattr(settled_reading, "tune", lambda z, y, e: chosen.append((z, y, e)) or tune(z, y, e))
+    monkeypatch.setattr(
+        settled_reading, "tune", lambda z, y, e: chosen.append((z, y, e)) or tune(z, y, e)
+    )
     monkeypatch.setattr(settled_reading, "judge_rule", judging)
     monkeypatch.setattr(settled_reading, "curve_losses", losses)
     model = lively(attention="student_t").eval()
@@ -578,19 +770,36 @@ def test_settled_reading_is_chosen_on_one_half_and_judged_on_the_other(monkeypat
         only(y, "judge")
     for driver, (_, _, e) in zip(settled_reading.DRIVERS, chosen[:4], strict=True):
         rule = found["rules"][driver]
-        assert (rule["mean"], rule["sd"]) == (pytest.approx(e.mean().item()), pytest.approx(e.std().item()))
+        assert (rule["mean"], rule["sd"]) == (
+            pytest.approx(e.mean().item()),
+            pytest.approx(e.std().item()),
+        )
         best = min(found["curves"][driver].items(), key=lambda a: (a[1]["fit"], abs(float(a[0]))))
         assert rule["slope"] == float(best[0]), "the slope is chosen where it is fitted"
-        assert rule["clean"]["nll"] == pytest.approx(best[1]["clean"]), "and judged on the other half"
+        assert rule["clean"]["nll"] == pytest.approx(best[1]["clean"]), (
+            "and judged on the other half"
+        )
 
 
 def test_damage_of_settled_reading_is_a_function_of_its_seed() -> None:
     model = lively(attention="gaussian").eval()
-    rules = [settled_reading.temperature_study(model, DATA.valid_ids, 5, 5, seed)["rules"]["entropy"] for seed in (0, 0, 1)]
+    rules = [
+        settled_reading.temperature_study(model, DATA.valid_ids, 5, 5, seed)["rules"]["entropy"]
+        for seed in (0, 0, 1)
+    ]
     hurt = [r["10 % replaced"]["nll"] for r in rules]
-    assert hurt[0] == hurt[1] != hurt[2] and rules[0]["clean"]["nll"] == rules[2]["clean"]["nll"] != hurt[0]
-    losses = [settled_reading.settled_losses(model, DATA.valid_ids[:100], seed) for seed in (0, 0, 1)]
-    assert losses[0] == losses[1] and losses[0]["0.0"] == losses[2]["0.0"] and losses[0]["0.1"] != losses[2]["0.1"]
+    assert (
+        hurt[0] == hurt[1] != hurt[2]
+        and rules[0]["clean"]["nll"] == rules[2]["clean"]["nll"] != hurt[0]
+    )
+    losses = [
+        settled_reading.settled_losses(model, DATA.valid_ids[:100], seed) for seed in (0, 0, 1)
+    ]
+    assert (
+        losses[0] == losses[1]
+        and losses[0]["0.0"] == losses[2]["0.0"]
+        and losses[0]["0.1"] != losses[2]["0.1"]
+    )
 
 
 def test_losses_of_settled_reading_are_of_the_whole_validation_text() -> None:
@@ -614,15 +823,24 @@ def test_evidence_goes_on_with_the_training_text(tmp_path: Path) -> None:
         for data in (DATA, OTHER_DATA):
             with Spy() as spy:
                 saved = load(tmp_path / "model")
-                net, about = evidence.go_on(config(**{"train.iters": 2}), data, saved, beta, torch.device("cpu"))
+                net, about = evidence.go_on(
+                    config(**{"train.iters": 2}), data, saved, beta, torch.device("cpu")
+                )
             assert set(spy.learned) == {"train"} and set(spy.looked) <= {"train"}
             found.append([*net.model.parameters(), torch.tensor(about["beta"] or [0.0])])
-        assert all(torch.equal(p, q) for p, q in zip(*found, strict=True)), "the validation text has taught"
-        moved = [not torch.equal(p, q) for p, q in zip(net.model.parameters(), lively().parameters(), strict=True)]
+        assert all(torch.equal(p, q) for p, q in zip(*found, strict=True)), (
+            "the validation text has taught"
+        )
+        moved = [
+            not torch.equal(p, q)
+            for p, q in zip(net.model.parameters(), lively().parameters(), strict=True)
+        ]
         assert any(moved)
 
 
-def test_evidence_reads_the_validation_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_reads_the_validation_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(lively(), tmp_path / "model", DATA.tokenizer)
     read, gains = [], evidence.gains
 
@@ -633,10 +851,14 @@ def test_evidence_reads_the_validation_text(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(evidence, "gains", reading)
     monkeypatch.setattr(evidence, "UNTRAINED", (10.0,))
     c = config(**{"train.iters": 1})
-    found = evidence.evidence_study(c, DATA, tmp_path, [tmp_path / "model"], steps=(1,), windows=20, device="cpu")
+    found = evidence.evidence_study(
+        c, DATA, tmp_path, [tmp_path / "model"], steps=(1,), windows=20, device="cpu"
+    )
     rows = DATA.valid_ids.unfold(0, T, 1)
     for (x, y), (hurt, z) in zip(read[::2], read[1::2], strict=True):
-        assert set(splits_of(y)) == HELD_OUT and torch.equal(y, z) and torch.equal(x[:, 1:], y[:, :-1])
+        assert (
+            set(splits_of(y)) == HELD_OUT and torch.equal(y, z) and torch.equal(x[:, 1:], y[:, :-1])
+        )
         assert all((rows == w).all(1).any() for w in torch.cat([x, y]))
         assert 0.05 < (hurt != x).double().mean() < 0.15 and len(x) == 20
     for run in found["runs"]:
@@ -653,7 +875,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Spy]:
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TRAIN + VALID)
     options = [f"--model.{k}={v}" for k, v in SIZES.items()]
-    options += ["--train.iters=4", "--train.eval_interval=2", "--train.batch_size=4", "--train.checkpoint_interval=2"]
+    options += [
+        "--train.iters=4",
+        "--train.eval_interval=2",
+        "--train.batch_size=4",
+        "--train.checkpoint_interval=2",
+    ]
     with Spy() as spy:
         assert main(["train", str(folder / "run"), f"--data={folder / 'text.txt'}", "--device=cpu", "--progress=false",
                      *options]) == 0  # fmt: skip
@@ -671,7 +898,9 @@ def test_training_and_evaluating_from_the_command_line(
 ) -> None:
     text, folder, read = run
     assert set(read.learned) == {"train"}
-    assert set(read.looked) == HELD_OUT | {"train"}  # a checkpoint looks at the next batch before it is written
+    assert set(read.looked) == HELD_OUT | {
+        "train"
+    }  # a checkpoint looks at the next batch before it is written
     progress = json.loads((checkpoints(folder)[-1] / "training.json").read_text())
     model = load(checkpoints(folder)[-1])
     loss = by_hand(model, VALID)
@@ -682,15 +911,23 @@ def test_training_and_evaluating_from_the_command_line(
         assert set(spy.looked) == HELD_OUT and not spy.learned
         out = capsys.readouterr().out
         nats, bits, perplexity = numbers(out, "this model")
-        assert nats == pytest.approx(loss, abs=1e-4) and bits == pytest.approx(loss / math.log(2), abs=1e-4)
+        assert nats == pytest.approx(loss, abs=1e-4) and bits == pytest.approx(
+            loss / math.log(2), abs=1e-4
+        )
         assert perplexity == pytest.approx(math.exp(loss), abs=2e-3)
         for name, b in BASELINES.items():
-            assert numbers(out, name)[:2] == pytest.approx([b["nats_per_char"], b["bits_per_byte"]], abs=1e-4)
+            assert numbers(out, name)[:2] == pytest.approx(
+                [b["nats_per_char"], b["bits_per_byte"]], abs=1e-4
+            )
 
 
 def test_studies_from_the_command_line(run: tuple[Path, Path, Spy], tmp_path: Path) -> None:
     text, _, _ = run
-    shape = [f"--model.{k}={v}" for k, v in SIZES.items()] + ["--train.batch_size=4", f"--data={text}", "--device=cpu"]
+    shape = [f"--model.{k}={v}" for k, v in SIZES.items()] + [
+        "--train.batch_size=4",
+        f"--data={text}",
+        "--device=cpu",
+    ]
     commands = {
         "study": ['--families=["dot"]', "--train.iters=1", *shape],
         "settle": ['--grid={"learner.steps": [1, 2]}', "--train.iters=1", *shape],
@@ -705,10 +942,17 @@ def test_studies_from_the_command_line(run: tuple[Path, Path, Spy], tmp_path: Pa
         assert json.loads((tmp_path / name / "results.json").read_text())["baselines"] == BASELINES
 
 
-def test_the_vocabulary_is_that_of_the_training_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_vocabulary_is_that_of_the_training_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.txt").write_text(TRAIN + VALID)
     assert main(["data", str(tmp_path / "text.txt")]) == 0
     out = capsys.readouterr().out
-    assert f"{len(TRAIN):,} train, {len(VALID):,} validation" in out and f"{V} characters, from the training split" in out
+    assert (
+        f"{len(TRAIN):,} train, {len(VALID):,} validation" in out
+        and f"{V} characters, from the training split" in out
+    )
     for name, b in BASELINES.items():
-        assert f"{b['nats_per_char']:.3f}" in next(x for x in out.splitlines() if x.startswith(name))
+        assert f"{b['nats_per_char']:.3f}" in next(
+            x for x in out.splitlines() if x.startswith(name)
+        )

@@ -19,10 +19,22 @@ from pc_transformer.experiments.components import (
     select,
     verdict,
 )
-from pc_transformer.experiments.settled_reading import best_of, judge_rule, paired_difference, read_text, tune
+from pc_transformer.experiments.settled_reading import (
+    best_of,
+    judge_rule,
+    paired_difference,
+    read_text,
+    tune,
+)
 from pc_transformer.experiments.settling_study import InOrder, expand, part_step, settle_config
 from pc_transformer.experiments.settling_study import select as select_by_seed
-from pc_transformer.experiments.tinyshakespeare import RATIOS, cost_table, ratio, spread, variant_config
+from pc_transformer.experiments.tinyshakespeare import (
+    RATIOS,
+    cost_table,
+    ratio,
+    spread,
+    variant_config,
+)
 from pc_transformer.generation import SamplingConfig
 
 
@@ -43,7 +55,9 @@ def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
         verdict(a, b[1:])
 
 
-def fake(family: str, sharpness: float, seed: int, clean: float, hurt: float, **changes: Any) -> dict[str, Any]:
+def fake(
+    family: str, sharpness: float, seed: int, clean: float, hurt: float, **changes: Any
+) -> dict[str, Any]:
     return {"family": family, "sharpness": sharpness, "seed": seed, "changes": changes, "valid_loss": clean,
             "damaged": {"0.1": hurt}}  # fmt: skip
 
@@ -51,12 +65,17 @@ def fake(family: str, sharpness: float, seed: int, clean: float, hurt: float, **
 def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
     runs = [fake("dot", s, n, clean, hurt)
             for s, clean, hurt in ((0.1, 1.0, 9.0), (0.5, 2.0, 1.0), (1.0, 3.0, 3.0)) for n in (3, 1, 2)]  # fmt: skip
-    runs += [fake("dot", 2.0, 1, 0.1, 0.1), fake("dot", 2.0, 2, 0.1, 0.1)]                  # the best, with two seeds
-    runs += [fake("dot", 0.7, n, 0.1, 0.1, iters=4000) for n in (1, 2, 3)]                  # trained differently
-    runs += [fake("laplace", 0.3, n, 0.1, 0.1) for n in (1, 2, 3)]                          # another family
+    runs += [
+        fake("dot", 2.0, 1, 0.1, 0.1),
+        fake("dot", 2.0, 2, 0.1, 0.1),
+    ]  # the best, with two seeds
+    runs += [fake("dot", 0.7, n, 0.1, 0.1, iters=4000) for n in (1, 2, 3)]  # trained differently
+    runs += [fake("laplace", 0.3, n, 0.1, 0.1) for n in (1, 2, 3)]  # another family
     assert best_sharpness(runs, "dot") == 0.1 and best_sharpness(runs, "dot", 0.1) == 0.5
     assert best_sharpness(runs, "dot", seeds=2) == 2.0 and best_sharpness(runs, "laplace") == 0.3
-    assert [r["seed"] for r in select(runs, "dot", 0.5)] == [1, 2, 3] and len(select(runs, "dot", 0.7, iters=4000)) == 3
+    assert [r["seed"] for r in select(runs, "dot", 0.5)] == [1, 2, 3] and len(
+        select(runs, "dot", 0.7, iters=4000)
+    ) == 3
     assert [loss_at(runs[0], f) for f in (0.0, 0.1)] == [1.0, 9.0]
     with pytest.raises(ValueError, match="no sharpness of mixture was run with 3 seeds"):
         best_sharpness(runs, "mixture")
@@ -65,12 +84,27 @@ def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
 def test_runs_of_a_study_are_told_apart() -> None:
     base = replace(RunConfig(), **{"train.iters": 4000})
     assert changes_of(base) == {"train.iters": 4000}
-    names = {run_name(f, s, n, c) for f in ("dot", "laplace") for s in (None, 0.5) for n in (1, 2) for c in ({}, {"iters": 3})}
+    names = {
+        run_name(f, s, n, c)
+        for f in ("dot", "laplace")
+        for s in (None, 0.5)
+        for n in (1, 2)
+        for c in ({}, {"iters": 3})
+    }
     assert len(names) == 16
     c = run_config("student_t", 0.25, 7, base)
-    assert (c.train.seed, c.learner.algorithm, c.model.attention, c.train.iters) == (7, "backprop", "student_t", 4000)
+    assert (c.train.seed, c.learner.algorithm, c.model.attention, c.train.iters) == (
+        7,
+        "backprop",
+        "student_t",
+        4000,
+    )
     sharper = run_config("student_t", 0.5, 7, base).model.precision_init
-    assert sharper is not None and c.model.precision_init is not None and sharper > c.model.precision_init
+    assert (
+        sharper is not None
+        and c.model.precision_init is not None
+        and sharper > c.model.precision_init
+    )
 
 
 @pytest.mark.parametrize(("changes", "size"), [
@@ -90,12 +124,16 @@ def test_a_grid_and_the_runs_of_one_kind() -> None:
     runs = [{"changes": c | {"train.eval_interval": 7}} for c in grid]
     assert list(select_by_seed(runs, steps=4, label_noise=0.1)) == [1, 2, 3]
     found = select_by_seed(reversed(runs), steps=4, label_noise=0.1)
-    assert list(found) == [1, 2, 3] and all(r["changes"]["learner.steps"] == 4 for r in found.values())
-    assert not select_by_seed(runs, steps=4) and not select_by_seed(runs, steps=4, label_noise=0.1, iters=1)
+    assert list(found) == [1, 2, 3] and all(
+        r["changes"]["learner.steps"] == 4 for r in found.values()
+    )
+    assert not select_by_seed(runs, steps=4) and not select_by_seed(
+        runs, steps=4, label_noise=0.1, iters=1
+    )
 
 
 def test_windows_in_the_order_of_the_text() -> None:
-    row = torch.arange(26)      # five whole windows of five, and one target more
+    row = torch.arange(26)  # five whole windows of five, and one target more
     batches = InOrder(**vars(Batches(row, 5, 2, 3)))
     read = torch.cat([batches[i][0] for i in range(5)])
     assert torch.equal(read[:5].flatten(), row[:25]) and torch.equal(read[5:].flatten(), row[:25])
@@ -130,9 +168,14 @@ def test_the_cost_table_names_the_worst() -> None:
     runs = [{"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
             {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
             {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]}]  # fmt: skip
-    costs = {f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0} for i, (a, b) in enumerate(RATIOS)}
+    costs = {
+        f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0}
+        for i, (a, b) in enumerate(RATIOS)
+    }
     text = cost_table({"runs": runs, "costs": costs})
-    assert "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
+    assert (
+        "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
+    )
     for i, (a, b) in enumerate(RATIOS):
         assert f"| {a} / {b} | {i + 0.5:.2f} | 2.00 | 3.00 |" in text
 
@@ -150,12 +193,19 @@ def test_a_difference_is_of_a_minus_b_over_windows() -> None:
     assert found["difference"] == pytest.approx(loss(a) - loss(b))
     low, high = found["interval"]
     assert low < found["difference"] < high
-    assert paired_difference(a, b, y, 50, 1)["interval"] != found["interval"], "the bootstrap does not know its seed"
+    assert paired_difference(a, b, y, 50, 1)["interval"] != found["interval"], (
+        "the bootstrap does not know its seed"
+    )
 
 
 def test_the_rule_with_the_least_loss_of_equal_ones_the_flattest() -> None:
     rule = lambda a: SamplingConfig(energy_slope=a)
-    assert best_of({a: (rule(a), loss) for a, loss in ((-0.4, 2.0), (0.1, 1.0), (0.4, 3.0))}).energy_slope == 0.1
+    assert (
+        best_of(
+            {a: (rule(a), loss) for a, loss in ((-0.4, 2.0), (0.1, 1.0), (0.4, 3.0))}
+        ).energy_slope
+        == 0.1
+    )
     assert best_of({a: (rule(a), 1.0) for a in (-0.4, 0.1, 0.4)}).energy_slope == 0.1
 
 
@@ -169,21 +219,29 @@ def test_a_rule_is_judged_against_the_fixed_one() -> None:
     hot = SamplingConfig(temperature=5.0)
     same, worse = (judge_rule(how, fixed, tests, "energy", 20, 0)["clean"] for how in (fixed, hot))
     assert same["against one temperature"] == {"difference": 0.0, "interval": (0.0, 0.0)}
-    assert worse["against one temperature"]["difference"] == pytest.approx(worse["nll"] - same["nll"], abs=1e-9)
+    assert worse["against one temperature"]["difference"] == pytest.approx(
+        worse["nll"] - same["nll"], abs=1e-9
+    )
     assert worse["nll"] != same["nll"]
 
 
 def test_a_summary_is_of_every_model() -> None:
     def model(x: float) -> dict[str, Any]:
         numbers = {n: x for n in ("nll", "brier", "ece_equal_width", "ece_equal_mass", "aurc")}
-        found = {n: {"auroc": x} for n in (*uncertainty.SCORES, "combination", "gain over surprisal")} | {"weights": {}}
+        found = {
+            n: {"auroc": x} for n in (*uncertainty.SCORES, "combination", "gain over surprisal")
+        } | {"weights": {}}
         return {"before": numbers, "after": {n: 2 * v for n, v in numbers.items()}, "temperature": x,
                 "detection": {"replaced characters": {"window": found, "token": found}}}  # fmt: skip
 
     found = uncertainty.summary([model(x) for x in (1.0, 2.0, 6.0)])
     assert found["temperature"] == found["before"]["nll"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
     assert found["after"]["aurc"] == {"mean": 6.0, "min": 2.0, "max": 12.0}
-    assert found["auroc"]["replaced characters, token"]["combination"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
+    assert found["auroc"]["replaced characters, token"]["combination"] == {
+        "mean": 3.0,
+        "min": 1.0,
+        "max": 6.0,
+    }
 
 
 def test_calibration_by_hand() -> None:
@@ -193,10 +251,17 @@ def test_calibration_by_hand() -> None:
     found = uncertainty.calibration(logits, targets)
     came = torch.where(targets == 0, p, 1 - p)
     right = (targets == 0).double()
-    assert found["nll"] == pytest.approx(-came.log().mean().item()) and found["accuracy"] == pytest.approx(0.6)
-    assert found["brier"] == pytest.approx((2 * (1 - came).square()).mean().item()) and found["predictions"] == 5
+    assert found["nll"] == pytest.approx(-came.log().mean().item()) and found[
+        "accuracy"
+    ] == pytest.approx(0.6)
+    assert (
+        found["brier"] == pytest.approx((2 * (1 - came).square()).mean().item())
+        and found["predictions"] == 5
+    )
     by_size = [1.0, 1 / 2, 2 / 3, 2 / 4, 2 / 5]
-    assert found["aurc"] == pytest.approx(sum(by_size) / 5) and found["risk_at_half_coverage"] == pytest.approx(2 / 3)
+    assert found["aurc"] == pytest.approx(sum(by_size) / 5) and found[
+        "risk_at_half_coverage"
+    ] == pytest.approx(2 / 3)
     wide = [[i for i in range(5) if int(p[i] * 15) == g] for g in sorted({int(x * 15) for x in p})]
     gap = lambda group: abs(right[group].mean().item() - p[group].mean().item()) * len(group) / 5
     assert found["ece_equal_width"] == pytest.approx(sum(map(gap, wide)))
@@ -207,10 +272,15 @@ def test_calibration_by_hand() -> None:
 
 def test_windows_and_tokens_that_a_detector_sees() -> None:
     draw = torch.Generator().manual_seed(0)
-    calm, hurt = ({n: torch.randn(3, 5, generator=draw).double() for n in uncertainty.SCORES} for _ in range(2))
+    calm, hurt = (
+        {n: torch.randn(3, 5, generator=draw).double() for n in uncertainty.SCORES}
+        for _ in range(2)
+    )
     where = torch.rand(3, 5, generator=draw) < 0.5
     x, y = uncertainty.at_level(calm, hurt, where, "token")
-    assert torch.equal(y, where) and all(torch.equal(x[..., i], hurt[n]) for i, n in enumerate(uncertainty.SCORES))
+    assert torch.equal(y, where) and all(
+        torch.equal(x[..., i], hurt[n]) for i, n in enumerate(uncertainty.SCORES)
+    )
     x, y = uncertainty.at_level(calm, hurt, where, "window")
     assert x.shape == (3, 2, 4) and y.tolist() == [[False, True]] * 3
     for i, n in enumerate(uncertainty.SCORES):
@@ -232,7 +302,9 @@ def test_a_detector_has_likelihood_and_both_energies() -> None:
 
 def test_intervals_know_their_level_and_noise_its_seed() -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
-    interval = lambda level, seed=0: uncertainty.bootstrap_interval(lambda a: a.mean().item(), x, level=level, seed=seed)
+    interval = lambda level, seed=0: uncertainty.bootstrap_interval(
+        lambda a: a.mean().item(), x, level=level, seed=seed
+    )
     (a, b), (c, d) = interval(0.5), interval(0.95)
     assert c < a < b < d and (d - c) / (b - a) == pytest.approx(1.96 / 0.674, rel=0.25)
     assert interval(0.95, 1) != interval(0.95)
@@ -252,9 +324,13 @@ def test_noise_is_in_units_of_a_nodes_size() -> None:
         for name, p in model.named_parameters():
             if name.endswith(("attention.out.weight", "down.weight", "position.weight")):
                 p.mul_(100)
-        model.output.weight = torch.nn.Parameter(model.output.weight.clone())       # the head keeps its size
+        model.output.weight = torch.nn.Parameter(
+            model.output.weight.clone()
+        )  # the head keeps its size
         model.predictors[0].token.weight.mul_(100)
-    torch.testing.assert_close(uncertainty.noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        uncertainty.noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2
+    )
 
 
 def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:

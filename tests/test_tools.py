@@ -17,16 +17,22 @@ import nbformat  # noqa: E402
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output  # noqa: E402
 
 
-def tool(name: str, *args: str, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def tool(
+    name: str, *args: str, cwd: Path = ROOT, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a script of tools/."""
     env = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
     cmd = [sys.executable, str(ROOT / "tools" / name), *args]
-    return subprocess.run(cmd, cwd=cwd, capture_output=True, encoding="utf-8", input=stdin, check=False, env=env)
+    return subprocess.run(
+        cmd, cwd=cwd, capture_output=True, encoding="utf-8", input=stdin, check=False, env=env
+    )
 
 
 def write(path: Path, *cells: nbformat.NotebookNode) -> Path:
     """Write a notebook with the ids c0, c1, ..."""
-    nb = new_notebook(cells=list(cells), metadata={"kernelspec": {"display_name": "x", "name": "python3"}})
+    nb = new_notebook(
+        cells=list(cells), metadata={"kernelspec": {"display_name": "x", "name": "python3"}}
+    )
     for n, cell in enumerate(nb.cells):
         cell.id = f"c{n}"
     nbformat.write(nb, path)
@@ -40,7 +46,9 @@ def shown(text: str) -> list[nbformat.NotebookNode]:
 
 def test_filter_drops_and_keeps() -> None:
     """Directives go, options stay, hidden cells and widgets vanish, and a source stays a list of lines."""
-    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})
+    widget = new_output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    )
     cells = [
         new_markdown_cell("# Title"),
         new_code_cell("#| default_exp x"),
@@ -81,7 +89,9 @@ def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
 
 def test_runner_names_the_cell_that_failed(tmp_path: Path) -> None:
     """A failure ends with exit 1, and leaves the notebook as it was."""
-    path = write(tmp_path / "a.ipynb", new_code_cell("print(1)"), new_code_cell("assert 1 == 2, 'odd'"))
+    path = write(
+        tmp_path / "a.ipynb", new_code_cell("print(1)"), new_code_cell("assert 1 == 2, 'odd'")
+    )
     before = path.read_bytes()
     done = tool("run_notebooks.py", str(path))
     assert done.returncode == 1
@@ -113,14 +123,20 @@ def test_percent_and_back(tmp_path: Path) -> None:
 def test_readme_follows_the_index(tmp_path: Path) -> None:
     """Links gain their folder; `--check` tells when README.md is old."""
     (tmp_path / "nbs").mkdir()
-    cells = [new_markdown_cell("# T\n\n[a](00_a.ipynb) [l](../LICENSE) [w](https://example.org)"), new_code_cell("1")]
+    cells = [
+        new_markdown_cell("# T\n\n[a](00_a.ipynb) [l](../LICENSE) [w](https://example.org)"),
+        new_code_cell("1"),
+    ]
     write(tmp_path / "nbs/index.ipynb", *cells)
     root = ("--root", str(tmp_path))
     assert tool("make_readme.py", "--check", *root).returncode == 1
     assert tool("make_readme.py", *root).returncode == 0
     assert tool("make_readme.py", "--check", *root).returncode == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "[a](nbs/00_a.ipynb) [l](LICENSE) [w](https://example.org)" in text and "```python\n1\n```" in text
+    assert (
+        "[a](nbs/00_a.ipynb) [l](LICENSE) [w](https://example.org)" in text
+        and "```python\n1\n```" in text
+    )
     (tmp_path / "README.md").write_text(text + "edited", encoding="utf-8")
     done = tool("make_readme.py", "--check", *root)
     assert done.returncode == 1 and "README.md" in done.stderr
@@ -129,10 +145,21 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
 def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path) -> None:
     """One that fails, one that hangs, one that dies: each is named with what it said, and the others are tested."""
     paths = {
-        "bad": write(tmp_path / "bad.ipynb", new_code_cell("print('so far')"), new_code_cell("assert 1 == 2, 'odd'")),
+        "bad": write(
+            tmp_path / "bad.ipynb",
+            new_code_cell("print('so far')"),
+            new_code_cell("assert 1 == 2, 'odd'"),
+        ),
         "dead": write(tmp_path / "dead.ipynb", new_code_cell("import os; os.kill(os.getpid(), 9)")),
-        "hangs": write(tmp_path / "hangs.ipynb", new_code_cell("def wait(): time.sleep(600)\nimport time; wait()")),
-        "good": write(tmp_path / "good.ipynb", new_code_cell("x = 1"), new_code_cell("#| slow\nraise ValueError")),
+        "hangs": write(
+            tmp_path / "hangs.ipynb",
+            new_code_cell("def wait(): time.sleep(600)\nimport time; wait()"),
+        ),
+        "good": write(
+            tmp_path / "good.ipynb",
+            new_code_cell("x = 1"),
+            new_code_cell("#| slow\nraise ValueError"),
+        ),
         "after": write(tmp_path / "after.ipynb", new_code_cell("assert 'x' not in globals()")),
     }
     report, begin = tmp_path / "failed", time.monotonic()
@@ -143,7 +170,9 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
     assert {(line[3], line[0]) for line in lines if line[0] in ("ok", "FAIL")} == {
         (f"{name}.ipynb", "ok" if name in ("good", "after") else "FAIL") for name in paths
     }
-    assert "AssertionError: odd" in done.stdout and "in wait" in done.stdout, "the cause, and where it hung"
+    assert "AssertionError: odd" in done.stdout and "in wait" in done.stdout, (
+        "the cause, and where it hung"
+    )
     assert sorted(report.read_text(encoding="utf-8").splitlines()) == [
         "bad.ipynb failed", "dead.ipynb killed by signal 9", "hangs.ipynb took more than 8 s"]  # fmt: skip
     assert "2 of 5 notebooks passed" in done.stdout
@@ -151,7 +180,9 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
     assert done.returncode == 0 and "1 of 1 notebooks passed" in done.stdout
 
 
-def test_a_failing_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_check_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All checks run, the last line names those that failed, the exit status is 1; no check has a limit on the whole."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import check
@@ -172,7 +203,12 @@ def test_a_failing_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["check.py"])
     assert check.main() == 1 and done == ["notebooks", "tests", "notebooks"]
     out = capsys.readouterr().out
-    assert "FAIL  notebooks" in out and "a.ipynb failed" in out and "ok    tests" in out and "FAILED: notebooks" in out
+    assert (
+        "FAIL  notebooks" in out
+        and "a.ipynb failed" in out
+        and "ok    tests" in out
+        and "FAILED: notebooks" in out
+    )
     monkeypatch.setattr(check, "CHECKS", [tests])
     assert check.main() == 0 and "All checks passed" in capsys.readouterr().out
     with pytest.raises(check.Failed, match="ended with exit 3"):
@@ -188,9 +224,17 @@ def unnamed(path: Path) -> list[str]:
             continue
         keys = {k.arg: k.value for k in call.keywords}
         name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-        modes = [a.value for a in [*call.args, *keys.values()] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        modes = [
+            a.value
+            for a in [*call.args, *keys.values()]
+            if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
         binary = any("b" in m and set(m) <= set("rwxab+") for m in modes)
-        text = name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") and not binary and call.args
+        text = (
+            name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile")
+            and not binary
+            and call.args
+        )
         text = text or name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
         text = text or any(k in keys for k in ("text", "universal_newlines"))
         ours = ast.unparse(call.func) in ("corpora.read_text", "os.open")
@@ -201,13 +245,23 @@ def unnamed(path: Path) -> list[str]:
 
 def test_every_text_has_its_encoding_by_name() -> None:
     """A file that is right here is wrong under Windows or the C locale, unless its encoding is written down."""
-    paths = [*sorted((ROOT / "pc_transformer").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+    paths = [
+        *sorted((ROOT / "pc_transformer").rglob("*.py")),
+        *sorted((ROOT / "tools").glob("*.py")),
+    ]
     assert len(paths) > 30 and [line for path in paths for line in unnamed(path)] == []
 
 
 def test_the_search_for_unnamed_encodings_finds_them(tmp_path: Path) -> None:
     """Each kind of call, with and without."""
-    bad = ["open('x')", "open('x', 'w')", "Path('x').read_text()", "p.write_text(t)", "os.fdopen(3)", "run(c, text=True)"]
+    bad = [
+        "open('x')",
+        "open('x', 'w')",
+        "Path('x').read_text()",
+        "p.write_text(t)",
+        "os.fdopen(3)",
+        "run(c, text=True)",
+    ]
     good = ["open('x', 'rb')", "open('x', encoding='utf-8')", "p.read_text(encoding='utf-8')", "p.read_bytes()",
             "run(c, text=True, encoding='utf-8')", "corpora.read_text(name)", "write_text(p, t)"]  # fmt: skip
     (tmp_path / "a.py").write_text("\n".join(bad), encoding="utf-8")

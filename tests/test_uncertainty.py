@@ -52,7 +52,13 @@ from pc_transformer.uncertainty import (
     uncertainty_study,
 )  # fmt: skip
 
-SIZES: dict[str, Any] = {"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "d_model": 16}
+SIZES: dict[str, Any] = {
+    "vocab_size": 13,
+    "block_size": 10,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+}
 TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -85,8 +91,12 @@ def test_decomposition(seed: int, S: int, V: int, scale: float) -> None:
     log_p = (scale * normal(seed, S, 3, 4, V)).log_softmax(-1)
     parts = decompose(log_p)
     mean = log_p.exp().mean(0)
-    torch.testing.assert_close(parts.total, torch.distributions.Categorical(probs=mean).entropy(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(parts.total, parts.aleatoric + parts.epistemic, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        parts.total, torch.distributions.Categorical(probs=mean).entropy(), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(
+        parts.total, parts.aleatoric + parts.epistemic, rtol=1e-9, atol=1e-12
+    )
     assert (parts.epistemic >= -1e-13).all() and (parts.epistemic <= math.log(S) + 1e-12).all()
     assert decompose(log_p[:1].expand(S, -1, -1, -1)).epistemic.abs().max() < 1e-13
 
@@ -112,7 +122,10 @@ def test_samples_leave_the_model_alone() -> None:
     assert torch.equal(noisy, noisy_log_probs(model, TOKENS, 0.3, 3, seed=4))
     assert not torch.equal(noisy[0], noisy[1])
     torch.testing.assert_close(
-        noisy_log_probs(model, TOKENS, 0.0, 1)[0], ensemble_log_probs([model], TOKENS)[0], rtol=1e-5, atol=1e-5
+        noisy_log_probs(model, TOKENS, 0.0, 1)[0],
+        ensemble_log_probs([model], TOKENS)[0],
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -126,16 +139,25 @@ def test_scores_are_what_they_are_called(family: str) -> None:
     model = build(family)
     with torch.no_grad():
         log_p = model(TOKENS).double().log_softmax(-1)
-    own = convert(model, "gaussian") if family == "dot" else model      # what the study fits its states with
+    own = (
+        convert(model, "gaussian") if family == "dot" else model
+    )  # what the study fits its states with
     scores = token_scores(model, TOKENS, StateGaussians.fit(own, TOKENS))
     loss = F.nll_loss(log_p[:, :-1].mT, TOKENS[:, 1:], reduction="none")
     torch.testing.assert_close(scores["surprisal"], loss, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores["entropy"], -(log_p.exp() * log_p).sum(-1)[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        scores["entropy"], -(log_p.exp() * log_p).sum(-1)[:, 1:], rtol=1e-4, atol=1e-4
+    )
     with torch.no_grad():
-        below = node_states(own, TOKENS)[::2]       # what each attention layer reads, and the last state
-        heads = [head_energies(f.attention, f.norm(s)) for f, s in zip(own.predictors[1::2], below, strict=False)]
+        below = node_states(own, TOKENS)[::2]  # what each attention layer reads, and the last state
+        heads = [
+            head_energies(f.attention, f.norm(s))
+            for f, s in zip(own.predictors[1::2], below, strict=False)
+        ]
     assert len(heads) == 2 and heads[0].shape[1] == 2
-    torch.testing.assert_close(scores["attention energy"], torch.cat(heads, 1).double().sum(1)[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        scores["attention energy"], torch.cat(heads, 1).double().sum(1)[:, 1:], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,7 +165,10 @@ def test_scores_read_the_past_only(family: str) -> None:
     "Another token changes scores from its place on, and none before; parameters and modes stay."
     model = build(family)
     known = StateGaussians.fit(model, TOKENS.repeat(4, 1).roll(1, 1))
-    before, scores = {n: p.clone() for n, p in model.named_parameters()}, token_scores(model, TOKENS, known)
+    before, scores = (
+        {n: p.clone() for n, p in model.named_parameters()},
+        token_scores(model, TOKENS, known),
+    )
     assert set(scores) == set(SCORES)
     for t in (1, 5, 9):
         other = TOKENS.clone()
@@ -168,7 +193,11 @@ def test_attention_energy_from_the_attention_itself(family: str) -> None:
             q, k, _ = a.split(x)
             Lam = a.precision_of(x)
             mix = a.mixing_of(x, k, Lam)
-            mix = torch.zeros(k.shape[:-1], dtype=torch.float64) if mix is None else mix.expand(k.shape[:-1])
+            mix = (
+                torch.zeros(k.shape[:-1], dtype=torch.float64)
+                if mix is None
+                else mix.expand(k.shape[:-1])
+            )
             Lam = Lam.expand(k.shape[:-1])
             for b, h, t in [(b, h, t) for b in range(6) for h in range(2) for t in range(10)]:
                 sees = slice(max(0, t + 1 - (a.window or 10)), t + 1)
@@ -177,17 +206,28 @@ def test_attention_energy_from_the_attention_itself(family: str) -> None:
                     log_p = 4 * (Lam[b, h, sees] / (2 * math.pi)).log() - u / 2
                 else:
                     nu = a.log_tail.exp()[h, 0]
-                    log_p = torch.lgamma((nu + 8) / 2) - torch.lgamma(nu / 2) - 4 * (nu * math.pi).log()
+                    log_p = (
+                        torch.lgamma((nu + 8) / 2) - torch.lgamma(nu / 2) - 4 * (nu * math.pi).log()
+                    )
                     log_p = log_p + 4 * Lam[b, h, sees].log() - (nu + 8) / 2 * torch.log1p(u / nu)
                 total[b, t] -= (log_p + mix[b, h, sees].log_softmax(-1)).logsumexp(-1)
-    torch.testing.assert_close(token_scores(model, TOKENS, known)["attention energy"], total[:, 1:], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        token_scores(model, TOKENS, known)["attention energy"], total[:, 1:], rtol=1e-8, atol=1e-8
+    )
 
 
 def test_attention_energies_sum_over_shared_heads() -> None:
     "One key head for two query heads is the same as the head twice."
     q, k = normal(0, 1, 2, 5, 4), normal(1, 1, 1, 5, 4)
     shared = attend(q, k, k, is_causal=True, precision=torch.ones(1, 1), return_lse=True)
-    twice = attend(q, k.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1), is_causal=True, precision=torch.ones(2, 1), return_lse=True)
+    twice = attend(
+        q,
+        k.repeat(1, 2, 1, 1),
+        k.repeat(1, 2, 1, 1),
+        is_causal=True,
+        precision=torch.ones(2, 1),
+        return_lse=True,
+    )
     torch.testing.assert_close(shared[1], twice[1])
 
 
@@ -198,7 +238,9 @@ def test_state_gaussians() -> None:
     with torch.no_grad():
         states = node_states(model, text)
     want = sum(
-        -torch.distributions.Normal(s.double().mean((0, 1)), s.double().std((0, 1), unbiased=False)).log_prob(s.double()).sum(-1)
+        -torch.distributions.Normal(s.double().mean((0, 1)), s.double().std((0, 1), unbiased=False))
+        .log_prob(s.double())
+        .sum(-1)
         for s in states
     )
     torch.testing.assert_close(known.energy(states), want, rtol=1e-6, atol=1e-6)
@@ -225,7 +267,11 @@ def test_auroc_counts_pairs(seed: int, n: int, values: int) -> None:
 
 def test_auroc_and_bootstrap_errors() -> None:
     x, y = torch.arange(4.0), torch.tensor([True, False, True, False])
-    for a, b in ((x, torch.ones(4, dtype=torch.bool)), (x[:3], y), (x, torch.zeros(4, dtype=torch.bool))):
+    for a, b in (
+        (x, torch.ones(4, dtype=torch.bool)),
+        (x[:3], y),
+        (x, torch.zeros(4, dtype=torch.bool)),
+    ):
         with pytest.raises(ValueError, match="both classes"):
             auroc(a, b)
     with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
@@ -239,8 +285,12 @@ def test_bootstrap_of_a_mean_is_that_of_theory() -> None:
     x = normal(0, 400)
     low, high = bootstrap_interval(lambda a: a.mean().item(), x, draws=2000)
     half = 1.96 * x.std().item() / 20
-    assert low == pytest.approx(x.mean().item() - half, abs=0.02) and high == pytest.approx(x.mean().item() + half, abs=0.02)
-    assert bootstrap_interval(lambda a: a.mean().item(), x, seed=3) == bootstrap_interval(lambda a: a.mean().item(), x, seed=3)
+    assert low == pytest.approx(x.mean().item() - half, abs=0.02) and high == pytest.approx(
+        x.mean().item() + half, abs=0.02
+    )
+    assert bootstrap_interval(lambda a: a.mean().item(), x, seed=3) == bootstrap_interval(
+        lambda a: a.mean().item(), x, seed=3
+    )
 
 
 # ---- calibration
@@ -278,7 +328,12 @@ def test_ece_of_a_calibrated_simulator_falls_as_the_square_root() -> None:
 
 def test_reliability_refuses_what_is_no_probability() -> None:
     right = torch.tensor([True, False])
-    for c in (torch.tensor([0.5, 1.5]), torch.tensor([0.5, math.nan]), torch.tensor([0.5]), torch.ones(2, 1)):
+    for c in (
+        torch.tensor([0.5, 1.5]),
+        torch.tensor([0.5, math.nan]),
+        torch.tensor([0.5]),
+        torch.ones(2, 1),
+    ):
         with pytest.raises(ValueError, match="confidences in"):
             reliability(c, right)
 
@@ -313,9 +368,14 @@ def test_temperature_errors_and_nothing_to_do() -> None:
 @few
 @given(seeds, st.integers(1, 30), st.integers(2, 6))
 def test_brier_and_confidence(seed: int, n: int, V: int) -> None:
-    z, y = 3 * normal(seed, n, V), torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed))
+    z, y = (
+        3 * normal(seed, n, V),
+        torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed)),
+    )
     p = z.softmax(-1)
-    assert brier(z, y) == pytest.approx((p - F.one_hot(y, V)).square().sum(-1).mean().item(), abs=1e-12)
+    assert brier(z, y) == pytest.approx(
+        (p - F.one_hot(y, V)).square().sum(-1).mean().item(), abs=1e-12
+    )
     c, right = confidence_and_correct(z, y)
     assert torch.equal(right, z.argmax(-1) == y) and (c >= 1 / V - 1e-12).all()
     assert torch.equal(confidence_and_correct(z / 3, y)[1], right)
@@ -343,7 +403,10 @@ def test_risk_coverage(seed: int, n: int, values: int) -> None:
 def test_logistic_finds_the_weights_that_made_the_data() -> None:
     x = normal(0, 20_000, 2) * torch.tensor([1.0, 5.0]) + 3
     odds = 1.5 * (x[:, 0] - 3) - 0.2 * (x[:, 1] - 3) + 0.4
-    y = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < odds.sigmoid()
+    y = (
+        torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        < odds.sigmoid()
+    )
     fitted = fit_logistic(x, y)
     torch.testing.assert_close(fitted(x), odds, rtol=0.1, atol=0.25)
     with pytest.raises(ValueError, match="score 1 of 2 never varies"):
@@ -366,8 +429,16 @@ def test_damage() -> None:
     clean = torch.randint(9, (50, 20), generator=torch.Generator().manual_seed(0))
     foreign = torch.randint(9, (1000,), generator=torch.Generator().manual_seed(1))
     for kind in DAMAGES:
-        first, second = (damage(kind, clean, tokenizer, foreign, torch.Generator().manual_seed(5)) for _ in range(2))
-        assert torch.equal(first[0], second[0]) and first[0].shape == clean.shape and 0 <= first[0].min() and first[0].max() < 9
+        first, second = (
+            damage(kind, clean, tokenizer, foreign, torch.Generator().manual_seed(5))
+            for _ in range(2)
+        )
+        assert (
+            torch.equal(first[0], second[0])
+            and first[0].shape == clean.shape
+            and 0 <= first[0].min()
+            and first[0].max() < 9
+        )
     new, where = replace_characters(clean, 9, 1.0, torch.Generator().manual_seed(0))
     assert (new != clean).all() and where.all() and len(new.unique()) == 9
     with pytest.raises(ValueError, match="unknown damage"):
@@ -380,8 +451,14 @@ def test_damage() -> None:
     assert len(rows) == 7 and len(rows.unique()) == 70 and rows[0, 0] == 0 and rows[-1, -1] == 102
 
 
-TEXT = "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did so.\n" * 40
-OTHER = "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high trade.\n" * 40
+TEXT = (
+    "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did so.\n"
+    * 40
+)
+OTHER = (
+    "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high trade.\n"
+    * 40
+)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +474,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextData]:
     return folder, data
 
 
-def test_the_study_from_the_command_line(world: tuple[Path, TextData], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_study_from_the_command_line(
+    world: tuple[Path, TextData], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, data = world
     args = ["uncertainty", f"[{folder / 'seed-1'},{folder / 'seed-2'}]", "--out", str(folder / "out"),
             "--data", str(folder / "text.txt"), "--foreign", str(folder / "other.txt"),
@@ -405,7 +484,9 @@ def test_the_study_from_the_command_line(world: tuple[Path, TextData], capsys: p
     assert main(args) == 0, capsys.readouterr().err
     assert "AUROC" in capsys.readouterr().out
     results = json.loads((folder / "out" / "results.json").read_text())
-    assert {"date", "device", "versions", "seed", "summary", "ensemble"} <= results.keys() and len(results["models"]) == 2
+    assert {"date", "device", "versions", "seed", "summary", "ensemble"} <= results.keys() and len(
+        results["models"]
+    ) == 2
     for m in results["models"]:
         assert set(m["detection"]) == set(DAMAGES) and 0 <= m["before"]["ece_equal_width"] <= 1
         assert m["before"]["accuracy"] == m["after"]["accuracy"], "a temperature changes no answer"
@@ -415,7 +496,9 @@ def test_the_study_from_the_command_line(world: tuple[Path, TextData], capsys: p
                 gain = found["combination"]["auroc"] - found["surprisal"]["auroc"]
                 assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
     folders = [folder / "seed-1", folder / "seed-2"]
-    again = uncertainty_study(folders, data, folder / "again", folder / "other.txt", 10, 10, device="cpu")
+    again = uncertainty_study(
+        folders, data, folder / "again", folder / "other.txt", 10, 10, device="cpu"
+    )
     assert json.loads(json.dumps(again["models"])) == results["models"]
 
 
@@ -442,13 +525,21 @@ def test_what_makes_no_sense_is_one_sentence() -> None:
 
 def sentinel_halves(fit: int, test: int) -> Tensor:
     "A text whose halves share no symbol: the first has 0..5, the second 6..11; the numbers are seeds."
-    halves = [torch.randint(6, (300,), generator=torch.Generator().manual_seed(seed)) for seed in (fit, test)]
+    halves = [
+        torch.randint(6, (300,), generator=torch.Generator().manual_seed(seed))
+        for seed in (fit, test)
+    ]
     return torch.cat([halves[0], halves[1] + 6])
 
 
 def found_in(m: dict[str, Any], *names: str) -> list[Any]:
     "What every detector of a study has under these names."
-    return [found[name] for levels in m["detection"].values() for found in levels.values() for name in names]
+    return [
+        found[name]
+        for levels in m["detection"].values()
+        for found in levels.values()
+        for name in names
+    ]
 
 
 def test_what_is_fitted_is_judged_on_other_text(
@@ -456,7 +547,10 @@ def test_what_is_fitted_is_judged_on_other_text(
 ) -> None:
     """Rule 15. Temperature and detectors come from the first half alone, every number that judges them from the second."""
     folder, data = world
-    model, foreign = load(folder / "seed-1"), torch.randint(12, (900,), generator=torch.Generator().manual_seed(9))
+    model, foreign = (
+        load(folder / "seed-1"),
+        torch.randint(12, (900,), generator=torch.Generator().manual_seed(9)),
+    )
     seen: dict[str, list[Tensor]] = {"temperature": [], "states": []}
     fit, known = fit_temperature, StateGaussians.fit
 
@@ -472,16 +566,23 @@ def test_what_is_fitted_is_judged_on_other_text(
     monkeypatch.setattr(StateGaussians, "fit", spy_states)
 
     def study(fit: int, test: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        train = 12 + torch.randint(len(data.tokenizer.vocabulary) - 12, (600,), generator=torch.Generator().manual_seed(0))
+        train = 12 + torch.randint(
+            len(data.tokenizer.vocabulary) - 12, (600,), generator=torch.Generator().manual_seed(0)
+        )
         text = replace(data, train_ids=train, valid_ids=sentinel_halves(fit, test))
-        return study_one(model, text, foreign, 12, 4, 0), study_ensemble([model, model], text, foreign, 12, 4, 0)
+        return study_one(model, text, foreign, 12, 4, 0), study_ensemble(
+            [model, model], text, foreign, 12, 4, 0
+        )
 
     (base, group), (other_test, _), (other_fit, same_group) = study(1, 2), study(1, 3), study(4, 2)
     assert all(y.max() < 6 for y in seen["temperature"]) and len(seen["temperature"]) == 3
     assert all(x.min() >= 12 for x in seen["states"]) and len(seen["states"]) == 3
     assert base["temperature"] == other_test["temperature"] != other_fit["temperature"]
     assert found_in(base, "weights") == found_in(other_test, "weights")
-    assert all(a != b for a, b in zip(found_in(base, "weights"), found_in(other_fit, "weights"), strict=True))
+    assert all(
+        a != b
+        for a, b in zip(found_in(base, "weights"), found_in(other_fit, "weights"), strict=True)
+    )
     assert base["before"] == other_fit["before"] != other_test["before"]
     assert base["after"] != other_fit["after"] and base["after"] != other_test["after"]
     assert found_in(base, "surprisal") != found_in(other_test, "surprisal")
@@ -491,13 +592,23 @@ def test_what_is_fitted_is_judged_on_other_text(
     assert group == same_group
 
 
-def test_the_study_refuses(world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_study_refuses(
+    world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, data = world
     one = folder / "seed-1"
-    own = {"--data": str(folder / "text.txt"), "--foreign": str(folder / "other.txt"), "--windows": "10"}
+    own = {
+        "--data": str(folder / "text.txt"),
+        "--foreign": str(folder / "other.txt"),
+        "--windows": "10",
+    }
     own["--out"] = str(tmp_path / "out")
     save(PCTransformer(ModelConfig(3, 12, 1, 2, 16)), tmp_path / "abc", CharTokenizer("abc"))
-    save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 8, 1, 2, 16)), tmp_path / "short", data.tokenizer)
+    save(
+        PCTransformer(ModelConfig(data.tokenizer.vocab_size, 8, 1, 2, 16)),
+        tmp_path / "short",
+        data.tokenizer,
+    )
     save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
     for models, changes, says in (
         ("[]", {}, "must name at least one"),

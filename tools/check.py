@@ -38,7 +38,9 @@ class Failed(Exception):
 def sh(*cmd: str | Path, cwd: Path = ROOT, **env: str) -> None:
     """Run a command; it and its children end with this one. How long it takes is the machine's business."""
     line = " ".join(Path(c).name if str(c).startswith(str(BIN)) else str(c) for c in cmd)
-    proc = subprocess.Popen([str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, start_new_session=True)
+    proc = subprocess.Popen(
+        [str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, start_new_session=True
+    )
     try:
         code = proc.wait()
     finally:
@@ -52,8 +54,13 @@ def sh(*cmd: str | Path, cwd: Path = ROOT, **env: str) -> None:
 def hashes(root: Path, pattern: str) -> dict[str, str]:
     """The content hash of each file, by path from the root."""
     files = [p for p in root.glob(pattern) if p.is_file() and "__pycache__" not in p.parts]
-    files = [p for p in files if not any(x.startswith((".", "_proc")) for x in p.relative_to(root).parts)]
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+    files = [
+        p for p in files if not any(x.startswith((".", "_proc")) for x in p.relative_to(root).parts)
+    ]
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(files)
+    }
 
 
 def copy(to: Path) -> Path:
@@ -145,8 +152,12 @@ CHECKS: list[Callable[[], str]] = [clean, export, readme, lint, types, docs, not
 def main() -> int:
     """Run the checks and sum up."""
     names = {c.__name__: c for c in CHECKS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("only", nargs="*", metavar="NAME", help=f"one of: {', '.join(names)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "only", nargs="*", metavar="NAME", help=f"one of: {', '.join(names)} (default: all)"
+    )
     args = parser.parse_args()
     if unknown := [n for n in args.only if n not in names]:
         parser.error(f"no such check: {', '.join(unknown)}; there are {', '.join(names)}")
@@ -160,7 +171,9 @@ def main() -> int:
         except Failed as e:
             word, note = "FAIL", str(e)
             failed.append(check.__name__)
-        lines.append(f"{word:4}  {check.__name__:<10} {time.perf_counter() - start:6.1f} s  {note}".rstrip())
+        lines.append(
+            f"{word:4}  {check.__name__:<10} {time.perf_counter() - start:6.1f} s  {note}".rstrip()
+        )
     print("\n== summary\n" + "\n".join(lines))
     outcome = f"FAILED: {', '.join(failed)}" if failed else "All checks passed"
     print(f"{outcome}, in {time.perf_counter() - begin:.0f} s")

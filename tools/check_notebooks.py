@@ -11,8 +11,12 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1", MPLBACKEND="agg")
-os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+os.environ.update(
+    OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1", MPLBACKEND="agg"
+)
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(
+    os.pathsep
+)
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
@@ -63,7 +67,9 @@ class Running:
             os.dup2(self.log.fileno(), 1)
             os.dup2(self.log.fileno(), 2)
             faulthandler.dump_traceback_later(self.limit, exit=True, file=2)
-            passed, _ = test_nb(self.path, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT))
+            passed, _ = test_nb(
+                self.path, skip_flags=get_config().tst_flags.split(), basepath=str(ROOT)
+            )
         except BaseException:
             traceback.print_exc()
         finally:
@@ -84,7 +90,13 @@ class Running:
         if not status:
             return ""
         code = os.waitstatus_to_exitcode(status)
-        return f"took more than {self.limit:.0f} s" if late else f"killed by signal {-code}" if code < 0 else "failed"
+        return (
+            f"took more than {self.limit:.0f} s"
+            if late
+            else f"killed by signal {-code}"
+            if code < 0
+            else "failed"
+        )
 
     def kill(self) -> None:
         """End its whole group."""
@@ -121,10 +133,19 @@ def test_all(paths: list[Path], limit: float, workers: int) -> list[str]:
 
 def main() -> int:
     """Test the notebooks that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all in nbs/)")
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds that one notebook may take (default: 1200)")
-    parser.add_argument("--workers", type=int, default=2, help="how many run at a time (default: 2)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=1200,
+        help="seconds that one notebook may take (default: 1200)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="how many run at a time (default: 2)"
+    )
     parser.add_argument("--failed", type=Path, help="a file that gets the failures, one a line")
     args = parser.parse_args()
     paths = [p.absolute() for p in args.paths]
@@ -135,7 +156,10 @@ def main() -> int:
     failed = test_all(paths, args.timeout, args.workers)
     if args.failed:
         args.failed.write_text("".join(f"{line}\n" for line in failed), encoding="utf-8")
-    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks passed" + "".join(f"\n  {line}" for line in failed))
+    print(
+        f"{len(paths) - len(failed)} of {len(paths)} notebooks passed"
+        + "".join(f"\n  {line}" for line in failed)
+    )
     return 1 if failed or not paths else 0
 
 

@@ -29,7 +29,17 @@ from pc_transformer import gpu_kernels as g
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
 SIZES = {"H", "Tq", "Tk", "T", "back", "ahead"}
-HALF = {"Q", "K", "M", "V", "Out", "dOut", "dQ", "dK", "dV"}  # in the inputs' dtype; everything else is float32
+HALF = {
+    "Q",
+    "K",
+    "M",
+    "V",
+    "Out",
+    "dOut",
+    "dQ",
+    "dK",
+    "dV",
+}  # in the inputs' dtype; everything else is float32
 STRIDE = re.compile(r"[qkvlba]s[bht]")
 
 
@@ -46,7 +56,10 @@ class Job:
     ahead: int | None = 0
 
     def __str__(self) -> str:
-        mask = f"{'window ' if self.back is not None else ''}{'causal' if self.ahead == 0 else ''}".strip() or "no mask"
+        mask = (
+            f"{'window ' if self.back is not None else ''}{'causal' if self.ahead == 0 else ''}".strip()
+            or "no mask"
+        )
         return f"{self.kernel:8} {self.link:20} {self.dtype} d={self.width:<4} {'diagonal, ' if self.diagonal else ''}{mask}"
 
 
@@ -62,7 +75,9 @@ def jobs(links: list[str], dtypes: list[str], widths: list[int]) -> Iterator[Job
             if dtype == dtypes[0]:
                 for back, ahead in ((None, None), (255, 0), (255, 255)):
                     yield Job(kernel, some, dtype, widths[0], back=back, ahead=ahead)
-            if dtype != "fp16" and some != "dot":  # a diagonal precision in float16 is computed in float32
+            if (
+                dtype != "fp16" and some != "dot"
+            ):  # a diagonal precision in float16 is computed in float32
                 for width in widths[:2]:
                     yield Job(kernel, some, dtype, width, diagonal=True)
     yield Job("row_dots", "", dtypes[0], widths[0])
@@ -77,7 +92,9 @@ def source(job: Job) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int
     else:
         kernel = getattr(g, f"{job.kernel}_kernel")
         plan = g.Plan(job.link, job.back, job.ahead)
-        _, constants = g.settings(plan, job.kernel, job.width, job.width, dtype, job.diagonal, "cuda")
+        _, constants = g.settings(
+            plan, job.kernel, job.width, job.width, dtype, job.diagonal, "cuda"
+        )
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         half = HALF | ({"Lam"} if job.diagonal else set())
         if job.kernel == "query":
@@ -97,13 +114,22 @@ def compile_one(job: Job, capability: int) -> tuple[int, int, int]:
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
     kernel, signature, constants, options = source(job)
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or re.fullmatch("[qkv]s[bht]", name)]
+    aligned = [
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] == "*" or re.fullmatch("[qkv]s[bht]", name)
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    made = triton.compile(ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
-                          target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
     if f".target sm_{capability}" not in made.asm["ptx"]:
         raise RuntimeError(f"asked for sm_{capability}, but the PTX is for something else")
-    registers, spilled = usage(made.asm["cubin"], Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump")
+    registers, spilled = usage(
+        made.asm["cubin"], Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
+    )
     return registers, spilled, made.metadata.shared
 
 
@@ -114,7 +140,9 @@ def usage(cubin: bytes, cuobjdump: Path) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, encoding="utf-8", check=True).stdout
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, encoding="utf-8", check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (-1, -1)
 
@@ -141,13 +169,21 @@ def main() -> int:
                 registers, spilled, shared = compile_one(job, capability)
             except Exception as error:  # whatever the compiler raises is the finding
                 failed += 1
-                print(f"sm_{capability} {job}  FAILED: {type(error).__name__}: {str(error)[:500]}", flush=True)
+                print(
+                    f"sm_{capability} {job}  FAILED: {type(error).__name__}: {str(error)[:500]}",
+                    flush=True,
+                )
                 continue
             too_much = shared > SHARED[capability]
             failed += too_much
-            print(f"sm_{capability} {job}  {registers:4} registers {spilled:5} B spilled {shared:7} B shared"
-                  f"{'  TOO MUCH SHARED MEMORY' if too_much else ''}", flush=True)
-    print(f"{count} kernels, {failed} failed, {time.time() - start:.0f} s, Triton {g._tr.__version__}")
+            print(
+                f"sm_{capability} {job}  {registers:4} registers {spilled:5} B spilled {shared:7} B shared"
+                f"{'  TOO MUCH SHARED MEMORY' if too_much else ''}",
+                flush=True,
+            )
+    print(
+        f"{count} kernels, {failed} failed, {time.time() - start:.0f} s, Triton {g._tr.__version__}"
+    )
     return int(failed > 0)
 
 
