@@ -17,7 +17,6 @@ from .scores import AnyLink, Backend, Family
 from ..energies.elliptical import check_number, check_whole, known, shown
 from ..energies.families import Gaussian
 from ..energies.mixture import IndependentLaplace
-from ..isolation import dropout
 
 # %% ../../nbs/1_model/10_checks.ipynb #0f5d96c2
 def check_attend(

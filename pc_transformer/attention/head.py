@@ -21,7 +21,7 @@ from .scores import full_dtype, make_link
 from .sharpness import INIT_STD, TAILS, initial_precision
 from ..config import Attention
 from ..energies.elliptical import Elliptical, check_whole
-from ..isolation import dropout, linear
+from ..isolation import linear
 
 # %% ../../nbs/1_model/13_head.ipynb #0d7c29e1
 # parameters of distributions: they start as constructed, do not decay and have a learning rate of their own

@@ -33,7 +33,7 @@ from ..settling.errors import ErrorSettling
 from pc_transformer.settling.free_energy import (
     in_reach, no_errors, normalisers, relative_precisions, step_errors,
 )
-from ..training.parallel import ProcessError, check_seconds, told
+from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #3f7d21f6
 AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2, "reach": 2,     # while training; everything else is one number
