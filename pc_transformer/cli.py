@@ -44,7 +44,9 @@ def read_text(name: str) -> str:
         return corpora.load(name)
     if Path(name).is_file():
         return corpora.read_text(name)
-    raise ValueError(f"--data {name!r} is neither a known corpus ({', '.join(corpora.CORPORA)}) nor a file")
+    raise ValueError(
+        f"--data {name!r} is neither a known corpus ({', '.join(corpora.CORPORA)}) nor a file"
+    )
 
 
 def read_data(name: str) -> TextData:
@@ -53,20 +55,30 @@ def read_data(name: str) -> TextData:
 
 
 def place_of(data: str) -> str:
-    "The name of a corpus as it is, the path of a file from the root: a run can be resumed from another folder."
+    """The name of a corpus as it is, the path of a file from the root: a run can be resumed from
+    another folder."""
     return os.path.abspath(data) if data not in corpora.CORPORA and Path(data).is_file() else data
 
 
 def chosen(config: RunConfig, given: Collection[str] | None) -> dict[str, Any]:
-    "The settings, by dotted name, that the command line has given; `None`: those that differ from the default."
+    """The settings, by dotted name, that the command line has given; `None`: those that differ
+    from the default."""
     default = flat(to_dict(RunConfig()))
-    return {k: v for k, v in flat(to_dict(config)).items() if (v != default[k] if given is None else k in given)}
+    return {
+        k: v
+        for k, v in flat(to_dict(config)).items()
+        if (v != default[k] if given is None else k in given)
+    }
 
 
-def fit_vocabulary(config: RunConfig, data: TextData, given: Collection[str] | None = None) -> RunConfig:
+def fit_vocabulary(
+    config: RunConfig, data: TextData, given: Collection[str] | None = None
+) -> RunConfig:
     "Set `model.vocab_size` to the corpus's unless it was given."
     left_alone = "model.vocab_size" not in chosen(config, given)
-    return replace(config, **{"model.vocab_size": data.tokenizer.vocab_size}) if left_alone else config
+    return (
+        replace(config, **{"model.vocab_size": data.tokenizer.vocab_size}) if left_alone else config
+    )
 
 # %% ../nbs/4_practice/14_command_line.ipynb #6cd987d2
 def say(*parts: object) -> None:
@@ -76,19 +88,29 @@ def say(*parts: object) -> None:
 
 
 def make_folder(out: Path) -> None:
-    "Make a command's folder before any work is done. Raises ValueError, one sentence, when it cannot be one."
+    """Make a command's folder before any work is done. Raises ValueError, one sentence, when it
+    cannot be one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{out} cannot be the folder for results ({error.strerror}): choose another") from None
+        raise ValueError(
+            f"{out} cannot be the folder for results ({error.strerror}): choose another"
+        ) from None
 
 
 def train(
-    out: Path, model: ModelConfig = ModelConfig(), learner: LearnerConfig = LearnerConfig(),
-    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto", resume: bool = False,
-    progress: bool = True, _given: Collection[str] | None = None,
+    out: Path,
+    model: ModelConfig = ModelConfig(),
+    learner: LearnerConfig = LearnerConfig(),
+    train: TrainConfig = TrainConfig(),
+    data: str = "tinyshakespeare",
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+    _given: Collection[str] | None = None,
 ) -> None:
-    """Train a model; checkpoints go to a folder. Started by `torchrun`, several processes share every batch.
+    """Train a model; checkpoints go to a folder. Started by `torchrun`, several processes share
+    every batch.
 
     Args:
         out: folder of the run; gets config.yaml and the newest checkpoint
@@ -115,32 +137,47 @@ def train(
         if first:
             write_run_config(trainer.config, out)
         if resume and first:
-            say(f"going on after step {trainer.step} of {trainer.config.train.iters} with {out / 'config.yaml'}")
+            say(
+                f"going on after step {trainer.step} of {trainer.config.train.iters} with"
+                f" {out / 'config.yaml'}"
+            )
         bar = progress_bar(config.learner.algorithm, trainer) if progress and first else None
         train_run(trainer, out, text.tokenizer, bar)
     if first:
         last = trainer.record[-1]
-        say(f"validation loss {last['valid_loss']:.4f} nats per character, gradient cosine to backprop {last['cosine']:.5f}")
+        say(
+            f"validation loss {last['valid_loss']:.4f} nats per character, gradient cosine to"
+            f" backprop {last['cosine']:.5f}"
+        )
         say(f"checkpoint: {kept_checkpoint(out)}")
 
 
 def kept_checkpoint(out: Path) -> Path:
-    "The newest checkpoint of a run that has ended. Raises CheckpointError when others have removed the folder."
+    """The newest checkpoint of a run that has ended. Raises CheckpointError when others have
+    removed the folder."""
     if not (found := checkpoints(out)):
         raise CheckpointError(f"{out} was removed while the run trained: nothing of it is left")
     return found[-1]
 
 
 def stored_config(out: Path, given: RunConfig, names: Collection[str] | None = None) -> RunConfig:
-    """The configuration of the run in `out`; ConfigError when the command line asks for a different one.
+    """The configuration of the run in `out`; ConfigError when the command line asks for a
+    different one.
 
     Only the place of the data may be another: `resume` compares its content.
     """
     stored = read_run_config(out)
     kept, asked = flat(to_dict(stored)), chosen(given, names)
-    differing = [f"{k} ({v}, the run's is {kept[k]})" for k, v in asked.items() if v != kept[k] and k != "data"]
+    differing = [
+        f"{k} ({v}, the run's is {kept[k]})"
+        for k, v in asked.items()
+        if v != kept[k] and k != "data"
+    ]
     if differing:
-        raise ConfigError(f"--resume goes on with the run's own configuration, but {', '.join(differing)} differ from it")
+        raise ConfigError(
+            f"--resume goes on with the run's own configuration, but {', '.join(differing)} differ"
+            " from it"
+        )
     return replace(stored, data=asked.get("data", stored.data))
 
 # %% ../nbs/4_practice/14_command_line.ipynb #3cee3db2
@@ -149,8 +186,11 @@ def model_folder(path: Path) -> Path:
     if checkpoints(path):
         return path     # `load` takes the newest, and again if that is replaced under its hands
     if path.is_file():
-        raise CheckpointError(f"{path} is a file, but a saved model is a folder with config.json and model.safetensors: "
-                              "name the folder, or convert a foreign checkpoint with `from_nanogpt` and `save`")
+        raise CheckpointError(
+            f"{path} is a file, but a saved model is a folder with config.json and"
+            " model.safetensors: name the folder, or convert a foreign checkpoint with"
+            " `from_nanogpt` and `save`"
+        )
     if (path / "models").is_dir() and not (path / "config.json").is_file():
         models = ", ".join(str(p) for p in sorted((path / "models").iterdir()))
         raise CheckpointError(f"{path} holds a comparison: name one of its models, {models}")
@@ -161,18 +201,32 @@ def data_of(model: Path, data: str | None) -> str:
     "The data that was asked for, else what the model's run was trained on, else the default."
     if data is not None:
         return data
-    own = checkpoints(model) or any((model / name).exists() for name in ("config.yaml", "training.json"))
+    own = checkpoints(model) or any(
+        (model / name).exists() for name in ("config.yaml", "training.json")
+    )
     return read_run_config(model).data if own else RunConfig().data
 
 
-def anchors(train_text: str, valid_text: str, tokenizer: SavedTokenizer) -> dict[str, dict[str, float]]:
-    "Baselines; a character that only the validation text has must be in the tokenizer's vocabulary, else there are none."
+def anchors(
+    train_text: str, valid_text: str, tokenizer: SavedTokenizer
+) -> dict[str, dict[str, float]]:
+    """Baselines; a character that only the validation text has must be in the tokenizer's
+    vocabulary, else there are none."""
     new = set(valid_text) - set(train_text)
-    known = set(tokenizer.vocabulary) if new and isinstance(tokenizer, corpora.CharTokenizer) else set[str]()
+    known = (
+        set(tokenizer.vocabulary)
+        if new and isinstance(tokenizer, corpora.CharTokenizer)
+        else set[str]()
+    )
     if new - known:
-        say(f"no baselines: {min(new)!r} occurs only in the validation text, so that counts know nothing of it")
+        say(
+            f"no baselines: {min(new)!r} occurs only in the validation text, so that counts know"
+            " nothing of it"
+        )
         return {}
-    return corpora.baselines(train_text, valid_text, vocabulary="".join(sorted(known | set(train_text))))
+    return corpora.baselines(
+        train_text, valid_text, vocabulary="".join(sorted(known | set(train_text)))
+    )
 
 
 def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None:
@@ -195,22 +249,44 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
     rows = {name: (b["nats_per_char"], b["bits_per_byte"]) for name, b in others.items()}
     say(f"the last tenth of {data}, {len(scored):,} characters")
     print(f"{'':12} {'nats/char':>10} {'bits/byte':>10} {'perplexity':>10}")
-    for name, (nats, bpb) in {**rows, "this model": (loss * (len(ids) - 1) / len(scored), bits)}.items():
-        print(f"{name:12} {nats:10.4f} {bpb:10.4f} {torch.tensor(nats, dtype=torch.float64).exp():10.3f}")
+    for name, (nats, bpb) in {
+        **rows,
+        "this model": (loss * (len(ids) - 1) / len(scored), bits),
+    }.items():
+        print(
+            f"{name:12} {nats:10.4f} {bpb:10.4f}"
+            f" {torch.tensor(nats, dtype=torch.float64).exp():10.3f}"
+        )
 
 
 def sample(
-    model: Path, prompt: str = "\n", max_new_tokens: int = 300, temperature: float = 0.8, top_k: int | None = None,
-    top_p: float | None = 0.95, seed: int = 1, sliding_window: bool = False, device: str = "auto",
-    min_p: float | None = None, typical_p: float | None = None, repetition_penalty: float = 1.0,
-    frequency_penalty: float = 0.0, presence_penalty: float = 0.0, stop: list[str] | None = None, cache: bool = True,
-    slide: int = 1, settle: str | None = None, settle_steps: int = 1, _given: Collection[str] | None = None,
+    model: Path,
+    prompt: str = "\n",
+    max_new_tokens: int = 300,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int = 1,
+    sliding_window: bool = False,
+    device: str = "auto",
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    stop: list[str] | None = None,
+    cache: bool = True,
+    slide: int = 1,
+    settle: str | None = None,
+    settle_steps: int = 1,
+    _given: Collection[str] | None = None,
 ) -> None:
     """Continue a text.
 
     Args:
         model: folder of a saved model or of a run
-        prompt: text to continue; without it a line end, or the first symbol of a vocabulary that has none
+        prompt: text to continue; without it a line end, or the first symbol of a vocabulary that
+        has none
         max_new_tokens: how many characters to add
         temperature: 0 is greedy, 1 the model's own distribution
         top_k: draw from the k likeliest characters only; null: from all
@@ -235,16 +311,41 @@ def sample(
     net, tokenizer = load_pair(model_folder(model))
     net = net.to(pick_device(device))
     given = prompt != "\n" if _given is None else "prompt" in _given
-    begin, stops = as_utf8(prompt) if given else opening(tokenizer), [as_utf8(word) for word in stop or ()]
-    print(generate_text(net, tokenizer, begin, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, min_p=min_p,
-                        typical_p=typical_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
-                        presence_penalty=presence_penalty, stop=stops, cache=cache, slide=slide, settle=settle,
-                        settle_steps=settle_steps))
+    begin, stops = as_utf8(prompt) if given else opening(tokenizer), [
+        as_utf8(word) for word in stop or ()
+    ]
+    print(
+        generate_text(
+            net,
+            tokenizer,
+            begin,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            sliding_window,
+            min_p=min_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            stop=stops,
+            cache=cache,
+            slide=slide,
+            settle=settle,
+            settle_steps=settle_steps,
+        )
+    )
 
 
 def as_utf8(text: str) -> str:
     "An argument's text: a locale without letters leaves its bytes, which are UTF-8, as surrogates."
-    return os.fsencode(text).decode("utf-8", "surrogateescape") if any("\udc80" <= c <= "\udcff" for c in text) else text
+    return (
+        os.fsencode(text).decode("utf-8", "surrogateescape")
+        if any("\udc80" <= c <= "\udcff" for c in text)
+        else text
+    )
 
 
 def data(name: str) -> None:
@@ -262,16 +363,27 @@ def data(name: str) -> None:
         print(f"{baseline:11} {b['nats_per_char']:.3f} nats per character")
 
 # %% ../nbs/4_practice/14_command_line.ipynb #f98cac09
-def refuse(command: str, own: tuple[str, ...], config: RunConfig, given: Collection[str] | None, instead: str) -> None:
+def refuse(
+    command: str,
+    own: tuple[str, ...],
+    config: RunConfig,
+    given: Collection[str] | None,
+    instead: str,
+) -> None:
     "Raise ConfigError for settings that a command sets itself."
     if names := [name for name in chosen(config, given) if name in own]:
         raise ConfigError(f"{command} sets {', '.join(names)} itself: {instead}")
 
 
 def own_runs(out: Path) -> None:
-    "Raise CheckpointError when the results in `out` are another command's, so that no run can be added to them."
-    if (place := out / "results.json").exists() and not isinstance(read_json(place, "runs")["runs"], dict):
-        raise CheckpointError(f"{place} holds the results of another command: choose another folder")
+    """Raise CheckpointError when the results in `out` are another command's, so that no run can
+    be added to them."""
+    if (place := out / "results.json").exists() and not isinstance(
+        read_json(place, "runs")["runs"], dict
+    ):
+        raise CheckpointError(
+            f"{place} holds the results of another command: choose another folder"
+        )
 
 
 def need_some(**lists: Collection[Any] | None) -> None:
@@ -282,21 +394,33 @@ def need_some(**lists: Collection[Any] | None) -> None:
 
 
 def compare(
-    out: Path = Path("runs/compare"), iters: int = 500, seeds: tuple[int, ...] | list[int] = (1,), evals: int = 5,
-    variants: list[str] | None = None, model: ModelConfig = ModelConfig(), learner: LearnerConfig = LearnerConfig(),
-    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto", keep_models: bool = True,
-    overwrite: bool = False, _given: Collection[str] | None = None,
+    out: Path = Path("runs/compare"),
+    iters: int = 500,
+    seeds: tuple[int, ...] | list[int] = (1,),
+    evals: int = 5,
+    variants: list[str] | None = None,
+    model: ModelConfig = ModelConfig(),
+    learner: LearnerConfig = LearnerConfig(),
+    train: TrainConfig = TrainConfig(),
+    data: str = "tinyshakespeare",
+    device: str = "auto",
+    keep_models: bool = True,
+    overwrite: bool = False,
+    _given: Collection[str] | None = None,
 ) -> None:
-    """Train a standard GPT, ours by backprop and ours by predictive coding on the same batches; table, plot, samples.
+    """Train a standard GPT, ours by backprop and ours by predictive coding on the same batches;
+    table, plot, samples.
 
-    What compare sets itself (train.iters, train.eval_interval, train.seed, learner.algorithm, model.attention) is refused.
+    What compare sets itself (train.iters, train.eval_interval, train.seed, learner.algorithm,
+    model.attention) is refused.
 
     Args:
         out: folder for results.json, curves.png, samples.txt and the models
         iters: training steps of each model (2000 is the full run)
         seeds: a list such as "[1,2,3]", one comparison per seed; three or more show the spread
         evals: how many times each run is evaluated on the way
-        variants: a list of `experiments.tinyshakespeare`'s variants, such as '["GPT, backprop"]'; null: the three of the demo
+        variants: a list of `experiments.tinyshakespeare`'s variants, such as '["GPT,
+        backprop"]'; null: the three of the demo
         model: shape of the models
         learner: how predictive coding settles
         train: optimiser and schedule; `iters` and `seeds` above take precedence
@@ -309,43 +433,76 @@ def compare(
     from pc_transformer.experiments.costs import cost_table
 
     asked = RunConfig(model=model, learner=learner, train=train, data=data)
-    own = ("train.iters", "train.eval_interval", "train.seed", "learner.algorithm", "model.attention")
+    own = (
+        "train.iters",
+        "train.eval_interval",
+        "train.seed",
+        "learner.algorithm",
+        "model.attention",
+    )
     refuse("compare", own, asked, _given, "use --iters, --evals, --seeds and --variants")
     need_some(seeds=seeds, variants=variants)
     if (out / "results.json").exists() and not overwrite:
-        raise ValueError(f"{out} already holds a comparison: choose another folder or add --overwrite true")
+        raise ValueError(
+            f"{out} already holds a comparison: choose another folder or add --overwrite true"
+        )
     if evals < 1 or iters < 1:
         raise ConfigError(f"compare needs iters >= 1 and evals >= 1, got {iters} and {evals}")
     text = read_data(data)
-    settings = {"iters": iters, "eval_interval": max(1, -(-iters // evals)), "warmup_iters": min(train.warmup_iters, iters // 4)}
+    settings = {
+        "iters": iters,
+        "eval_interval": max(1, -(-iters // evals)),
+        "warmup_iters": min(train.warmup_iters, iters // 4),
+    }
     config = fit_vocabulary(asked, text, _given)
     config = replace(config, **{f"train.{name}": value for name, value in settings.items()})
     make_folder(out)
-    results = page.compare(config, text, out, list(seeds), page.DEMO if variants is None else variants, device,
-                           keep_models=keep_models)
+    results = page.compare(
+        config,
+        text,
+        out,
+        list(seeds),
+        page.DEMO if variants is None else variants,
+        device,
+        keep_models=keep_models,
+    )
     page.plot(results, out / "curves.png")
     for name, words in results["samples"].items():
         print(f"\n--- {name}\n{words}")
     print(f"\n{page.table(results)}\n\n{cost_table(results)}\n")
-    print(f"results  {out / 'results.json'}\nplot     {out / 'curves.png'}\nsamples  {out / 'samples.txt'}")
+    print(
+        f"results  {out / 'results.json'}\nplot     {out / 'curves.png'}\nsamples "
+        f" {out / 'samples.txt'}"
+    )
     if keep_models and (out / "models" / "ours-predictive_coding").is_dir():
-        print(f"models   {out / 'models'}  (pct sample {out / 'models' / 'ours-predictive_coding'})")
+        print(
+            f"models   {out / 'models'}  (pct sample {out / 'models' / 'ours-predictive_coding'})"
+        )
 
 
 def study(
-    out: Path = Path("runs/study"), families: list[str] | None = None, sharpness: list[float | None] | None = None,
-    seeds: tuple[int, ...] | list[int] = (1,), train_damage: float = 0.0, model: ModelConfig = ModelConfig(),
-    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto",
+    out: Path = Path("runs/study"),
+    families: list[str] | None = None,
+    sharpness: list[float | None] | None = None,
+    seeds: tuple[int, ...] | list[int] = (1,),
+    train_damage: float = 0.0,
+    model: ModelConfig = ModelConfig(),
+    train: TrainConfig = TrainConfig(),
+    data: str = "tinyshakespeare",
+    device: str = "auto",
     _given: Collection[str] | None = None,
 ) -> None:
     """Train attention families from the same sharpness; losses on clean and on damaged context.
 
-    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it was.
+    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it
+    was.
 
     Args:
         out: folder of results.json
-        families: a list of `experiments.families`'s families, such as '["dot", "student_t"]'; null: all of them
-        sharpness: a list of initial spreads of the scores, in nats; null in it is nanoGPT's fixed 1/sqrt(d); default [0.5]
+        families: a list of `experiments.families`'s families, such as '["dot", "student_t"]';
+        null: all of them
+        sharpness: a list of initial spreads of the scores, in nats; null in it is nanoGPT's
+        fixed 1/sqrt(d); default [0.5]
         seeds: a list such as "[1,2,3]"
         train_damage: part of the context that is replaced in training
         model: shape of the models, and what differs from the default
@@ -361,25 +518,35 @@ def study(
     need_some(families=families, sharpness=sharpness, seeds=seeds)
     own_runs(out)
     text = read_data(data)
-    config = fit_vocabulary(replace(asked, learner=LearnerConfig(algorithm="backprop")), text, _given)
+    config = fit_vocabulary(
+        replace(asked, learner=LearnerConfig(algorithm="backprop")), text, _given
+    )
     make_folder(out)
-    names, spreads = page.FAMILIES if families is None else families, [0.5] if sharpness is None else sharpness
+    names, spreads = page.FAMILIES if families is None else families, (
+        [0.5] if sharpness is None else sharpness
+    )
     page.study(config, text, out, tuple(names), spreads, list(seeds), train_damage, device)
     print(f"results  {out / 'results.json'}")
 
 
 def settle(
-    out: Path = Path("runs/settle"), grid: dict[str, Any] | None = None, model: ModelConfig = ModelConfig(),
-    train: TrainConfig = TrainConfig(), data: str = "tinyshakespeare", device: str = "auto",
+    out: Path = Path("runs/settle"),
+    grid: dict[str, Any] | None = None,
+    model: ModelConfig = ModelConfig(),
+    train: TrainConfig = TrainConfig(),
+    data: str = "tinyshakespeare",
+    device: str = "auto",
     _given: Collection[str] | None = None,
 ) -> None:
     """Train every combination of a grid of settings; losses, cosine to backprop, residual.
 
-    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it was.
+    Runs that `out` already holds are kept and not repeated, so a stopped study goes on where it
+    was.
 
     Args:
         out: folder of results.json
-        grid: settings by dotted name and their values, such as '{"learner.steps": [1, 4], "train.seed": [1, 2, 3]}';
+        grid: settings by dotted name and their values, such as '{"learner.steps": [1, 4],
+        "train.seed": [1, 2, 3]}';
             also label_noise and input_noise, shares of the training data; null: the default run
         model: shape of the models, and what differs from the default
         train: optimiser and schedule, and what differs from the default
@@ -392,16 +559,20 @@ def settle(
     text = read_data(data)
     config = fit_vocabulary(RunConfig(model=model, train=train, data=data), text, _given)
     grid = grid or {}
-    need_some(**{f"grid {name}": values for name, values in grid.items() if isinstance(values, list)})
+    need_some(
+        **{f"grid {name}": values for name, values in grid.items() if isinstance(values, list)}
+    )
     for changes in page.expand(grid):
-        page.settle_config(changes, config)      # a mistake in the grid shows before any work is done
+        # a mistake in the grid shows before any work is done
+        page.settle_config(changes, config)
     make_folder(out)
     page.settle_study(config, text, out, grid, device)
     print(f"results  {out / 'results.json'}")
 
 
 def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) -> None:
-    """Settle random models with random settings; none may raise its energy: a lower one, or one clear sentence.
+    """Settle random models with random settings; none may raise its energy: a lower one, or one
+    clear sentence.
 
     Args:
         out: folder of results.json
@@ -414,14 +585,21 @@ def stress(out: Path = Path("runs/stress"), n: int = 1000, first_seed: int = 0) 
         raise ConfigError(f"stress needs n of at least 1, got {n}")
     make_folder(out)
     found = stress_study(n, out, first_seed)
-    print(", ".join(f"{v} {k}" for k, v in found["outcomes"].items()) + f"\nresults  {out / 'results.json'}")
+    print(
+        ", ".join(f"{v} {k}" for k, v in found["outcomes"].items())
+        + f"\nresults  {out / 'results.json'}"
+    )
 
 
 def bench(
-    out: Path = Path("runs/bench"), rounds: int = 30, model: ModelConfig = ModelConfig(), device: str = "auto",
+    out: Path = Path("runs/bench"),
+    rounds: int = 30,
+    model: ModelConfig = ModelConfig(),
+    device: str = "auto",
     compiled: bool = False,
 ) -> None:
-    """Step time and peak memory of each learner, interleaved in one process; ratios are medians over rounds.
+    """Step time and peak memory of each learner, interleaved in one process; ratios are medians
+    over rounds.
 
     Args:
         out: folder for costs.json
@@ -441,7 +619,10 @@ def bench(
     if rounds < 1:
         raise ConfigError(f"bench needs rounds >= 1, got {rounds}")
     config = RunConfig(model=model)
-    costs = {**about_run(config, pick_device(device)), "costs": step_costs(config, device, rounds, True, compiled)}
+    costs = {
+        **about_run(config, pick_device(device)),
+        "costs": step_costs(config, device, rounds, True, compiled),
+    }
     write_text(out / "costs.json", json.dumps(costs, indent=1))
     for name, ms in costs["costs"]["milliseconds"].items():
         print(f"{name:38} {ms:8.2f} ms  {costs['costs']['peak_bytes'][name] / 2**20:8.1f} MiB")
@@ -452,15 +633,21 @@ def bench(
 
 # %% ../nbs/4_practice/14_command_line.ipynb #a440d160
 def bench_attention(
-    out: Path = Path("runs/attention_speed"), quick: bool = False, lengths: list[int] | None = None, rounds: int | None = None,
-    device: str = "auto", memory: bool = True,
+    out: Path = Path("runs/attention_speed"),
+    quick: bool = False,
+    lengths: list[int] | None = None,
+    rounds: int | None = None,
+    device: str = "auto",
+    memory: bool = True,
 ) -> None:
-    """Time and peak memory of every attention family and backend against PyTorch's fused kernel, interleaved.
+    """Time and peak memory of every attention family and backend against PyTorch's fused kernel,
+    interleaved.
 
     Args:
         out: folder for results.json and speed.png
         quick: short sequences and few rounds
-        lengths: sequence lengths such as "[512,1024]"; null: 256 to 4096 on a CPU, to 16384 on a GPU
+        lengths: sequence lengths such as "[512,1024]"; null: 256 to 4096 on a CPU, to 16384 on a
+        GPU
         rounds: how many times each contender takes its turn; null: 5, or 3 if quick
         device: auto (a GPU where there is one, and the CPU), cpu, cuda
         memory: measure peak memory as well
@@ -475,15 +662,23 @@ def bench_attention(
 
 # %% ../nbs/4_practice/14_command_line.ipynb #7d20a002
 def uncertainty(
-    models: list[Path], out: Path = Path("runs/uncertainty"), data: str | None = None, foreign: Path | None = None,
-    windows: int = 200, draws: int = 200, seed: int = 0, device: str = "auto",
+    models: list[Path],
+    out: Path = Path("runs/uncertainty"),
+    data: str | None = None,
+    foreign: Path | None = None,
+    windows: int = 200,
+    draws: int = 200,
+    seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Calibration of saved models, and how well likelihood, entropy and energies find damaged text.
 
     Args:
-        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per
+        seed
         out: folder of results.json
-        data: the corpus they were trained on, by name, or a text file; null: the first run's own, else tinyshakespeare
+        data: the corpus they were trained on, by name, or a text file; null: the first run's
+        own, else tinyshakespeare
         foreign: a text of another kind; null: WikiText-2's validation text from the cache folder
         windows: how many windows of each half of the validation text are damaged and judged
         draws: of the bootstrap, for intervals
@@ -499,43 +694,73 @@ def uncertainty(
 
 # %% ../nbs/4_practice/14_command_line.ipynb #9b647104
 def evidence(
-    models: list[Path], out: Path = Path("runs/evidence"), train: TrainConfig = TrainConfig(), relative_precision: float = 10.0,
-    windows: int = 384, data: str | None = None, device: str = "auto", _given: Collection[str] | None = None,
+    models: list[Path],
+    out: Path = Path("runs/evidence"),
+    train: TrainConfig = TrainConfig(),
+    relative_precision: float = 10.0,
+    windows: int = 384,
+    data: str | None = None,
+    device: str = "auto",
+    _given: Collection[str] | None = None,
 ) -> None:
-    """Go on with trained models, plainly and with a past that settles; read validation text with both.
+    """Go on with trained models, plainly and with a past that settles; read validation text with
+    both.
 
     Args:
-        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per
+        seed
         out: folder of results.json
         train: how they are trained further, the same for both
         relative_precision: stiffness of the past at the start; it is learned
         windows: how many windows of validation text are read
-        data: the corpus they were trained on, by name, or a text file; null: the first run's own, else tinyshakespeare
+        data: the corpus they were trained on, by name, or a text file; null: the first run's
+        own, else tinyshakespeare
         device: auto, cpu, cuda, ...
     """
     from pc_transformer.experiments import evidence as page
 
-    refuse("evidence", ("train.seed",), RunConfig(train=train), _given, "every model gets one of its own")
+    refuse(
+        "evidence",
+        ("train.seed",),
+        RunConfig(train=train),
+        _given,
+        "every model gets one of its own",
+    )
     need_some(models=models)
     folders, data = [model_folder(m) for m in models], data_of(models[0], data)
     text = read_data(data)
-    config = RunConfig(model=load(folders[0]).config, learner=LearnerConfig(algorithm="backprop"), train=train, data=data)
+    config = RunConfig(
+        model=load(folders[0]).config,
+        learner=LearnerConfig(algorithm="backprop"),
+        train=train,
+        data=data,
+    )
     make_folder(out)
-    page.evidence_study(config, text, out, folders, relative_precision, windows=windows, device=device)
+    page.evidence_study(
+        config, text, out, folders, relative_precision, windows=windows, device=device
+    )
     print(f"results  {out / 'results.json'}")
 
 # %% ../nbs/4_practice/14_command_line.ipynb #26c0be1d
 def settled_reading(
-    models: list[Path], out: Path = Path("runs/settled_reading"), data: str | None = None, windows: int = 400,
-    draws: int = 200, seed: int = 0, device: str = "auto",
+    models: list[Path],
+    out: Path = Path("runs/settled_reading"),
+    data: str | None = None,
+    windows: int = 400,
+    draws: int = 200,
+    seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Loss of saved models read with settled queries; a temperature driven by the attention energy.
 
     Args:
-        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per seed
+        models: a list of folders of saved models or of runs, such as "[runs/a,runs/b]"; one per
+        seed
         out: folder of results.json
-        data: the corpus they were trained on, by name, or a text file; null: the first run's own, else tinyshakespeare
-        windows: how many windows of each half of the validation text temperatures are chosen and judged on
+        data: the corpus they were trained on, by name, or a text file; null: the first run's
+        own, else tinyshakespeare
+        windows: how many windows of each half of the validation text temperatures are chosen and
+        judged on
         draws: of the bootstrap, for intervals
         seed: of damage and bootstrap
         device: auto, cpu, cuda, ...
@@ -549,9 +774,14 @@ def settled_reading(
 
 # %% ../nbs/4_practice/14_command_line.ipynb #1dee3f77
 def bench_generation(
-    out: Path = Path("runs/generation"), rounds: int = 3, new: int = 255, batches: list[int] | None = None, length: int = 1024,
+    out: Path = Path("runs/generation"),
+    rounds: int = 3,
+    new: int = 255,
+    batches: list[int] | None = None,
+    length: int = 1024,
 ) -> None:
-    """Time of a generated token: every family with a cache, no cache, transformers' GPT-2 if installed, interleaved.
+    """Time of a generated token: every family with a cache, no cache, transformers' GPT-2 if
+    installed, interleaved.
 
     Args:
         out: folder for results.json
@@ -564,7 +794,10 @@ def bench_generation(
 
     make_folder(out)
     for row in page.bench_generation(out, rounds, new, batches, length)["generate"]:
-        print(f"batch {row['batch']:3}  {row['case']:20} {row['ms_per_step']:8.2f} ms a step, {row['over_dot']:6.2f} of dot")
+        print(
+            f"batch {row['batch']:3}  {row['case']:20} {row['ms_per_step']:8.2f} ms a step,"
+            f" {row['over_dot']:6.2f} of dot"
+        )
     print(f"results  {out / 'results.json'}")
 
 # %% ../nbs/4_practice/14_command_line.ipynb #76427aee
@@ -578,7 +811,8 @@ MISTAKES = (ValueError, OSError, SettlingError, ProcessError, FloatingPointError
 
 
 def run(args: list[str] | None = None) -> None:
-    "Read the command line and call its command, with the names of what was given where the command wants them."
+    """Read the command line and call its command, with the names of what was given where the
+    command wants them."""
     from jsonargparse import auto_parser
 
     description = "Predictive-coding transformers: train, evaluate, sample, compare."
@@ -607,12 +841,15 @@ def check_files(args: Sequence[str]) -> None:
         except yaml.YAMLError:
             found = ""
         if found is not None and not isinstance(found, dict):
-            raise ConfigError(f"{option} {name} holds no settings (YAML, one \"name: value\" a line): "
-                              "is it meant for --data?")
+            raise ConfigError(
+                f'{option} {name} holds no settings (YAML, one "name: value" a line): '
+                "is it meant for --data?"
+            )
 
 
 def mute() -> None:
-    "Drop what standard output still holds if nobody takes it: Python would try again, and complain, when it ends."
+    """Drop what standard output still holds if nobody takes it: Python would try again, and
+    complain, when it ends."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -622,7 +859,11 @@ def mute() -> None:
 def too_big(mistake: BaseException) -> bool:
     "Whether memory is short; PyTorch has a class for that on a GPU only."
     words = ("allocate memory", "not enough memory", "out of memory", "size calculation overflowed")
-    return isinstance(mistake, MemoryError) or isinstance(mistake, RuntimeError) and any(w in str(mistake) for w in words)
+    return (
+        isinstance(mistake, MemoryError)
+        or isinstance(mistake, RuntimeError)
+        and any(w in str(mistake) for w in words)
+    )
 
 
 def sentence(mistake: BaseException) -> str:
@@ -643,7 +884,8 @@ def sentence(mistake: BaseException) -> str:
 def main(args: list[str] | None = None) -> int:
     "The `pct` command; returns the exit status."
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):     # whatever the platform's encoding is: texts are UTF-8
+        # whatever the platform's encoding is: texts are UTF-8
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         run(args)
@@ -655,7 +897,9 @@ def main(args: list[str] | None = None) -> int:
         mute()
         return 141
     except Exception as mistake:
-        if not isinstance(mistake, (*MISTAKES, RecursionError, OverflowError)) and not too_big(mistake):
+        if not isinstance(mistake, (*MISTAKES, RecursionError, OverflowError)) and not too_big(
+            mistake
+        ):
             raise
         mute()
         say(f"pct: {sentence(mistake)}")

@@ -19,7 +19,8 @@ import yaml
 
 # %% ../nbs/1_model/01_configuration.ipynb #1d997f99
 class ConfigError(ValueError):
-    "A configuration that contradicts itself, or a text that is not one; the message says what would be right."
+    """A configuration that contradicts itself, or a text that is not one; the message says what
+    would be right."""
 
 # %% ../nbs/1_model/01_configuration.ipynb #ecda6056
 def _words(hint: Any) -> str:
@@ -37,20 +38,23 @@ def _short(value: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    "Whether `value` is of the type `hint`; True and False are no numbers, infinity and NaN neither."
+    """Whether `value` is of the type `hint`; True and False are no numbers, infinity and NaN
+    neither."""
     if get_origin(hint) is UnionType: return any(_fits(value, h) for h in get_args(hint))
     if get_origin(hint) is Literal: return isinstance(value, str) and value in get_args(hint)
     if hint is int: return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max
-    if get_origin(hint) is tuple: return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
     return isinstance(value, get_origin(hint) or hint)
 
 # %% ../nbs/1_model/01_configuration.ipynb #06e5b32c
 def _typed(name: str, value: Any, hint: Any) -> Any:
     "`value` as the plain type that `hint` names; raises `ConfigError` if it is of another type."
-    if not _fits(value, hint): raise ConfigError(f"{name} must be {_words(hint)}, got {_short(value)}")
+    if not _fits(value, hint):
+        raise ConfigError(f"{name} must be {_words(hint)}, got {_short(value)}")
     if value is None: return None
     if hint is int or int in get_args(hint):
         _check(abs(value) < 2**63, f"{name} must be below 2**63, got {_short(value)}")
@@ -59,7 +63,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 # %% ../nbs/1_model/01_configuration.ipynb #c10types2
 def check_types(settings: Any) -> None:
-    "Raise `ConfigError`, naming the first field of a dataclass whose value is not of the type that its annotation names."
+    """Raise `ConfigError`, naming the first field of a dataclass whose value is not of the type
+    that its annotation names."""
     for f in fields(settings):
         if not _fits(value := getattr(settings, f.name), f.type):
             raise ConfigError(f"{f.name} must be {_words(f.type)}, got {_short(value)}")
@@ -77,14 +82,20 @@ def _positive(config: Any, *names: str) -> None:
 
 def _not_negative(config: Any, *names: str) -> None:
     "Raise `ConfigError` unless each of these fields is zero or above."
-    for name in names: _check((v := getattr(config, name)) >= 0, f"{name} must not be negative, got {v}")
+    for name in names:
+        _check((v := getattr(config, name)) >= 0, f"{name} must not be negative, got {v}")
 
 # %% ../nbs/1_model/01_configuration.ipynb #840394fc
-_SCALARS = (("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-            ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-            ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-            ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
-             list("-+0123456789.")))
+_SCALARS = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
+        list("-+0123456789."),
+    ),
+)
 
 # %% ../nbs/1_model/01_configuration.ipynb #a632e60c
 class _Dumper(yaml.SafeDumper):
@@ -98,7 +109,10 @@ class _Loader(yaml.SafeLoader):
         "The mapping at `node`; raises `ConfigError` for a key that appears twice."
         seen: set[str] = set()
         for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            _check(key.value not in seen, f"line {key.start_mark.line + 1}: the key {key.value!r} appears twice")
+            _check(
+                key.value not in seen,
+                f"line {key.start_mark.line + 1}: the key {key.value!r} appears twice",
+            )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -112,7 +126,8 @@ for _tag, _pattern, _first in _SCALARS:
 
 # %% ../nbs/1_model/01_configuration.ipynb #20152a20
 def to_dict(config: Any) -> dict[str, Any]:
-    "The configuration as nested dictionaries of plain values, in the order of its fields; for JSON."
+    """The configuration as nested dictionaries of plain values, in the order of its fields; for
+    JSON."""
     return asdict(config)
 
 
@@ -123,10 +138,12 @@ def to_yaml(config: Any) -> str:
 # %% ../nbs/1_model/01_configuration.ipynb #06c98f8e
 @dataclass(frozen=True)
 class Config:
-    "Base of all configurations: checks the type of each field, prints as YAML; raises `ConfigError`."
+    """Base of all configurations: checks the type of each field, prints as YAML; raises
+    `ConfigError`."""
 
     def __post_init__(self) -> None:
-        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
 
     def __str__(self) -> str: return to_yaml(self)
 
@@ -138,7 +155,16 @@ def _multiple(total: int, part: int) -> str:
 
 # %% ../nbs/1_model/01_configuration.ipynb #9aa12a65
 Attention = Literal[
-    "dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian", "logistic", "contaminated"]
+    "dot",
+    "gaussian",
+    "student_t",
+    "laplace",
+    "mixture",
+    "huber",
+    "generalized_gaussian",
+    "logistic",
+    "contaminated",
+]
 
 
 TAILED = ("student_t", "generalized_gaussian", "huber")  # attention families with a tail parameter
@@ -157,10 +183,14 @@ class ModelConfig(Config):
     n_head: int = 4  # H, attention heads per block
     d_model: int = 128  # D, width of the residual stream; a multiple of n_head
     attention: Attention = "gaussian"  # family of the key likelihood
-    precision_init: float | None = None  # precision (dot: scale) of each head at the start; None: the family's own
-    precision: Literal["head", "key", "diagonal"] = "head"  # one a head, predicted from the token, one a coordinate
-    mixing: Literal["equal", "norm", "key"] = "equal"  # prior over keys: flat, tied to their norm, from the token
-    tail: float | None = None  # nu, p or delta at the start, for the families that have one; None: the family's own
+    # precision (dot: scale) of each head at the start; None: the family's own
+    precision_init: float | None = None
+    # one a head, predicted from the token, one a coordinate
+    precision: Literal["head", "key", "diagonal"] = "head"
+    # prior over keys: flat, tied to their norm, from the token
+    mixing: Literal["equal", "norm", "key"] = "equal"
+    # nu, p or delta at the start, for the families that have one; None: the family's own
+    tail: float | None = None
     n_component: int = 2  # M, components per key of a mixture
     n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head; None: n_head
     window: int | None = None  # sliding window of attention, in tokens; None: the whole past
@@ -174,25 +204,46 @@ class ModelConfig(Config):
         super().__post_init__()
         _positive(self, "vocab_size", "block_size", "n_layer", "n_head", "d_model")
         near = f"d_model = {self.d_model} is not divisible by n_head = {self.n_head}; d_model = "
-        _check(self.d_model % self.n_head == 0, near + f"{_multiple(self.d_model, self.n_head)} would do")
+        _check(
+            self.d_model % self.n_head == 0,
+            near + f"{_multiple(self.d_model, self.n_head)} would do",
+        )
         _positive(self, "n_component", *(n for n in OPTIONAL if getattr(self, n) is not None))
         near = f"n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}"
         _check(self.n_head % (self.n_kv_head or 1) == 0, near)
         _check(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
-        _check(self.tail is None or self.attention in TAILED, f"{self.attention} attention has no tail to set: "
-               f"leave tail out, or choose {', '.join(TAILED)}")
+        _check(
+            self.tail is None or self.attention in TAILED,
+            f"{self.attention} attention has no tail to set: "
+            f"leave tail out, or choose {', '.join(TAILED)}",
+        )
         self._check_dot()
 
     def _check_dot(self) -> None:
-        "A dot product is no density: it has one scale a head, and nothing a token could say about it."
+        """A dot product is no density: it has one scale a head, and nothing a token could say
+        about it."""
         plain = self.precision == "head" and self.mixing != "norm"
-        _check(self.attention != "dot" or plain, "dot attention has one scale per head and no density: precision must be "
-               f"'head' and mixing not 'norm', got {self.precision!r} and {self.mixing!r}")
+        _check(
+            self.attention != "dot" or plain,
+            "dot attention has one scale per head and no density: precision must be "
+            f"'head' and mixing not 'norm', got {self.precision!r} and {self.mixing!r}",
+        )
 
     @property
     def attention_options(self) -> dict[str, Any]:
         "What an attention layer needs besides its sizes, its family and its initial precision."
-        names = ("precision", "mixing", "tail", "n_component", "n_kv_head", "window", "qk_norm", "background", "dropout", "bias")
+        names = (
+            "precision",
+            "mixing",
+            "tail",
+            "n_component",
+            "n_kv_head",
+            "window",
+            "qk_norm",
+            "background",
+            "dropout",
+            "bias",
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -208,49 +259,95 @@ class ModelConfig(Config):
 # %% ../nbs/1_model/01_configuration.ipynb #a3bfceb7
 @dataclass(frozen=True)
 class LearnerConfig(Config):
-    "How gradients are found and how latents settle; raises `ConfigError`. Backprop uses `algorithm` only."
+    """How gradients are found and how latents settle; raises `ConfigError`. Backprop uses
+    `algorithm` only."""
 
     algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
     steps: int = 1  # K, settling steps before the weights move; rounds of the highway
     relative_precision: float = 10000.0  # beta of equation (2), stiffness of the latents
     step_size: float = 1.0  # part of a full settling step, in (0, 1]
-    solver: Literal["error", "sweep", "state", "highway"] = "error"  # `settling.errors` and `learning.make`
-    relative_precision_end: float | None = None  # beta at the last iteration, reached geometrically; none: constant
+    # `settling.errors` and `learning.make`
+    solver: Literal["error", "sweep", "state", "highway"] = "error"
+    # beta at the last iteration, reached geometrically; none: constant
+    relative_precision_end: float | None = None
     steps_end: int | None = None  # K at the last iteration, reached linearly; none: constant
     tolerance: float = 0.0  # stop settling a batch at this residual; 0: after K steps
     centred: bool = False  # settle twice with half a nudge of either sign
     fused: bool = False  # the last errors teach without another upward pass
     lean: bool = False  # keep states only and make each layer's graph again
     incremental: bool = False  # weights move after every state step
-    energy: Literal["gaussian", "student_t", "laplace", "huber", "logistic", "contaminated"] = "gaussian"  # of a node
+    # of a node
+    energy: Literal["gaussian", "student_t", "laplace", "huber", "logistic", "contaminated"] = (
+        "gaussian"
+    )
     per: Literal["node", "coordinate", "token"] = "node"  # what has a precision of its own
-    curvature_interval: int = 1  # training steps between looks at the curvature that bounds parallel state steps
+    # training steps between looks at the curvature that bounds parallel state steps
+    curvature_interval: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _check(self.steps_end is None or self.steps_end >= 1, f"steps_end must be at least 1, got {self.steps_end}")
+        _check(
+            self.steps_end is None or self.steps_end >= 1,
+            f"steps_end must be at least 1, got {self.steps_end}",
+        )
         _positive(self, "relative_precision", "curvature_interval")
         if self.relative_precision_end is not None:
             _positive(self, "relative_precision_end")
         _check(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
         _check(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), got {self.tolerance}")
         few = self.solver == "error" and min(self.steps, self.steps_end or self.steps) == 1
-        _check(not few or self.step_size == 1, f"step_size = {self.step_size} needs steps > 1: a single part step "
-               "would teach the layers less than the output")
+        _check(
+            not few or self.step_size == 1,
+            f"step_size = {self.step_size} needs steps > 1: a single part step "
+            "would teach the layers less than the output",
+        )
         self._check_solver()
 
     def _check_solver(self) -> None:
         "Options that the solver does not have."
-        has = {"error": {"tolerance", "centred", "fused", "lean", "energy", "per", "step_size", "steps", "steps_end"},
-               "state": {"energy", "per", "incremental", "lean", "curvature_interval", "step_size", "steps", "steps_end"},
-               "sweep": {"lean"}, "highway": {"lean", "steps", "steps_end"}}
-        own = has[self.solver] | {"algorithm", "solver", "relative_precision", "relative_precision_end"}
+        has = {
+            "error": {
+                "tolerance",
+                "centred",
+                "fused",
+                "lean",
+                "energy",
+                "per",
+                "step_size",
+                "steps",
+                "steps_end",
+            },
+            "state": {
+                "energy",
+                "per",
+                "incremental",
+                "lean",
+                "curvature_interval",
+                "step_size",
+                "steps",
+                "steps_end",
+            },
+            "sweep": {"lean"},
+            "highway": {"lean", "steps", "steps_end"},
+        }
+        own = has[self.solver] | {
+            "algorithm",
+            "solver",
+            "relative_precision",
+            "relative_precision_end",
+        }
         for f in fields(self):
-            _check(f.name in own or getattr(self, f.name) == f.default, f"the solver {self.solver!r} has no {f.name}")
+            _check(
+                f.name in own or getattr(self, f.name) == f.default,
+                f"the solver {self.solver!r} has no {f.name}",
+            )
         least = min(self.steps, self.steps_end or self.steps)
-        _check(self.solver != "state" or least > 1, f"the solver 'state' needs more than {least} step: "
-               "in parallel steps a message passes one node a step")
+        _check(
+            self.solver != "state" or least > 1,
+            f"the solver 'state' needs more than {least} step: "
+            "in parallel steps a message passes one node a step",
+        )
 
 # %% ../nbs/1_model/01_configuration.ipynb #38ea88a2
 @dataclass(frozen=True)
@@ -266,32 +363,43 @@ class TrainConfig(Config):
     beta1: float = 0.9  # AdamW, memory of the gradient, in [0, 1)
     beta2: float = 0.99  # AdamW, memory of its square, in [0, 1)
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    precision_lr_scale: float = 1.0  # learning rate of log-precisions over that of weights; 0: frozen
+    # learning rate of log-precisions over that of weights; 0: frozen
+    precision_lr_scale: float = 1.0
     eval_interval: int = 250  # iterations between evaluations
     checkpoint_interval: int = 250  # iterations between checkpoints
     accumulate: int = 1  # parts in which a batch is learned, one after the other: less memory
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: mixed precision, weights stay float32
+    # bfloat16: mixed precision, weights stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 1  # of initial weights and batches
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "iters", "batch_size", "learning_rate", "eval_interval", "checkpoint_interval")
+        _positive(
+            self, "iters", "batch_size", "learning_rate", "eval_interval", "checkpoint_interval"
+        )
         _positive(self, "accumulate")
         for n in ("learning_rate", "weight_decay", "precision_lr_scale"):
             _check((v := getattr(self, n)) <= 1e30, f"{n} must be at most 1e30, got {v}")
-        _check(self.batch_size % self.accumulate == 0, f"a batch of {self.batch_size} cannot be learned in {self.accumulate} "
-               "equal parts")
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"a batch of {self.batch_size} cannot be learned in {self.accumulate} equal parts",
+        )
         _not_negative(self, "min_learning_rate", "warmup_iters", "weight_decay", "grad_clip",
                       "precision_lr_scale", "seed")
         low, high = self.min_learning_rate, self.learning_rate
-        _check(low <= high, f"min_learning_rate = {low} is above learning_rate = {high}; the rate must not rise")
-        for n in ("beta1", "beta2"): _check(0 <= (v := getattr(self, n)) < 1, f"{n} must lie in [0, 1), got {v}")
+        _check(
+            low <= high,
+            f"min_learning_rate = {low} is above learning_rate = {high}; the rate must not rise",
+        )
+        for n in ("beta1", "beta2"):
+            _check(0 <= (v := getattr(self, n)) < 1, f"{n} must lie in [0, 1), got {v}")
         _check(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
 
 # %% ../nbs/1_model/01_configuration.ipynb #702498ee
 @dataclass(frozen=True)
 class RunConfig(Config):
-    "Everything that decides a run; the default is nanoGPT's CPU run with our attention and learner."
+    """Everything that decides a run; the default is nanoGPT's CPU run with our attention and
+    learner."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -301,8 +409,11 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(bool(self.data.strip()), "data must name a corpus or a path, got an empty text")
-        _check(not self.learner.incremental or self.train.accumulate == 1,
-               f"incremental learning moves the weights within a batch: accumulate must be 1, got {self.train.accumulate}")
+        _check(
+            not self.learner.incremental or self.train.accumulate == 1,
+            "incremental learning moves the weights within a batch: accumulate must be 1, got"
+            f" {self.train.accumulate}",
+        )
 
 # %% ../nbs/1_model/01_configuration.ipynb #5f20fcfc
 _C = TypeVar("_C", bound=Config)
@@ -312,11 +423,15 @@ def from_dict(
     cls: type[_C],  # the class to build, such as `RunConfig`
     data: Any,  # a mapping, nested as `to_dict` gives it
 ) -> _C:
-    "A checked configuration; raises `ConfigError` for an unknown key, a wrong type or a contradiction."
+    """A checked configuration; raises `ConfigError` for an unknown key, a wrong type or a
+    contradiction."""
     _check(isinstance(data, Mapping), f"expected a mapping of keys to values, got {_short(data)}")
     hints: dict[Any, Any] = {f.name: f.type for f in fields(cls)}
     for key in data:
-        _check(key in hints, f"unknown key {_short(key)}; the keys of {cls.__name__} are {', '.join(hints)}")
+        _check(
+            key in hints,
+            f"unknown key {_short(key)}; the keys of {cls.__name__} are {', '.join(hints)}",
+        )
     return cls(**{key: _part(key, hints[key], value) for key, value in data.items()})
 
 
@@ -331,13 +446,19 @@ def from_yaml(
     cls: type[_C],  # the class to build, such as `RunConfig`
     text: str,  # YAML, a mapping of some or all of its keys
 ) -> _C:
-    "A checked configuration from YAML; raises `ConfigError` as `from_dict`, for bad YAML and a repeated key."
-    try: data = yaml.load(text, _Loader)
-    except ConfigError: raise
-    except Exception as error:  # PyYAML raises its own errors, and Python's for a tag that its value does not fit
+    """A checked configuration from YAML; raises `ConfigError` as `from_dict`, for bad YAML and a
+    repeated key."""
+    try:
+        data = yaml.load(text, _Loader)
+    except ConfigError:
+        raise
+    # PyYAML raises its own errors, and Python's for a tag that its value does not fit
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"{f'line {mark.line + 1}: ' if mark else ''}not valid YAML, {problem}") from error
+        raise ConfigError(
+            f"{f'line {mark.line + 1}: ' if mark else ''}not valid YAML, {problem}"
+        ) from error
     _check(data is not None, "the configuration is empty; write {} to ask for all defaults")
     return from_dict(cls, data)
 
@@ -346,7 +467,8 @@ def replace(
     config: _C,  # stays as it is
     **changes: Any,  # new values by dotted name: `**{"model.n_layer": 2}`
 ) -> _C:
-    "A changed copy, checked as a whole; raises `ConfigError` for an unknown name or a contradiction."
+    """A changed copy, checked as a whole; raises `ConfigError` for an unknown name or a
+    contradiction."""
     data = to_dict(config)
     for name, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
         *path, last = name.split(".")
@@ -362,5 +484,8 @@ from typing import Any
 # %% ../nbs/1_model/01_configuration.ipynb #7c3f8c64
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     "A nested dict with dotted names."
-    parts = (flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in nested.items())
+    parts = (
+        flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+        for k, v in nested.items()
+    )
     return {k: v for part in parts for k, v in part.items()}

@@ -64,7 +64,8 @@ def drawing(draws: Draws) -> Iterator[None]:
 
 
 def generator(device: torch.device = CPU) -> torch.Generator | None:
-    "What is drawn from here: of the innermost `drawing`; outside of any, `None`, which torch reads as its own state."
+    """What is drawn from here: of the innermost `drawing`; outside of any, `None`, which torch
+    reads as its own state."""
     draws = CURRENT.get()
     return None if draws is None or device.type == "meta" else draws.on(device)
 
@@ -95,7 +96,9 @@ class Dropout(nn.Dropout):
 # %% ../nbs/1_model/02_isolation.ipynb #59685430
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     "`nn.Linear`, its first weights drawn from `generator`."
-    made: Any = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+    made: Any = nn.utils.skip_init(
+        nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device()
+    )
     own, bound = generator(made.weight.device), 1 / math.sqrt(inputs)
     nn.init.kaiming_uniform_(made.weight, a=math.sqrt(5), generator=own)
     if bias:
@@ -121,13 +124,18 @@ LOOKS = (nn.Module, Tensor, MethodType, *HOLDS)      # what may have to be anoth
 
 def view(
     model: M,
-    training: bool | None = None,                           # mode of every module; `None`: each one's own
-    tensor: Callable[[Tensor], Tensor] | None = None,       # what stands for a parameter or buffer, once each; `None`: itself
+    # mode of every module; `None`: each one's own
+    training: bool | None = None,
+    # what stands for a parameter or buffer, once each; `None`: itself
+    tensor: Callable[[Tensor], Tensor] | None = None,
 ) -> M:
-    """A model of new modules over the same parameters, buffers and hooks, in a mode of its own; the model stays as it is.
+    """A model of new modules over the same parameters, buffers and hooks, in a mode of its own;
+    the model stays as it is.
 
-    Of a compiled module it is the view of what was compiled. Hooks and closures that hold a module hold the model's own.
-    A view in training mode moves the model's running statistics (BatchNorm), unless `tensor` copies buffers. Raises
+    Of a compiled module it is the view of what was compiled. Hooks and closures that hold a
+    module hold the model's own.
+    A view in training mode moves the model's running statistics (BatchNorm), unless `tensor`
+    copies buffers. Raises
     TypeError for TorchScript in another mode, which cannot be seen in two.
     """
     seen: dict[int, Any] = {}
@@ -155,7 +163,11 @@ def view(
         if isinstance(x, tuple):
             return held._make(new) if hasattr(x, "_make") else tuple(new)
         held = copy.copy(x)             # of whatever kind of dict or list it is
-        held.update(zip(x, new, strict=True)) if isinstance(x, dict) else held.__setitem__(slice(None), new)
+        (
+            held.update(zip(x, new, strict=True))
+            if isinstance(x, dict)
+            else held.__setitem__(slice(None), new)
+        )
         return held
 
     def module(m: nn.Module) -> nn.Module:
@@ -163,11 +175,14 @@ def view(
         if isinstance(m, torch.jit.ScriptModule):
             if tensor is None and all(training in (None, x.training) for x in m.modules()):
                 return m
-            raise TypeError("a TorchScript module has one mode for everybody: call its eval() first")
+            raise TypeError(
+                "a TorchScript module has one mode for everybody: call its eval() first"
+            )
         if id(m) not in seen:
             new = seen[id(m)] = object.__new__(type(m))
             held = {k: v for k, v in m.__dict__.items() if k != "_compiled_call_impl"}
-            new.__dict__.update(held)       # first as they are: modules may know each other in a circle
+            # first as they are: modules may know each other in a circle
+            new.__dict__.update(held)
             looked = {k: v for k, v in held.items() if isinstance(v, LOOKS) and "_hooks" not in k}
             new.__dict__.update({k: of(v) for k, v in looked.items()})
             new.__dict__["training"] = m.training if training is None else training
@@ -178,7 +193,8 @@ def view(
 
 @contextmanager
 def evaluating(model: M) -> Iterator[M]:
-    "`with evaluating(model) as still:` gives the model in eval mode, as a view, and no gradients within the block."
+    """`with evaluating(model) as still:` gives the model in eval mode, as a view, and no
+    gradients within the block."""
     with torch.no_grad():
         yield view(model, training=False)
 

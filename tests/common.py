@@ -10,7 +10,8 @@ from pc_transformer.attention import LEARNED, attend
 
 
 def stir(model: nn.Module, seed: int, scale: float) -> None:
-    "Random gains and precisions, and matrices `scale` times as large: a model in which every part matters."
+    """Random gains and precisions, and matrices `scale` times as large: a model in which every
+    part matters."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -28,14 +29,24 @@ FAULTS: dict[str, tuple[str, float]] = {  # what is written into one coordinate 
     for value in (math.nan, math.inf, -math.inf)
 } | {f"{what} 1e30": (what, 1e30) for what in "qk"}
 SEEN: dict[str, dict[str, Any]] = {
-    "all": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window": 3}, "band": {"window": 3},
+    "all": {},
+    "causal": {"is_causal": True},
+    "window": {"is_causal": True, "window": 3},
+    "band": {"window": 3},
     "padding": {"attn_mask": torch.arange(9) < 4, "is_causal": True},
     "left padding": {"attn_mask": torch.arange(9) > 5, "is_causal": True},
     "added": {"attn_mask": torch.zeros(9).masked_fill(torch.arange(9) == 4, -math.inf)},
-    "prior": {"is_causal": True, "log_mix": torch.zeros(9).masked_fill(torch.arange(9) == 4, -math.inf)},
+    "prior": {
+        "is_causal": True,
+        "log_mix": torch.zeros(9).masked_fill(torch.arange(9) == 4, -math.inf),
+    },
     "no prior": {"log_mix": torch.full((9,), -math.inf)},
-    "rows": {"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril().index_fill(0, torch.tensor([2, 6]), False)},
-}  # fmt: skip
+    "rows": {
+        "attn_mask": (
+            torch.ones(9, 9, dtype=torch.bool).tril().index_fill(0, torch.tensor([2, 6]), False)
+        )
+    },
+}
 
 
 def may_see(options: dict[str, Any], T: int = 9) -> Tensor:
@@ -58,7 +69,8 @@ def answers_alike(
     dtype: torch.dtype = torch.float32,
     **more: Any,
 ) -> None:
-    "A row is NaN if it may see what is no number, zero if it may see nothing, and else as if the number were not there."
+    """A row is NaN if it may see what is no number, zero if it may see nothing, and else as if
+    the number were not there."""
     (what, value), options, at = FAULTS[fault], SEEN[seen], 4
     x = {
         n: torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(i)).to(dtype)

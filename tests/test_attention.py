@@ -1,4 +1,5 @@
-"""Attention of every family: accuracy on adversarial inputs, invariances, limits, settling, dropout, conversions."""
+"""Attention of every family: accuracy on adversarial inputs, invariances, limits, settling,
+dropout, conversions."""
 
 import math
 from typing import Any
@@ -68,8 +69,12 @@ def query_on_key(x: list[Tensor]) -> list[Tensor]:
 
 
 INPUTS = {
-    "huge norms": huge_norms, "equal keys": equal_keys, "outlier at 1e4": outlier, "common offset": offset, "q = k": query_on_key,
-}  # fmt: skip
+    "huge norms": huge_norms,
+    "equal keys": equal_keys,
+    "outlier at 1e4": outlier,
+    "common offset": offset,
+    "q = k": query_on_key,
+}
 
 
 @every_case
@@ -78,7 +83,8 @@ INPUTS = {
     "shape", [(2, 2, 19, 16), (1, 1, 1, 8), (1, 2, 7, 1)], ids=["usual", "T = 1", "d = 1"]
 )
 def test_float32_against_float64(case: str, inputs: str, shape: tuple[int, ...]) -> None:
-    "On adversarial inputs what `auto` picks is as good as float32 rounding of scores of this size allows, and finite."
+    """On adversarial inputs what `auto` picks is as good as float32 rounding of scores of this
+    size allows, and finite."""
     if inputs == "outlier at 1e4" and shape[2] < 4:
         pytest.skip("no fourth key")
     x = INPUTS[inputs]([draw(i, *shape).float().double() for i in range(3)])
@@ -125,7 +131,8 @@ def test_extreme_precisions(case: str, precision: float) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(case: str, dtype: torch.dtype) -> None:
-    "Half precision is off by little more than rounding queries, keys, values and the result themselves."
+    """Half precision is off by little more than rounding queries, keys, values and the result
+    themselves."""
     x = [draw(i, 2, 2, 33, 32).to(dtype) for i in range(3)]
     want = attend(
         *(y.double() for y in x),
@@ -142,16 +149,21 @@ def test_half_precision(case: str, dtype: torch.dtype) -> None:
 
 
 QUERY_CASES: dict[str, dict[str, Any]] = {
-    "causal": {"is_causal": True}, "prior": {"is_causal": True, "log_mix": draw(9, 2, 2, 19)},
-    "mask": {"attn_mask": draw(8, 2, 2, 19, 19) < 0.3}, "bias with a gradient": {"attn_mask": draw(7, 19, 19).requires_grad_()},
-    "window": {"is_causal": True, "window": 5}, "dropout of nothing": {"dropout_p": 0.0}}  # fmt: skip
+    "causal": {"is_causal": True},
+    "prior": {"is_causal": True, "log_mix": draw(9, 2, 2, 19)},
+    "mask": {"attn_mask": draw(8, 2, 2, 19, 19) < 0.3},
+    "bias with a gradient": {"attn_mask": draw(7, 19, 19).requires_grad_()},
+    "window": {"is_causal": True, "window": 5},
+    "dropout of nothing": {"dropout_p": 0.0},
+}
 
 
 @every_case
 @pytest.mark.parametrize("mask", QUERY_CASES)
 @pytest.mark.parametrize("kind", ["head", "key", "diagonal"])
 def test_precision_per_query(case: str, mask: str, kind: str) -> None:
-    "What `auto` picks in float32 for a precision per query equals the reference in float64: outputs, lse, every gradient."
+    """What `auto` picks in float32 for a precision per query equals the reference in float64:
+    outputs, lse, every gradient."""
     if case == "dot" and kind != "head":
         pytest.skip("a dot product has one scale per head")
     x = [draw(i, 2, 2, 19, 8) for i in range(3)]
@@ -188,7 +200,8 @@ def test_precision_per_query(case: str, mask: str, kind: str) -> None:
 
 @pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
 def test_precision_per_query_of_mixtures_and_of_pairs_that_coincide(family: Any) -> None:
-    "Components share the query's precision; queries that equal their key lose no digits; other queries do not matter."
+    """Components share the query's precision; queries that equal their key lose no digits; other
+    queries do not matter."""
     q, v, lam = draw(0, 1, 2, 70, 8), draw(1, 1, 2, 70, 8), draw(2, 1, 2, 70).exp()
     k = torch.stack([q, q + 1], 2)
     options: dict[str, Any] = {
@@ -256,7 +269,8 @@ def test_settling_never_raises_the_energy(family: str, kind: str, seed: int) -> 
         "log_mix": draw(seed + 3, 2, 3, 7),
         "is_causal": bool(seed % 2),
     }
-    # a query that settles on a key has u = 0, which the fused form knows to the root of rounding only
+    # a query that settles on a key has u = 0, which the fused form knows to the root of rounding
+    # only
     for backend, rounding in (("reference", 1e-12), ("auto", 1e-6)):
         options |= {"backend": backend, "return_lse": True}
         energies = torch.stack(
@@ -290,7 +304,8 @@ def test_light_tails_break_the_promise() -> None:
 
 
 def test_a_step_size_of_a_third_of_the_way_is_not_what_settles() -> None:
-    "Mutant: IRLS weights forgotten. For Student's t the plain posterior mean of keys does raise the energy sometimes."
+    """Mutant: IRLS weights forgotten. For Student's t the plain posterior mean of keys does
+    raise the energy sometimes."""
     q, k = draw(0, 8, 8, 64, 2), 3 * draw(1, 8, 8, 3, 2)
     link = FAMILIES["student_t"](1.0)
     E = lambda x: -scores(x, k, link, 1.0).logsumexp(-1)
@@ -321,7 +336,8 @@ def test_energy_is_the_density_of_the_mixture(family: str) -> None:
 @every_case
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_future_keys_are_bit_equal_nothing(case: str, backend: Any) -> None:
-    "Causality in the function: changing key and value t leaves every output before t bit-equal, also when q settles."
+    """Causality in the function: changing key and value t leaves every output before t
+    bit-equal, also when q settles."""
     x = [draw(i, 2, 2, 9, 8, dtype=torch.float32) for i in range(3)]
     y = [a.clone() for a in x]
     for a in y:
@@ -384,7 +400,8 @@ def test_dropout_needs_training() -> None:
 def test_initial_precision_gives_the_sharpness(
     family: Any, d_model: int, d: int, sharpness: float
 ) -> None:
-    "Drawn queries and keys have the wanted spread of scores, within what a first-order formula can promise."
+    """Drawn queries and keys have the wanted spread of scores, within what a first-order formula
+    can promise."""
     precision = initial_precision(family, d_model, d, sharpness)
     q, k = ((0.02 * math.sqrt(d_model)) * draw(i, 1, 1, 256, d) for i in range(2))
     got = (
@@ -471,7 +488,8 @@ def test_floats_per_key() -> None:
 
 
 def test_gradients_of_blind_rows_are_zero() -> None:
-    "A row that may see nothing gives zeros, lse minus infinity, and gradients without NaN, on every path."
+    """A row that may see nothing gives zeros, lse minus infinity, and gradients without NaN, on
+    every path."""
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
     for options in (
@@ -491,7 +509,8 @@ def test_gradients_of_blind_rows_are_zero() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_priors_and_precisions_keep_float32_in_short_dtypes(backend: Any) -> None:
-    "A prior of size 100 in bfloat16, and a precision of a million in float16, lose nothing on their way."
+    """A prior of size 100 in bfloat16, and a precision of a million in float16, lose nothing on
+    their way."""
     q, k, v = (draw(i, 1, 2, 9, 8).bfloat16() for i in range(3))
     log_mix = 100 + 0.2 * torch.arange(9.0)
     want = attend(*(x.double() for x in (q, k, v)), log_mix=log_mix.double(), backend="reference")
@@ -518,7 +537,8 @@ def test_a_mask_that_hides_the_first_keys_hides_their_contents() -> None:
 @every_case
 @pytest.mark.parametrize("grads", [False, True])
 def test_inputs_may_lie_in_memory_in_any_order(case: str, grads: bool) -> None:
-    "Channels first, expanded along the last axis, every second entry: the numbers count, not where they are."
+    """Channels first, expanded along the last axis, every second entry: the numbers count, not
+    where they are."""
     x = [y.unflatten(1, (2, 8)).mT for y in draw(0, 1, 48, 19, dtype=torch.float32).chunk(3, 1)]
     wide = draw(1, 1, 2, 19, 16, dtype=torch.float32)[..., ::2]
     flat = draw(2, 1, 2, 19, 1, dtype=torch.float32).expand(1, 2, 19, 8)
@@ -563,7 +583,8 @@ def test_a_dot_product_with_a_precision_per_query_keeps_its_digits_in_short_dtyp
     [("laplace", {}), ("generalized_gaussian", {"p": 1.5}), ("generalized_gaussian", {"p": 1.0})],
 )
 def test_settling_keeps_the_digits_of_sharp_families(family: Any, shape: dict[str, float]) -> None:
-    "Queries that lie on keys settle in float32 as in float64 (for two steps: where w is infinite, later ones amplify rounding)."
+    """Queries that lie on keys settle in float32 as in float64 (for two steps: where w is
+    infinite, later ones amplify rounding)."""
     k, v = (draw(i, 2, 2, 64, 8).float().double() for i in range(2))
     want = attend(k, k, v, family, 2.0, settle_steps=2, backend="reference", **shape)
     got = attend(k.float(), k.float(), v.float(), family, 2.0, settle_steps=2, **shape)
@@ -585,50 +606,101 @@ def test_a_later_query_that_is_no_number_changes_no_earlier_row(family: Any, bad
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "mask too large": ({"family": "student_t", "attn_mask": torch.ones(9, 9).bool()}, "attn_mask of shape (9, 9)"),
-    "precision per head without a key axis": ({"precision": torch.ones(3)}, "one value a head has shape (H, 1)"),
+    "mask too large": (
+        {"family": "student_t", "attn_mask": torch.ones(9, 9).bool()},
+        "attn_mask of shape (9, 9)",
+    ),
+    "precision per head without a key axis": (
+        {"precision": torch.ones(3)},
+        "one value a head has shape (H, 1)",
+    ),
     "precision enlarges": ({"precision": torch.ones(2, 1, 1)}, "does not broadcast"),
     "prior of another length": ({"log_mix": torch.zeros(7)}, "log_mix of shape (7,)"),
     "family is no name": ({"family": torch.ones(2)}, "is a name such as"),
     "unknown component": ({"family": "mixture"}, "k (B, H, M, Tk, d)"),
-    "unknown parameter": ({"family": "laplace", "nu": 2.0}, "laplace attention has no parameter 'nu'"),
+    "unknown parameter": (
+        {"family": "laplace", "nu": 2.0},
+        "laplace attention has no parameter 'nu'",
+    ),
     "parameter of dot": ({"family": "dot", "nu": 2.0}, "no parameter 'nu'"),
     "negative nu": ({"family": "student_t", "nu": -1.0}, "nu"),
     "window": ({"window": 0}, "window must be at least 1"),
     "dropout": ({"dropout_p": 1.0}, "dropout_p"),
     "settle steps": ({"settle_steps": -1}, "settle_steps"),
     "negative precision": ({"precision": -1.0}, "positive and finite"),
-    "attention of a kernel": ({"return_attention": True, "backend": "sdpa"}, "never forms the attention matrix"),
+    "attention of a kernel": (
+        {"return_attention": True, "backend": "sdpa"},
+        "never forms the attention matrix",
+    ),
     "laplace on sdpa": ({"family": "laplace", "backend": "sdpa"}, "chunked"),
     "dropout on sdpa": ({"backend": "sdpa", "dropout_p": 0.5}, "chunked"),
     "negative precision of a query": ({"query_precision": -1.0}, "query_precision"),
-    "precision of other queries": ({"query_precision": torch.ones(3)}, "query_precision of shape (3,)"),
-    "precision per query on sdpa": ({"query_precision": torch.ones(4), "backend": "sdpa"}, "chunked"),
-    "independent coordinates on a kernel": ({"family": "independent_laplace", "backend": "chunked"}, "reference"),
-    "independent coordinates settle": ({"family": "independent_laplace", "settle_steps": 1}, "does not settle"),
-    "independent coordinates with a tail": ({"family": "independent_laplace", "nu": 1.0}, "no parameter 'nu'"),
+    "precision of other queries": (
+        {"query_precision": torch.ones(3)},
+        "query_precision of shape (3,)",
+    ),
+    "precision per query on sdpa": (
+        {"query_precision": torch.ones(4), "backend": "sdpa"},
+        "chunked",
+    ),
+    "independent coordinates on a kernel": (
+        {"family": "independent_laplace", "backend": "chunked"},
+        "reference",
+    ),
+    "independent coordinates settle": (
+        {"family": "independent_laplace", "settle_steps": 1},
+        "does not settle",
+    ),
+    "independent coordinates with a tail": (
+        {"family": "independent_laplace", "nu": 1.0},
+        "no parameter 'nu'",
+    ),
     "gpu kernel here": ({"backend": "triton"}, "riton"),
-    "a word for a mask": ({"attn_mask": "causal"}, "attn_mask must be a tensor, bool"), "a list for a mask": (
-        {"attn_mask": [True] * 4}, "attn_mask must be a tensor"), "no queries": ({"q": None}, "q must be a tensor, not None"),
-    "keys are a list": ({"k": [1.0]}, "k must be a tensor"), "no values": ({"v": None}, "v must be a tensor"),
+    "a word for a mask": ({"attn_mask": "causal"}, "attn_mask must be a tensor, bool"),
+    "a list for a mask": ({"attn_mask": [True] * 4}, "attn_mask must be a tensor"),
+    "no queries": ({"q": None}, "q must be a tensor, not None"),
+    "keys are a list": ({"k": [1.0]}, "k must be a tensor"),
+    "no values": ({"v": None}, "v must be a tensor"),
     "a word for a tail": ({"family": "student_t", "nu": "1"}, "nu must be a number"),
-    "a whole tensor for a tail": ({"family": "student_t", "nu": torch.tensor(2)}, "nu must be a number"),
+    "a whole tensor for a tail": (
+        {"family": "student_t", "nu": torch.tensor(2)},
+        "nu must be a number",
+    ),
     "a truth value for a tail": ({"family": "student_t", "nu": True}, "nu must be a number"),
-    "a tail for other heads": ({"family": "student_t", "nu": torch.ones(5, 1)}, "nu of shape (5, 1)"),
+    "a tail for other heads": (
+        {"family": "student_t", "nu": torch.ones(5, 1)},
+        "nu of shape (5, 1)",
+    ),
     "half a key": ({"window": 1.5}, "window must be a whole number, got 1.5"),
     "a truth value for a window": ({"window": True}, "window must be a whole number, got True"),
     "half a step": ({"settle_steps": 1.0}, "settle_steps must be a whole number"),
     "a truth value for steps": ({"settle_steps": True}, "settle_steps must be a whole number"),
-    "a word for dropout": ({"dropout_p": "0.1"}, "dropout_p must be a number"), "a tensor for dropout": (
-        {"dropout_p": torch.tensor(0.1)}, "dropout_p must be a number"), "dropout nan": ({"dropout_p": math.nan}, "dropout_p"),
-    "a word for a precision": ({"precision": "1"}, "precision of gaussian attention must be a number"),
-    "a truth value for a precision": ({"precision": True}, "must be a number or a tensor of numbers"),
-    "truth values for precisions": ({"precision": torch.tensor(True)}, "must be a number or a tensor of numbers"),
+    "a word for dropout": ({"dropout_p": "0.1"}, "dropout_p must be a number"),
+    "a tensor for dropout": ({"dropout_p": torch.tensor(0.1)}, "dropout_p must be a number"),
+    "dropout nan": ({"dropout_p": math.nan}, "dropout_p"),
+    "a word for a precision": (
+        {"precision": "1"},
+        "precision of gaussian attention must be a number",
+    ),
+    "a truth value for a precision": (
+        {"precision": True},
+        "must be a number or a tensor of numbers",
+    ),
+    "truth values for precisions": (
+        {"precision": torch.tensor(True)},
+        "must be a number or a tensor of numbers",
+    ),
     "a word for a prior": ({"log_mix": "equal"}, "log_mix must be a number or a tensor of numbers"),
-    "truth values for a prior": ({"log_mix": torch.ones(4).bool()}, "log_mix must be a number or a tensor of numbers"),
+    "truth values for a prior": (
+        {"log_mix": torch.ones(4).bool()},
+        "log_mix must be a number or a tensor of numbers",
+    ),
     "one for is_causal": ({"is_causal": 1}, "is_causal must be True or False"),
-    "a list for a component": ({"family": "mixture", "component": [], "k": torch.zeros(1, 2, 2, 4, 4)}, "unknown component []"),
-}  # fmt: skip
+    "a list for a component": (
+        {"family": "mixture", "component": [], "k": torch.zeros(1, 2, 2, 4, 4)},
+        "unknown component []",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -691,7 +763,8 @@ def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str)
 
 @every_case
 def test_scores_that_overflow_are_nan_and_no_mask(case: str) -> None:
-    "Keys that are all too far give NaN, in every backend; a light tail reaches that end much sooner."
+    """Keys that are all too far give NaN, in every backend; a light tail reaches that end much
+    sooner."""
     far: dict[str, dict[str, Any]] = {
         "plain": {},
         "masked": {"attn_mask": torch.arange(9) != 3},
@@ -731,23 +804,37 @@ def test_far_keys_that_do_not_overflow_are_far(gap: float) -> None:
 
 
 LAWLESS: dict[str, dict[str, Any]] = {
-    "precision nan": {"precision": torch.tensor(math.nan)}, "precision inf": {"precision": math.inf},
-    "precision overflows in the cast": {"precision": 1e300}, "a tensor that does": {"precision": torch.tensor(1e300).double()},
-    "precision vanishes in the cast": {"precision": 1e-300}, "one head's": {"precision": torch.tensor([[1.0], [math.nan]])},
+    "precision nan": {"precision": torch.tensor(math.nan)},
+    "precision inf": {"precision": math.inf},
+    "precision overflows in the cast": {"precision": 1e300},
+    "a tensor that does": {"precision": torch.tensor(1e300).double()},
+    "precision vanishes in the cast": {"precision": 1e-300},
+    "one head's": {"precision": torch.tensor([[1.0], [math.nan]])},
     "one key's": {"precision": torch.ones(1, 2, 4).index_fill(2, torch.tensor(3), math.inf)},
-    "one coordinate's": {"precision": torch.ones(1, 2, 4, 4).index_fill(3, torch.tensor(3), math.nan)},
-    "zero": {"precision": torch.zeros(())}, "a query's": {"query_precision": torch.tensor([1.0, 1.0, math.nan, 1.0])},
-    "a query's, overflowing": {"query_precision": 1e300}, "prior nan": {"log_mix": torch.tensor([0.0, math.nan, 0.0, 0.0])},
-    "prior inf": {"log_mix": torch.tensor([0.0, math.inf, 0.0, 0.0])}, "prior number": {"log_mix": math.nan},
+    "one coordinate's": {
+        "precision": torch.ones(1, 2, 4, 4).index_fill(3, torch.tensor(3), math.nan)
+    },
+    "zero": {"precision": torch.zeros(())},
+    "a query's": {"query_precision": torch.tensor([1.0, 1.0, math.nan, 1.0])},
+    "a query's, overflowing": {"query_precision": 1e300},
+    "prior nan": {"log_mix": torch.tensor([0.0, math.nan, 0.0, 0.0])},
+    "prior inf": {"log_mix": torch.tensor([0.0, math.inf, 0.0, 0.0])},
+    "prior number": {"log_mix": math.nan},
     "prior overflows": {"log_mix": torch.tensor([0.0, 1e300, 0.0, 0.0]).double()},
     "mask nan": {"attn_mask": torch.zeros(4, 4).index_fill(1, torch.tensor(2), math.nan)},
     "mask inf": {"attn_mask": torch.full((4,), math.inf)},
-    "nu nan": {"nu": math.nan}, "nu overflows": {"nu": 1e300}, "nu vanishes": {"nu": 1e-300},
+    "nu nan": {"nu": math.nan},
+    "nu overflows": {"nu": 1e300},
+    "nu vanishes": {"nu": 1e-300},
     "nu tensor": {"nu": torch.tensor([[1.0], [math.nan]])},
     "nu tensor overflows": {"nu": torch.tensor([[1.0], [1e300]]).double()},
-    "delta": {"delta": math.nan}, "delta overflows": {"delta": 1e300}, "p": {"p": torch.tensor([[math.inf]])},
-    "eps": {"eps": math.nan}, "share": {"share": math.nan}, "ratio": {"ratio": torch.tensor(math.nan)},
-}  # fmt: skip
+    "delta": {"delta": math.nan},
+    "delta overflows": {"delta": 1e300},
+    "p": {"p": torch.tensor([[math.inf]])},
+    "eps": {"eps": math.nan},
+    "share": {"share": math.nan},
+    "ratio": {"ratio": torch.tensor(math.nan)},
+}
 OWNERS = {
     "nu": "student_t",
     "delta": "huber",
@@ -866,15 +953,25 @@ LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "no head": ({"n_head": 0}, "n_head must be at least 1"),
     "half a window": ({"window": 2.5}, "window must be a whole number"),
     "no window": ({"window": 0}, "window must be at least 1"),
-    "half a key head": ({"n_kv_head": 1.0}, "n_kv_head must be a whole number"), "no tail": ({"tail": 3.0}, "has no tail"),
-    "a tail that is none": ({"family": "huber", "tail": math.nan}, "tail must be positive and finite"),
+    "half a key head": ({"n_kv_head": 1.0}, "n_kv_head must be a whole number"),
+    "no tail": ({"tail": 3.0}, "has no tail"),
+    "a tail that is none": (
+        {"family": "huber", "tail": math.nan},
+        "tail must be positive and finite",
+    ),
     "a word for a tail": ({"family": "huber", "tail": "3"}, "tail must be a number"),
-    "a precision that is none": ({"precision_init": math.inf}, "precision_init must be positive and finite"),
+    "a precision that is none": (
+        {"precision_init": math.inf},
+        "precision_init must be positive and finite",
+    ),
     "no precision": ({"precision_init": 0.0}, "precision_init must be positive and finite"),
-    "truth for components": ({"family": "mixture", "n_component": True}, "n_component must be a whole number"),
+    "truth for components": (
+        {"family": "mixture", "n_component": True},
+        "n_component must be a whole number",
+    ),
     "a word for dropout": ({"dropout": "no"}, "dropout must be a number"),
     "all dropped": ({"dropout": 1.0}, "dropout must lie in"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -887,10 +984,15 @@ def test_layers_that_cannot_be_are_one_sentence(case: str) -> None:
 
 def test_an_attention_node_refuses_what_is_no_number() -> None:
     scores_, values = draw(0, 1, 1, 3, 3), draw(1, 1, 1, 3, 2)
-    for options, words in (({"stiffness": math.nan}, "stiffness"), ({"stiffness": 1e300}, "stiffness"),
-                           ({"stiffness": "1"}, "stiffness"), ({"steps": True}, "whole number"),
-                           ({"steps": 0}, "at least 1"), ({"step_size": math.nan}, "step_size"),
-                           ({"step_size": "1"}, "step size must be a number")):  # fmt: skip
+    for options, words in (
+        ({"stiffness": math.nan}, "stiffness"),
+        ({"stiffness": 1e300}, "stiffness"),
+        ({"stiffness": "1"}, "stiffness"),
+        ({"steps": True}, "whole number"),
+        ({"steps": 0}, "at least 1"),
+        ({"step_size": math.nan}, "step_size"),
+        ({"step_size": "1"}, "step size must be a number"),
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             AttentionNode(**options)
     with pytest.raises(TypeError, match="the message must be a tensor or a function"):

@@ -1,4 +1,5 @@
-"""The KV cache: cached logits equal full recomputation for every family and option (chapter 17; rules 2 to 5)."""
+"""The KV cache: cached logits equal full recomputation for every family and option (chapter 17;
+rules 2 to 5)."""
 
 import copy
 import math
@@ -389,7 +390,8 @@ def test_revised_attention_equals_attend():
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "dot"])
 def test_energies(family):
-    """What `energies` leaves behind is the attention energy of chapter 12, the same with and without a cache."""
+    """What `energies` leaves behind is the attention energy of chapter 12, the same with and
+    without a cache."""
     from pc_transformer.attention import attention_energy
 
     model, tokens = (
@@ -770,7 +772,8 @@ def test_a_pickled_cache_goes_on(copies, dtype):
 
 
 def test_trim_only_shortens():
-    """Rows that are shorter than the new length stay as they are, and go on as if nothing had been."""
+    """Rows that are shorter than the new length stay as they are, and go on as if nothing had
+    been."""
     model, tokens = make(replace(SMALL, attention="student_t")), random_tokens(2, 12)
     with torch.no_grad():
         full = model(tokens)
@@ -788,7 +791,8 @@ def test_trim_only_shortens():
 @pytest.mark.parametrize("option", ["plain", "norm", "per key", "diagonal", "everything"])
 @pytest.mark.parametrize("family", ["gaussian", "student_t", "mixture"])
 def test_columns_describe_the_stored_keys(family, option, dtype):
-    """kappa and the bias belong to the keys as they are stored, rounding included: written, one by one and revised."""
+    """kappa and the bias belong to the keys as they are stored, rounding included: written, one
+    by one and revised."""
     config = configs(family, option)
     model, tokens = make(config, torch.float64), random_tokens(2, 9)
     cache = KVCache.allocate(model, 2, dtype=dtype)
@@ -857,7 +861,8 @@ def test_a_reader_refuses_numbers_that_are_none(name):
 
 
 def test_a_token_whose_precision_is_none_is_refused_by_every_way_to_read_it():
-    """Full pass, prompt, next token and ragged rows alike, and the cache stays as long as it was."""
+    """Full pass, prompt, next token and ragged rows alike, and the cache stays as long as it
+    was."""
     model, tokens = make(replace(SMALL, attention="gaussian", precision="key")), random_tokens(2, 8)
     tokens[tokens == 7] = 3
     odd = torch.full((2, 1), 7)
@@ -935,7 +940,8 @@ def test_what_is_no_number_stays_none_in_eight_bits():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["dot", "gaussian", "mixture", "student_t"])
 def test_a_background_in_half_precision(family: str, dtype: torch.dtype) -> None:
-    """The score of nothing is float32, what is read stays in the model's own precision; cached and not."""
+    """The score of nothing is float32, what is read stays in the model's own precision; cached
+    and not."""
     model, x = (
         make(replace(SMALL, attention=family, background=True), dtype, 1.0),
         random_tokens(2, 8),

@@ -1,4 +1,5 @@
-"""Whatever `save` accepts, `load` gives back; whatever is damaged, foreign or no number is refused in one sentence."""
+"""Whatever `save` accepts, `load` gives back; whatever is damaged, foreign or no number is
+refused in one sentence."""
 
 import copy
 import json
@@ -98,7 +99,8 @@ def refused(
 
 
 def same(a: PCTransformer, b: PCTransformer) -> None:
-    "Equal weights in equal precision, tied alike; equal logits where this precision can compute them."
+    """Equal weights in equal precision, tied alike; equal logits where this precision can
+    compute them."""
     assert a.config == b.config and b.output.weight is b.predictors[0].token.weight
     for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert name == other and p.dtype == q.dtype and torch.equal(p, q), name
@@ -154,10 +156,12 @@ ACCEPTED: dict[str, ChangeModel] = {
     "memory in one piece": shared,
     "memory used twice": same_memory,
     "loaded with assign and tied again": lambda m: (
-        m.load_state_dict(m.state_dict(), assign=True), setattr(m.output, "weight", m.predictors[0].token.weight)),
+        m.load_state_dict(m.state_dict(), assign=True),
+        setattr(m.output, "weight", m.predictors[0].token.weight),
+    ),
     "partly frozen": lambda m: m.predictors[1].requires_grad_(False),
     "with a gradient": lambda m: m(TOKENS).sum().backward(),
-}  # fmt: skip
+}
 
 
 class Other(PCTransformer):
@@ -184,34 +188,64 @@ def set_to(name: str, value: Any) -> ChangeModel:
 REFUSED: dict[str, tuple[ChangeModel, str]] = {
     "with a hook": (lambda m: m.register_forward_hook(lambda m, x, y: 2 * y), "forward has a hook"),
     "a layer with a hook": (
-        lambda m: m.predictors[2].up.register_forward_pre_hook(lambda m, x: (2 * x[0],)), r"predictors\.2\.up\.forward"),
+        lambda m: m.predictors[2].up.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
+        r"predictors\.2\.up\.forward",
+    ),
     "another forward": (set_to("forward", lambda tokens: tokens), "forward was replaced"),
-    "a layer's other forward": (set_to("predictors.1.forward", lambda s: s), r"predictors\.1\.forward"),
+    "a layer's other forward": (
+        set_to("predictors.1.forward", lambda s: s),
+        r"predictors\.1\.forward",
+    ),
     "another method": (set_to("predictors.1.attention.split", lambda x: x), r"attention\.split"),
-    "loaded with assign": (lambda m: m.load_state_dict(m.state_dict(), assign=True), "embedding's table"),
-    "an output of its own": (set_to("output.weight", nn.Parameter(torch.ones(7, 8))), "embedding's table"),
+    "loaded with assign": (
+        lambda m: m.load_state_dict(m.state_dict(), assign=True),
+        "embedding's table",
+    ),
+    "an output of its own": (
+        set_to("output.weight", nn.Parameter(torch.ones(7, 8))),
+        "embedding's table",
+    ),
     "another class": (lambda m: setattr(m, "__class__", Other), "Other"),
     "a layer replaced": (lambda m: m.predictors.__setitem__(1, nn.Identity()), r"predictors\.1"),
     "a layer more": (lambda m: m.predictors.append(nn.Identity()), r"predictors\.3"),
     "a layer less": (lambda m: m.predictors.__delitem__(2), r"predictors\.2"),
     "a module more": (lambda m: m.add_module("head", nn.Linear(8, 2)), "head"),
-    "a parameter more": (lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(2))), "extra"),
+    "a parameter more": (
+        lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(2))),
+        "extra",
+    ),
     "a buffer more": (lambda m: m.register_buffer("seen", torch.ones(2)), "seen"),
     "a parameter less": (set_to("predictors.1.norm.weight", None), r"predictors\.1\.norm"),
     "a parametrization": (
-        lambda m: parametrize.register_parametrization(m.predictors[2].up, "weight", Halved()), r"predictors\.2\.up"),
-    "another shape": (set_to("predictors.2.up.weight", nn.Parameter(torch.ones(3, 8))), r"predictors\.2\.up\.weight"),
-    "one parameter twice": (lambda m: set_to("predictors.1.norm.weight", m.predictors[2].norm.weight)(m), "norm"),
-    "another configuration": (set_to("config", replace(TINY, n_head=1)), r"predictors\.1\.attention\.d "),
+        lambda m: parametrize.register_parametrization(m.predictors[2].up, "weight", Halved()),
+        r"predictors\.2\.up",
+    ),
+    "another shape": (
+        set_to("predictors.2.up.weight", nn.Parameter(torch.ones(3, 8))),
+        r"predictors\.2\.up\.weight",
+    ),
+    "one parameter twice": (
+        lambda m: set_to("predictors.1.norm.weight", m.predictors[2].norm.weight)(m),
+        "norm",
+    ),
+    "another configuration": (
+        set_to("config", replace(TINY, n_head=1)),
+        r"predictors\.1\.attention\.d ",
+    ),
     "no configuration": (set_to("config", None), "PCTransformer"),
     "another window": (set_to("predictors.1.attention.window", 2), "window"),
     "another activation": (set_to("predictors.2.approximate", "tanh"), "approximate"),
     "no values": (lambda m: m.to("meta"), "embedding's table"),
     "one without values": (
-        set_to("predictors.1.norm.weight", nn.Parameter(torch.ones(8, device="meta"))), "no values"),
+        set_to("predictors.1.norm.weight", nn.Parameter(torch.ones(8, device="meta"))),
+        "no values",
+    ),
     "complex": (lambda m: m.to(torch.complex64), "complex64"),
-    "float8": (set_to("predictors.1.norm.weight", nn.Parameter(torch.ones(8).to(torch.float8_e5m2))), "float8"),
-}  # fmt: skip
+    "float8": (
+        set_to("predictors.1.norm.weight", nn.Parameter(torch.ones(8).to(torch.float8_e5m2))),
+        "float8",
+    ),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -242,13 +276,24 @@ def test_any_model_with_any_changes(
 ) -> None:
     "Saved and the same again, or refused and nothing written: there is no third."
     family = data.draw(st.sampled_from(FAMILIES))
-    extras = st.fixed_dictionaries({
-        "bias": st.booleans(), "background": st.booleans(), "qk_norm": st.booleans(), "window": st.sampled_from((None, 3)),
-        "n_kv_head": st.sampled_from((None, 1)), "dropout": st.sampled_from((0.0, 0.2)),
-        "gelu": st.sampled_from(("exact", "tanh")),
-        "precision": st.sampled_from(("head",) if family == "dot" else ("head", "key", "diagonal")),
-        "mixing": st.sampled_from(("equal", "key") if family == "dot" else ("equal", "norm", "key")),
-        "precision_init": st.sampled_from((None, 0.7))})  # fmt: skip
+    extras = st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "background": st.booleans(),
+            "qk_norm": st.booleans(),
+            "window": st.sampled_from((None, 3)),
+            "n_kv_head": st.sampled_from((None, 1)),
+            "dropout": st.sampled_from((0.0, 0.2)),
+            "gelu": st.sampled_from(("exact", "tanh")),
+            "precision": st.sampled_from(
+                ("head",) if family == "dot" else ("head", "key", "diagonal")
+            ),
+            "mixing": st.sampled_from(
+                ("equal", "key") if family == "dot" else ("equal", "norm", "key")
+            ),
+            "precision_init": st.sampled_from((None, 0.7)),
+        }
+    )
     model = made(
         replace(TINY, attention=family, **data.draw(extras)), seed=data.draw(st.integers(0, 9))
     )
@@ -314,7 +359,8 @@ def test_tokenizers_that_would_come_back_as_others(tmp_path: Path) -> None:
 def test_nothing_of_the_process_is_changed_and_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Files get the mode that the process's mask leaves, and nobody sets that mask, not even for a moment."
+    """Files get the mode that the process's mask leaves, and nobody sets that mask, not even for
+    a moment."""
     before = os.umask(0o027)
     try:
         monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was set"))
@@ -427,7 +473,8 @@ def take_all(run: Path) -> None:
 
 
 def outcome(run: Path) -> str:
-    "`read`, or the one sentence of a CheckpointError or ConfigError; anything else is a failure of the test."
+    """`read`, or the one sentence of a CheckpointError or ConfigError; anything else is a
+    failure of the test."""
     try:
         take_all(run)
     except (CheckpointError, ConfigError) as error:
@@ -517,7 +564,8 @@ def put(about: Any, path: tuple[Any, ...], value: Any) -> Any:
 @pytest.mark.parametrize("sealed", [True, False], ids=["forged", "edited"])
 @pytest.mark.parametrize("name", ["config.json", "training.json"])
 def test_every_value_of_every_type(name: str, sealed: bool, whole: Path, tmp_path: Path) -> None:
-    "Each value replaced by each kind of value, also by somebody who can compute a hash: read, or one sentence."
+    """Each value replaced by each kind of value, also by somebody who can compute a hash: read,
+    or one sentence."""
     file = shutil.copytree(whole, tmp_path / "run") / "step-000004" / name
     about, draw = json.loads(file.read_text()), random.Random(name)
     for path in places(about):
@@ -582,8 +630,16 @@ def test_deep_and_endless_json(name: str, text: str, whole: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("depth", [50, 300, 600, 900, 980])
-@pytest.mark.parametrize("place", [("config.json", "tokenizer"), ("config.json", "config"), ("training.json", "record"),
-                                   ("training.json", "run"), ("training.json", "extra")])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("config.json", "tokenizer"),
+        ("config.json", "config"),
+        ("training.json", "record"),
+        ("training.json", "run"),
+        ("training.json", "extra"),
+    ],
+)
 def test_json_that_is_deep_in_one_place(
     place: tuple[str, str], depth: int, whole: Path, tmp_path: Path
 ) -> None:
@@ -623,7 +679,8 @@ def test_a_configuration_that_asks_for_the_moon(
 
 
 def test_files_of_two_models_are_not_mixed(tmp_path: Path) -> None:
-    "The same names and shapes, other weights; and a configuration that the tensors cannot contradict."
+    """The same names and shapes, other weights; and a configuration that the tensors cannot
+    contradict."""
     one, two = (
         save(made(replace(TINY, attention="dot"), seed=s), tmp_path / f"{s}") for s in (1, 2)
     )
@@ -715,7 +772,8 @@ WILD = {
 
 @pytest.mark.parametrize("algorithm", ["backprop", "predictive_coding"])
 def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path) -> None:
-    "The checkpoints that stay are finite, one of them from before the loss exploded; the cause is named, not the symptom."
+    """The checkpoints that stay are finite, one of them from before the loss exploded; the cause
+    is named, not the symptom."""
     run = trainer(replace(RUN, **WILD, **{"learner.algorithm": algorithm}))
     said = refused(
         train,
@@ -739,7 +797,8 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
-    "The update itself overflows: the checkpoint of the step before stays, the sentence names the weights and the rate."
+    """The update itself overflows: the checkpoint of the step before stays, the sentence names
+    the weights and the rate."""
 
     def overflow(t: Trainer) -> None:
         if t.step == 3:
@@ -747,8 +806,14 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
                 t.model.predictors[2].up.weight.fill_(math.inf)
 
     said = refused(
-        lambda: train(trainer(replace(RUN, **{"train.eval_interval": 100})), tmp_path / "run", after_step=overflow),
-        says=r"predictors\.2\.up\.weight.*lower the learning rate", kind=FloatingPointError)  # fmt: skip
+        lambda: train(
+            trainer(replace(RUN, **{"train.eval_interval": 100})),
+            tmp_path / "run",
+            after_step=overflow,
+        ),
+        says=r"predictors\.2\.up\.weight.*lower the learning rate",
+        kind=FloatingPointError,
+    )
     assert "after step 3" in said and [p.name for p in checkpoints(tmp_path / "run")] == [
         "step-000001",
         "step-000002",
@@ -807,7 +872,8 @@ def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
 def test_a_wrong_batch_is_no_divergence(
     algorithm: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Unknown tokens, nothing to predict, targets out of range: their own sentence, also where weights are large but finite."
+    """Unknown tokens, nothing to predict, targets out of range: their own sentence, also where
+    weights are large but finite."""
     for large in (False, True):
         run = trainer(
             replace(RUN, **{"learner.algorithm": algorithm, "train.accumulate": accumulate}),
@@ -828,7 +894,8 @@ def test_a_wrong_batch_is_no_divergence(
 
 
 def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    "Where the plain loss is no worse than guessing, whatever failed keeps its own words; where it is, divergence is named."
+    """Where the plain loss is no worse than guessing, whatever failed keeps its own words; where
+    it is, divergence is named."""
     run = trainer(steps=1)
 
     def fail(*args: Any) -> float:
@@ -876,7 +943,8 @@ def renew(run: Path, until: Any) -> None:
 
 
 def test_reading_while_the_run_goes_on(tmp_path: Path) -> None:
-    "The newest checkpoint is replaced under the reader's hands, again and again: each read is whole."
+    """The newest checkpoint is replaced under the reader's hands, again and again: each read is
+    whole."""
     context = multiprocessing.get_context("fork")
     until = context.Event()
     writer = context.Process(target=renew, args=(tmp_path / "run", until))
@@ -928,7 +996,8 @@ with sole_run(Path(sys.argv[1])):
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    "The second is refused with the first's number and changes nothing; a killed first one leaves the folder free."
+    """The second is refused with the first's number and changes nothing; a killed first one
+    leaves the folder free."""
     run = tmp_path / "run"
     write_run_config(RUN, run)
     before = (run / "config.yaml").read_text()

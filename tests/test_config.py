@@ -1,4 +1,5 @@
-"""Properties of the configuration: any valid one survives YAML, JSON and dotted changes; any stray key is refused."""
+"""Properties of the configuration: any valid one survives YAML, JSON and dotted changes; any
+stray key is refused."""
 
 import json
 import math
@@ -43,22 +44,39 @@ def models(draw) -> ModelConfig:
         "precision": draw(st.sampled_from(["head", "key", "diagonal"])),
         "mixing": draw(st.sampled_from(["equal", "norm", "key"])),
         "tail": draw(st.none() | positive) if attention in TAILED else None,
-    }  # fmt: skip
+    }
     return ModelConfig(
-        draw(sizes), draw(sizes), draw(sizes), n_head, n_head * d_head, attention, draw(st.none() | positive), **own,
-        n_component=draw(sizes), n_kv_head=draw(st.sampled_from([None, 1, n_head])), window=draw(st.none() | sizes),
-        qk_norm=draw(st.booleans()), background=draw(st.booleans()),
-    )  # fmt: skip
+        draw(sizes),
+        draw(sizes),
+        draw(sizes),
+        n_head,
+        n_head * d_head,
+        attention,
+        draw(st.none() | positive),
+        **own,
+        n_component=draw(sizes),
+        n_kv_head=draw(st.sampled_from([None, 1, n_head])),
+        window=draw(st.none() | sizes),
+        qk_norm=draw(st.booleans()),
+        background=draw(st.booleans()),
+    )
 
 
 @st.composite
 def trainings(draw) -> TrainConfig:
     low, high = draw(rates)
     return TrainConfig(
-        **draw(counts), learning_rate=high, min_learning_rate=low, warmup_iters=draw(st.integers(0, 10**6)),
-        weight_decay=draw(rate), beta1=draw(fraction), beta2=draw(fraction), grad_clip=draw(positive),
-        precision_lr_scale=draw(rate), seed=draw(st.integers(0, 2**63 - 1)),
-    )  # fmt: skip
+        **draw(counts),
+        learning_rate=high,
+        min_learning_rate=low,
+        warmup_iters=draw(st.integers(0, 10**6)),
+        weight_decay=draw(rate),
+        beta1=draw(fraction),
+        beta2=draw(fraction),
+        grad_clip=draw(positive),
+        precision_lr_scale=draw(rate),
+        seed=draw(st.integers(0, 2**63 - 1)),
+    )
 
 
 @st.composite
@@ -176,30 +194,81 @@ def test_sentences(text: str, says: str) -> None:
         from_yaml(RunConfig, text)
 
 
-EDGES = [       # the last value that is right, the first that is wrong, and what is said of it
+EDGES = [  # the last value that is right, the first that is wrong, and what is said of it
     ("model: {n_head: 4, d_model: 12}", "model: {n_head: 4, d_model: 14}", "12 or 16 would do"),
-    ("model: {n_head: 4, n_kv_head: 2}", "model: {n_head: 4, n_kv_head: 3}", "not divisible by n_kv_head = 3"),
+    (
+        "model: {n_head: 4, n_kv_head: 2}",
+        "model: {n_head: 4, n_kv_head: 3}",
+        "not divisible by n_kv_head = 3",
+    ),
     ("model: {dropout: 0.999}", "model: {dropout: 1.0}", "dropout must lie in"),
     ("model: {dropout: 0.0}", "model: {dropout: -0.001}", "dropout must lie in"),
-    ("model: {attention: student_t, tail: 3.0}", "model: {attention: laplace, tail: 3.0}", "laplace attention has no tail"),
-    ("model: {attention: dot, mixing: key}", "model: {attention: dot, mixing: norm}", "mixing not 'norm'"),
-    ("model: {attention: gaussian, precision: key}", "model: {attention: dot, precision: key}", "precision must be 'head'"),
+    (
+        "model: {attention: student_t, tail: 3.0}",
+        "model: {attention: laplace, tail: 3.0}",
+        "laplace attention has no tail",
+    ),
+    (
+        "model: {attention: dot, mixing: key}",
+        "model: {attention: dot, mixing: norm}",
+        "mixing not 'norm'",
+    ),
+    (
+        "model: {attention: gaussian, precision: key}",
+        "model: {attention: dot, precision: key}",
+        "precision must be 'head'",
+    ),
     ("model: {window: 1}", "model: {window: 0}", "window must be positive"),
     ("train: {beta1: 0.0}", "train: {beta1: 1.0}", "beta1 must lie in"),
     ("train: {beta2: 0.999}", "train: {beta2: 1.0}", "beta2 must lie in"),
-    ("train: {min_learning_rate: 1e-3}", "train: {min_learning_rate: 1.1e-3}", "the rate must not rise"),
-    ("train: {batch_size: 12, accumulate: 4}", "train: {batch_size: 12, accumulate: 5}", "5 equal parts"),
+    (
+        "train: {min_learning_rate: 1e-3}",
+        "train: {min_learning_rate: 1.1e-3}",
+        "the rate must not rise",
+    ),
+    (
+        "train: {batch_size: 12, accumulate: 4}",
+        "train: {batch_size: 12, accumulate: 5}",
+        "5 equal parts",
+    ),
     ("train: {warmup_iters: 0}", "train: {warmup_iters: -1}", "must not be negative"),
-    ("learner: {steps: 2, step_size: 0.5}", "learner: {steps: 1, step_size: 0.5}", "needs steps > 1"),
-    ("learner: {steps: 3, steps_end: 2, step_size: 0.5}", "learner: {steps: 3, steps_end: 1, step_size: 0.5}", "needs steps > 1"),
-    ("learner: {steps: 2, step_size: 1.0}", "learner: {steps: 2, step_size: 1.01}", "step_size must lie in"),
+    (
+        "learner: {steps: 2, step_size: 0.5}",
+        "learner: {steps: 1, step_size: 0.5}",
+        "needs steps > 1",
+    ),
+    (
+        "learner: {steps: 3, steps_end: 2, step_size: 0.5}",
+        "learner: {steps: 3, steps_end: 1, step_size: 0.5}",
+        "needs steps > 1",
+    ),
+    (
+        "learner: {steps: 2, step_size: 1.0}",
+        "learner: {steps: 2, step_size: 1.01}",
+        "step_size must lie in",
+    ),
     ("learner: {tolerance: 0.99}", "learner: {tolerance: 1.0}", "tolerance must lie in"),
-    ("learner: {solver: state, steps: 2}", "learner: {solver: state, steps: 2, steps_end: 1}", "needs more than 1 step"),
-    ("learner: {solver: error, fused: true}", "learner: {solver: sweep, fused: true}", "the solver 'sweep' has no fused"),
-    ("learner: {solver: sweep, lean: true}", "learner: {solver: highway, centred: true}", "'highway' has no centred"),
-    ("{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 1}}",
-     "{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 2}}", "accumulate must be 1, got 2"),
-]  # fmt: skip
+    (
+        "learner: {solver: state, steps: 2}",
+        "learner: {solver: state, steps: 2, steps_end: 1}",
+        "needs more than 1 step",
+    ),
+    (
+        "learner: {solver: error, fused: true}",
+        "learner: {solver: sweep, fused: true}",
+        "the solver 'sweep' has no fused",
+    ),
+    (
+        "learner: {solver: sweep, lean: true}",
+        "learner: {solver: highway, centred: true}",
+        "'highway' has no centred",
+    ),
+    (
+        "{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 1}}",
+        "{learner: {solver: state, steps: 2, incremental: true}, train: {accumulate: 2}}",
+        "accumulate must be 1, got 2",
+    ),
+]
 
 
 @pytest.mark.parametrize(("right", "wrong", "says"), EDGES)

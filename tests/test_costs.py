@@ -184,7 +184,8 @@ def test_numbers_moved_and_kept(size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kernels_keep_no_scores(name: str) -> None:
-    """What a kernel keeps for the backward pass grows with T and is a few times what it reads and writes."""
+    """What a kernel keeps for the backward pass grows with T and is a few times what it reads
+    and writes."""
     short, long = (1, 2, 512, 16), (1, 2, 1024, 16)
     kept, kept_long = (cost.storage_kept(family_run(name, size)) for size in (short, long))
     assert kept_long < 2.01 * kept
@@ -217,7 +218,8 @@ class Elements(TorchDispatchMode):
     ],
 )
 def test_what_a_link_adds_per_pair(name: str, extra: tuple[str, ...]) -> None:
-    """One logarithm (Student's t) or one square root (Laplace) per pair forward, none for the Gaussian."""
+    """One logarithm (Student's t) or one square root (Laplace) per pair forward, none for the
+    Gaussian."""
     size = (1, 2, 128, 16)
     run = family_run(name, size)
     with Elements(*extra) as counter:

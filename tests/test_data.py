@@ -62,7 +62,8 @@ def files(folder: Path) -> list[str]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `/whole`, `/other` bytes, a body that is cut off (`/cut`, `/cut-silently`), and 404."""
+    """Serves `/whole`, `/other` bytes, a body that is cut off (`/cut`, `/cut-silently`), and
+    404."""
 
     def do_GET(self):
         bodies = {
@@ -138,7 +139,8 @@ def test_source_is_logged(place, site, monkeypatch, caplog):
 
 @pytest.mark.parametrize("page", ["other", "cut-silently"])
 def test_wrong_bytes_from_url(place, site, monkeypatch, page):
-    """Other bytes, or fewer: one error with source, expected and found hash; nothing is left behind."""
+    """Other bytes, or fewer: one error with source, expected and found hash; nothing is left
+    behind."""
     change(monkeypatch, url=f"{site}/{page}")
     with pytest.raises(HashMismatch) as error:
         load("toy")
@@ -215,7 +217,8 @@ def test_wrong_wheel(place, monkeypatch):
 
 
 def test_read_only_cache(place, site, monkeypatch):
-    """A data folder that cannot be written: read where it has the file, else the platform's cache is used."""
+    """A data folder that cannot be written: read where it has the file, else the platform's
+    cache is used."""
     change(monkeypatch, url=f"{site}/whole")
     (place / "file").write_text(
         "a file where a folder should be: nobody, not even root, can write below it"
@@ -240,7 +243,8 @@ def test_no_cache_can_be_written(place, site, monkeypatch):
 
 
 def test_damaged_cache(place):
-    """A cached file that was cut is refused with what to do, and it is not deleted behind the user's back."""
+    """A cached file that was cut is refused with what to do, and it is not deleted behind the
+    user's back."""
     cached = place / "data/toy/input.txt"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(TEXT[:50])
@@ -450,7 +454,8 @@ def test_starts_are_uniform_and_the_rng_is_untouched():
 
 
 def test_batches_values_are_pinned():
-    """Results files depend on these crops: a change of numbers here is a change of every published run."""
+    """Results files depend on these crops: a change of numbers here is a change of every
+    published run."""
     assert Batches(torch.arange(1000), 8, 4, seed=1).starts(3).tolist() == PINNED
 
 
@@ -532,7 +537,8 @@ def test_ngram_equals_the_slow_one(train, valid, order):
 )
 @settings(max_examples=60, deadline=None)
 def test_ngrams_of_any_alphabet_and_length(train, picks, order):
-    """A large alphabet and a long history: V ** k is beyond any integer of the machine, the counts are not."""
+    """A large alphabet and a long history: V ** k is beyond any integer of the machine, the
+    counts are not."""
     tokenizer, order = CharTokenizer("".join(map(chr, range(0xD800)))), min(order, len(train))
     train = "".join(c if ord(c) < 0xD800 else chr(ord(c) % 0xD800) for c in train)
     valid = "".join(train[i % len(train)] for i in picks)
@@ -555,7 +561,8 @@ def test_baselines_of_an_alphabet_of_7000_characters():
 
 
 def test_baselines_of_a_model_that_knows_more_than_the_training_text():
-    """Every character that the vocabulary has gets a probability; a short text has shorter grams only."""
+    """Every character that the vocabulary has gets a probability; a short text has shorter grams
+    only."""
     table = baselines("abcabcabcabc", "abcZ", order=3, vocabulary="Zabc")
     assert table["uniform"]["nats_per_char"] == np.log(4) and np.isfinite(
         table["3-gram"]["nats_per_char"]

@@ -153,7 +153,8 @@ def test_a_sick_page_fails(tiny: Path, name: str) -> None:
 
 
 def test_links_between_folders_and_out_of_the_book(tiny: Path) -> None:
-    """A page in a folder links to pages above and beside it, and to a file of the repository in its place."""
+    """A page in a folder links to pages above and beside it, and to a file of the repository in
+    its place."""
     for folder in ("0_theory", "1_model"):
         (tiny / "nbs" / folder).mkdir()
     links = "[home](../index.ipynb) [other](../1_model/01_b.ipynb#part) [config](../../_quarto.yml)"
@@ -245,7 +246,8 @@ def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_cell_that_draws_has_its_picture(path: Path) -> None:
-    "Notebooks that were run with a matplotlib backend set keep no figures, and nothing else would say so."
+    """Notebooks that were run with a matplotlib backend set keep no figures, and nothing else
+    would say so."""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         draws = cell["cell_type"] == "code" and (

@@ -1,4 +1,5 @@
-"""Properties of the energies, against PyTorch's distributions and autograd; and a mutant that each must catch."""
+"""Properties of the energies, against PyTorch's distributions and autograd; and a mutant that
+each must catch."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -39,7 +40,8 @@ def tensor(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class NoLogDet(Gaussian):
-    "A mutant: the normaliser without the log-determinant, as in codes whose energy is just the squared error."
+    """A mutant: the normaliser without the log-determinant, as in codes whose energy is just the
+    squared error."""
 
     def log_prob(self, error: Tensor, precision: float | Tensor) -> Tensor:
         dim = error.shape[-1]
@@ -207,14 +209,31 @@ def test_a_head_and_a_node_use_the_same_object() -> None:
     close(scores.softmax(-1), (2.0 * (q @ k.T - k.square().sum(-1) / 2)).softmax(-1))
 
 
-# Every family, with shapes from one end of its range to the other. `end` is the largest log distance of the integral.
+# Every family, with shapes from one end of its range to the other. `end` is the largest log
+# distance of the integral.
 
 ELLIPTICAL = [
-    Gaussian(), StudentT(0.1), StudentT(1.0), StudentT(4.0), StudentT(1e6), Laplace(), Laplace(1e-3), Laplace(2.0),
-    Laplace(100.0), Huber(0.01), Huber(), Huber(30.0), GeneralizedGaussian(0.3), GeneralizedGaussian(),
-    GeneralizedGaussian(2.0), GeneralizedGaussian(6.0), Logistic(), Contaminated(), Contaminated(0.5, 1e-4),
+    Gaussian(),
+    StudentT(0.1),
+    StudentT(1.0),
+    StudentT(4.0),
+    StudentT(1e6),
+    Laplace(),
+    Laplace(1e-3),
+    Laplace(2.0),
+    Laplace(100.0),
+    Huber(0.01),
+    Huber(),
+    Huber(30.0),
+    GeneralizedGaussian(0.3),
+    GeneralizedGaussian(),
+    GeneralizedGaussian(2.0),
+    GeneralizedGaussian(6.0),
+    Logistic(),
+    Contaminated(),
+    Contaminated(0.5, 1e-4),
     Contaminated(0.001, 0.9),
-]  # fmt: skip
+]
 elliptical = pytest.mark.parametrize("family", ELLIPTICAL, ids=str)
 BOUNDED = (StudentT, Laplace, Huber, Logistic)
 
@@ -354,7 +373,7 @@ def test_a_familys_fit_is_the_maximum(family: Elliptical, diagonal: bool) -> Non
 SHAPED = {
     StudentT: [(0.3,), (5.0,)], Laplace: [(0.5,)], Huber: [(0.8,)],
     GeneralizedGaussian: [(0.5,), (3.0,)], Contaminated: [(0.1, 0.01)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -415,8 +434,14 @@ def test_the_weight_of_a_student_is_one_on_average_at_its_fit() -> None:
         close(w.mean(), torch.ones_like(w.mean()))
 
 
-PARAMETERS = [(StudentT, (0.7,)), (StudentT, (50.0,)), (Laplace, (0.4,)), (Huber, (1.2,)), (GeneralizedGaussian, (1.3,)),
-              (Contaminated, (0.2, 0.1))]  # fmt: skip
+PARAMETERS = [
+    (StudentT, (0.7,)),
+    (StudentT, (50.0,)),
+    (Laplace, (0.4,)),
+    (Huber, (1.2,)),
+    (GeneralizedGaussian, (1.3,)),
+    (Contaminated, (0.2, 0.1)),
+]
 
 
 @pytest.mark.parametrize(("make", "values"), PARAMETERS)
@@ -447,8 +472,13 @@ def test_one_shape_per_head_equals_one_object_per_head(make: type, values: tuple
 def test_limits() -> None:
     error, precision = tensor(2, (9, 5)), tensor(3, (5,)).exp()
     want = Gaussian().log_prob(error, precision)
-    for family, rtol in [(StudentT(1e9), 1e-6), (Huber(1e3), 1e-12), (GeneralizedGaussian(2.0), 1e-12),
-                         (Contaminated(1e-13, 0.1), 1e-9), (Contaminated(0.4, 1.0), 1e-12)]:  # fmt: skip
+    for family, rtol in [
+        (StudentT(1e9), 1e-6),
+        (Huber(1e3), 1e-12),
+        (GeneralizedGaussian(2.0), 1e-12),
+        (Contaminated(1e-13, 0.1), 1e-9),
+        (Contaminated(0.4, 1.0), 1e-12),
+    ]:
         close(family.log_prob(error, precision), want, rtol=rtol, atol=0)
     wide = Laplace(1e4)  # a wide tip is a Gaussian with variance eps
     close(
@@ -463,15 +493,34 @@ def test_limits() -> None:
         rtol=1e-6,
         atol=0,
     )
-    close(Huber(1e-4).log_prob(error * 1e4, precision / 1e0), Laplace().log_prob(error, precision) - 5 * math.log(1e4),
-          rtol=1e-3, atol=0)  # fmt: skip
+    close(
+        Huber(1e-4).log_prob(error * 1e4, precision / 1e0),
+        Laplace().log_prob(error, precision) - 5 * math.log(1e4),
+        rtol=1e-3,
+        atol=0,
+    )
 
 
-@pytest.mark.parametrize(("make", "bad"), [
-    (StudentT, 0.0), (StudentT, -1.0), (StudentT, math.nan), (StudentT, math.inf), (Laplace, -1e-9), (Laplace, math.nan),
-    (Huber, 0.0), (Huber, math.nan), (GeneralizedGaussian, 0.0), (GeneralizedGaussian, -2), (GeneralizedGaussian, math.nan),
-    (Contaminated, 0.0), (Contaminated, 1.0), (Contaminated, 1.5), (Contaminated, math.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "bad"),
+    [
+        (StudentT, 0.0),
+        (StudentT, -1.0),
+        (StudentT, math.nan),
+        (StudentT, math.inf),
+        (Laplace, -1e-9),
+        (Laplace, math.nan),
+        (Huber, 0.0),
+        (Huber, math.nan),
+        (GeneralizedGaussian, 0.0),
+        (GeneralizedGaussian, -2),
+        (GeneralizedGaussian, math.nan),
+        (Contaminated, 0.0),
+        (Contaminated, 1.0),
+        (Contaminated, 1.5),
+        (Contaminated, math.nan),
+    ],
+)
 def test_a_shape_without_a_density_is_refused(make: type, bad: float) -> None:
     for value in (bad, torch.tensor([0.5, bad])):
         with pytest.raises(ValueError, match=r"must lie in [\[(]0, (inf|1)\), got"):
@@ -571,7 +620,7 @@ def test_mixture_learns_by_gradient() -> None:
 def test_mixture_finds_its_components(diagonal: bool) -> None:
     truth = GaussianMixture(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log(),
                             torch.tensor([[-4.0, 0], [0, 4], [5, 0]], dtype=torch.float64),
-                            torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64))  # fmt: skip
+                            torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64))
     errors = truth.sample((3000, 2), generator=torch.Generator().manual_seed(0))
     best = GaussianMixture.fit(errors, 3, diagonal, torch.Generator().manual_seed(1), restarts=3)
     assert best.log_prob(errors).sum() >= truth.log_prob(errors).sum()
@@ -614,7 +663,7 @@ def test_a_component_on_one_error_stops_at_the_floor() -> None:
     (torch.full((2,), math.nan), torch.zeros(2, 3), torch.ones(2), "log_mix gives no weights"),
     (torch.zeros(2), torch.full((2, 3), math.nan), torch.ones(2), "means must be finite"),
     (torch.zeros(2), torch.zeros(2, 3), torch.zeros(2), "precision must be positive and finite"),
-])  # fmt: skip
+])
 def test_a_mixture_that_is_none_is_refused(
     log_mix: Tensor, means: Tensor, precisions: Tensor, says: str
 ) -> None:
@@ -704,7 +753,8 @@ EVERY = [*ELLIPTICAL, Contaminated(0.1, 1e-8), IndependentLaplace()]
 def test_extreme_errors_in_short_dtypes(
     family: Any, dtype: torch.dtype, size: float, dim: int, precision: float
 ) -> None:
-    "Density and slope are those of the formula, wherever the result itself fits: what is rounded is the result alone."
+    """Density and slope are those of the formula, wherever the result itself fits: what is
+    rounded is the result alone."""
     info = torch.finfo(dtype)
     error = torch.full((2, dim), size).to(dtype)
     error[1] = 1.0  # a row of its own: not touched by the other
@@ -774,7 +824,8 @@ def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
-    "A precision of a million serves errors of 16 bits; what overflows, or a tail that does, is refused after the cast."
+    """A precision of a million serves errors of 16 bits; what overflows, or a tail that does, is
+    refused after the cast."""
     small = torch.full((3, 4), 1e-3, dtype=torch.float16)
     close(
         Gaussian().log_prob(small, 1e6).float(),
@@ -794,8 +845,14 @@ def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
                     ValueError, match="precision must be positive and finite in torch.float32"
                 ):
                     method(small, bad)
-    for make, bad in ((StudentT, 1e300), (StudentT, 1e-300), (Huber, 1e300), (Laplace, 1e300), (GeneralizedGaussian, 1e300),
-                      (StudentT, torch.tensor([2.0, 1e300], dtype=torch.float64))):  # fmt: skip
+    for make, bad in (
+        (StudentT, 1e300),
+        (StudentT, 1e-300),
+        (Huber, 1e300),
+        (Laplace, 1e300),
+        (GeneralizedGaussian, 1e300),
+        (StudentT, torch.tensor([2.0, 1e300], dtype=torch.float64)),
+    ):
         make(bad).log_normaliser(1)
         for method in (make(bad).log_prob, make(bad).score):
             with pytest.raises(
@@ -830,7 +887,8 @@ def test_a_fit_of_short_errors(family: Any) -> None:
 
 @elliptical
 def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
-    "Densities work in vmap, also with a precision per sample; there what is no precision gives NaN."
+    """Densities work in vmap, also with a precision per sample; there what is no precision gives
+    NaN."""
     error, precision = tensor(0, (3, 2, 4)).float(), torch.tensor([1.0, 2.0, -1.0])
     for method in (family.log_prob, family.score):
         found = torch.vmap(method)(error, precision)
@@ -844,7 +902,8 @@ def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
 
 
 def test_only_rows_that_need_it_are_computed_in_float64() -> None:
-    "A zero error needs no more than float32; a huge one among many goes there alone, and is what it would be alone."
+    """A zero error needs no more than float32; a huge one among many goes there alone, and is
+    what it would be alone."""
 
     class Watched(StudentT):
         def weight(self, u: Tensor, dim: int) -> Tensor:
@@ -868,7 +927,8 @@ def test_only_rows_that_need_it_are_computed_in_float64() -> None:
 
 
 def test_slopes_of_extreme_errors() -> None:
-    "Autograd goes the way of the values: the slope of the energy is the score, and NaN reaches nobody else."
+    """Autograd goes the way of the values: the slope of the energy is the score, and NaN reaches
+    nobody else."""
     for family in ELLIPTICAL:
         error = torch.tensor([[1e-30], [3.0], [1e25]], requires_grad=True)
         (slope,) = torch.autograd.grad(family.log_prob(error, 1.0).sum(), error)
@@ -878,29 +938,80 @@ def test_slopes_of_extreme_errors() -> None:
         assert fits[1] and fits[0]
 
 
-@pytest.mark.parametrize(("call", "kind", "says"), [
-    (lambda: Gaussian().log_prob(None, 1.0), TypeError, "an error must be a tensor, got None"),
-    (lambda: Gaussian().log_prob([1.0], 1.0), TypeError, "an error must be a tensor"),
-    (lambda: Gaussian().log_prob(torch.zeros(2, dtype=torch.int64), 1.0), TypeError, "floating dtype, got torch.int64"),
-    (lambda: Gaussian().score(torch.zeros(2), "1"), TypeError, "a precision must be a number or a tensor of numbers, got '1'"),
-    (lambda: Laplace().energy(torch.zeros(2), None), TypeError, "a precision must be a number"),
-    (lambda: Laplace().energy(torch.zeros(2), True), TypeError, "a precision must be a number"),
-    (lambda: IndependentLaplace().weight(torch.zeros(2), torch.tensor(True)), TypeError, "a precision must be a number"),
-    (lambda: Gaussian().sample((2, 3), "1"), TypeError, "a precision must be a number"),
-    (lambda: Gaussian().fit(None), TypeError, "errors must be a tensor"),
-    (lambda: Gaussian().fit(torch.tensor(1.0)), ValueError, "errors need a last axis"),
-    (lambda: StudentT().fit_shape([1.0]), TypeError, "errors must be a tensor"),
-    (lambda: StudentT("1"), TypeError, "nu must be a number"),
-    (lambda: GaussianMixture([0.0], torch.zeros(1, 1), torch.ones(1)), TypeError, "log_mix must be a tensor"),
-    (lambda: GaussianMixture.fit(torch.randn(5, 2), 1.5), TypeError, "M must be a whole number, got 1.5"),
-    (lambda: GaussianMixture.fit(torch.randn(5, 2), True), TypeError, "M must be a whole number, got True"),
-    (lambda: GaussianMixture.fit(torch.randn(5, 2), 1, restarts=0), ValueError, "restarts must be at least 1, got 0"),
-    (lambda: Categorical().energy(None, torch.zeros(1, 3)), TypeError, "targets must be an int64 tensor, got None"),
-    (lambda: Categorical().energy(torch.zeros(1).long(), None), TypeError, "logits must be a tensor"),
-    (lambda: Categorical().fit(torch.zeros(3).long(), 2.0), TypeError, "V must be a whole number"),
-    (lambda: Categorical().fit(torch.zeros(3).long(), 2, "1"), TypeError, "smoothing must be a number"),
-    (lambda: Categorical().fit(torch.zeros(3).long(), 2, math.nan), ValueError, "smoothing must be finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "kind", "says"),
+    [
+        (lambda: Gaussian().log_prob(None, 1.0), TypeError, "an error must be a tensor, got None"),
+        (lambda: Gaussian().log_prob([1.0], 1.0), TypeError, "an error must be a tensor"),
+        (
+            lambda: Gaussian().log_prob(torch.zeros(2, dtype=torch.int64), 1.0),
+            TypeError,
+            "floating dtype, got torch.int64",
+        ),
+        (
+            lambda: Gaussian().score(torch.zeros(2), "1"),
+            TypeError,
+            "a precision must be a number or a tensor of numbers, got '1'",
+        ),
+        (lambda: Laplace().energy(torch.zeros(2), None), TypeError, "a precision must be a number"),
+        (lambda: Laplace().energy(torch.zeros(2), True), TypeError, "a precision must be a number"),
+        (
+            lambda: IndependentLaplace().weight(torch.zeros(2), torch.tensor(True)),
+            TypeError,
+            "a precision must be a number",
+        ),
+        (lambda: Gaussian().sample((2, 3), "1"), TypeError, "a precision must be a number"),
+        (lambda: Gaussian().fit(None), TypeError, "errors must be a tensor"),
+        (lambda: Gaussian().fit(torch.tensor(1.0)), ValueError, "errors need a last axis"),
+        (lambda: StudentT().fit_shape([1.0]), TypeError, "errors must be a tensor"),
+        (lambda: StudentT("1"), TypeError, "nu must be a number"),
+        (
+            lambda: GaussianMixture([0.0], torch.zeros(1, 1), torch.ones(1)),
+            TypeError,
+            "log_mix must be a tensor",
+        ),
+        (
+            lambda: GaussianMixture.fit(torch.randn(5, 2), 1.5),
+            TypeError,
+            "M must be a whole number, got 1.5",
+        ),
+        (
+            lambda: GaussianMixture.fit(torch.randn(5, 2), True),
+            TypeError,
+            "M must be a whole number, got True",
+        ),
+        (
+            lambda: GaussianMixture.fit(torch.randn(5, 2), 1, restarts=0),
+            ValueError,
+            "restarts must be at least 1, got 0",
+        ),
+        (
+            lambda: Categorical().energy(None, torch.zeros(1, 3)),
+            TypeError,
+            "targets must be an int64 tensor, got None",
+        ),
+        (
+            lambda: Categorical().energy(torch.zeros(1).long(), None),
+            TypeError,
+            "logits must be a tensor",
+        ),
+        (
+            lambda: Categorical().fit(torch.zeros(3).long(), 2.0),
+            TypeError,
+            "V must be a whole number",
+        ),
+        (
+            lambda: Categorical().fit(torch.zeros(3).long(), 2, "1"),
+            TypeError,
+            "smoothing must be a number",
+        ),
+        (
+            lambda: Categorical().fit(torch.zeros(3).long(), 2, math.nan),
+            ValueError,
+            "smoothing must be finite",
+        ),
+    ],
+)
 def test_types_are_looked_at_first(call: Any, kind: type, says: str) -> None:
     with pytest.raises(kind, match=says) as caught:
         call()

@@ -1,4 +1,5 @@
-"""Evidence: columns settle and are sampled as their energy says, in the order of time, with the present weights and split."""
+"""Evidence: columns settle and are sampled as their energy says, in the order of time, with the
+present weights and split."""
 
 import copy
 import math
@@ -59,7 +60,8 @@ def model(request: pytest.FixtureRequest) -> PCTransformer:
     return made(request.param)
 
 
-# The oracle: whole layers of the model over the states of all columns so far. No memory, no merged attention, no cache.
+# The oracle: whole layers of the model over the states of all columns so far. No memory, no merged
+# attention, no cache.
 
 States = list[Tensor]  # of every node, `(B, columns, D)`
 
@@ -104,7 +106,8 @@ def variances_of(predictions: States, beta: float) -> States:
 
 
 def filtered(model: PCTransformer, tokens: Tensor, beta: float, steps: int) -> Tensor:
-    "Logits of unsettled columns over a past that took full steps; fails where a full step would climb."
+    """Logits of unsettled columns over a past that took full steps; fails where a full step
+    would climb."""
     past, logits = None, []
     for i in range(tokens.shape[1]):
         token, errors = tokens[:, i : i + 1], none(model, len(tokens))
@@ -170,7 +173,8 @@ def test_no_logit_looks_ahead_and_every_token_is_evidence(model: PCTransformer) 
             later = TOKENS.clone()
             later[:, t:] = (later[:, t:] + 1) % 7
             assert torch.equal(read(later)[:, :t], before[:, :t])
-    # the token after a column moves what later columns read of it: put it to the model that reads the same inputs
+    # the token after a column moves what later columns read of it: put it to the model that reads
+    # the same inputs
     settled = soft.settle(TOKENS)[0]
     changed = TOKENS.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 7
@@ -202,7 +206,8 @@ def test_rows_and_their_order_do_not_matter(model: PCTransformer) -> None:
 
 
 def test_settling_never_raises_the_energy_of_a_column() -> None:
-    "Waves under a prior that is far too wide: full steps climb in most columns, and each answers for itself."
+    """Waves under a prior that is far too wide: full steps climb in most columns, and each
+    answers for itself."""
     g = torch.Generator().manual_seed(3)
     a, phase = (
         3 * torch.randn(4, 50, 5, dtype=torch.float64, generator=g),
@@ -301,7 +306,8 @@ def test_a_settler_reads_on_and_starts_anew_for_another_text() -> None:
     model, calls = made(), []
     settler = EvidenceSettler(1, 10.0)
     settle = settler.settle
-    settler.settle = lambda *column: (calls.append(1), settle(*column))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    # pyright: ignore[reportAttributeAccessIssue]
+    settler.settle = lambda *column: (calls.append(1), settle(*column))[1]
     settler.logits(model, TOKENS[:, :4])
     settler.logits(model, TOKENS[:, :5])
     assert len(calls) == 3 + 1
@@ -337,7 +343,8 @@ def test_an_error_on_the_way_leaves_no_half_past() -> None:
 
 
 def chain(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Law, gain and observations of a scalar chain: s_i = a_i s_(i-1) + N(0, 1), x_i = c_i s_i + N(0, 1)."
+    """Law, gain and observations of a scalar chain: s_i = a_i s_(i-1) + N(0, 1), x_i = c_i s_i +
+    N(0, 1)."""
     a, c, x = torch.randn(
         3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
@@ -345,7 +352,8 @@ def chain(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact(a: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    "Mean and covariance of all states given all observations, and the log-evidence: one Gaussian, solved whole."
+    """Mean and covariance of all states given all observations, and the log-evidence: one
+    Gaussian, solved whole."""
     n = len(a)
     law = torch.eye(n, dtype=torch.float64) - torch.diag(a[1:], -1)
     prior = torch.linalg.inv(law.T @ law)
@@ -360,7 +368,8 @@ def exact(a: Tensor, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
 def in_order(
     a: Tensor, c: Tensor, x: Tensor, draws: int, steps: int | None, resampled: bool
 ) -> tuple[Tensor, Tensor, float]:
-    "States `(draws, columns)` sampled in the order of time, their weights, and the estimated log-evidence."
+    """States `(draws, columns)` sampled in the order of time, their weights, and the estimated
+    log-evidence."""
     g, zero = torch.Generator().manual_seed(0), torch.zeros(draws, 1, 1, dtype=torch.float64)
     one = torch.ones_like(zero)
     states, log_w, log_z = (
@@ -395,7 +404,8 @@ def in_order(
 def test_sampled_columns_have_the_posterior_of_a_linear_chain(
     steps: int | None, resampled: bool
 ) -> None:
-    "Variances within 5 %, means and covariances within 0.04, at the default of one step too; the past hears later tokens."
+    """Variances within 5 %, means and covariances within 0.04, at the default of one step too;
+    the past hears later tokens."""
     a, c, x = chain(4, seed=1)
     mean, cov, log_z = exact(a, c, x)
     states, W, found = in_order(a, c, x, 60_000, steps, resampled)
@@ -410,7 +420,8 @@ def test_sampled_columns_have_the_posterior_of_a_linear_chain(
 
 
 def test_a_temperature_widens_prior_and_noise_alike() -> None:
-    "A quadratic at temperature two: the same mean, twice the variance, and the integral of the tempered likelihood."
+    """A quadratic at temperature two: the same mean, twice the variance, and the integral of the
+    tempered likelihood."""
     n, tau, v, c, x = 60_000, 2.0, 0.7, 1.5, 2.0
     zero, variances = (
         torch.zeros(n, 1, 1, dtype=torch.float64),
@@ -474,7 +485,8 @@ def test_a_proposal_that_overflows_is_rejected() -> None:
 
 
 def test_a_settler_leaves_the_numbers_of_the_model_alone() -> None:
-    "Only the precision that is new takes the dtype of the model's output; the model stays the caller's."
+    """Only the precision that is new takes the dtype of the model's output; the model stays the
+    caller's."""
     model = made("by key").float()
     model.predictors[1].attention.log_precision.data = model.predictors[
         1
@@ -490,7 +502,8 @@ def test_a_settler_leaves_the_numbers_of_the_model_alone() -> None:
 
 
 def test_without_weights_the_past_is_not_the_posterior() -> None:
-    "The walk that is known: means .25 and .5 and a variance of .625 where Kalman has .2, .6 and .6."
+    """The walk that is known: means .25 and .5 and a variance of .625 where Kalman has .2, .6
+    and .6."""
     one = torch.ones(2, dtype=torch.float64)
     for x, right, bare in (((1.0, 0.0), 0.2, 0.25), ((0.0, 1.0), 0.6, 0.5)):
         observed = torch.tensor(x, dtype=torch.float64)
@@ -506,7 +519,8 @@ def test_without_weights_the_past_is_not_the_posterior() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sampled_pasts_predict_as_the_posterior_of_the_transformer(temperature: float) -> None:
-    "The default of one step, against a hundred thousand whole pasts drawn from the prior and weighed by all their tokens."
+    """The default of one step, against a hundred thousand whole pasts drawn from the prior and
+    weighed by all their tokens."""
     model = made(n_layer=1, seed=3, scale=20.0)
     tokens, beta, n = torch.tensor([[1, 4, 2, 2]]), 3.0, 100_000
     g, past, log_w = torch.Generator().manual_seed(0), None, torch.zeros(n, dtype=torch.float64)
@@ -537,7 +551,8 @@ def test_sampled_pasts_predict_as_the_posterior_of_the_transformer(temperature: 
 
 
 def test_the_weights_are_used_and_kept_apart_by_row() -> None:
-    "`logits` is the weighted mean; rows resample by themselves; the default has eight pasts at temperature one."
+    """`logits` is the weighted mean; rows resample by themselves; the default has eight pasts at
+    temperature one."""
     model = made(seed=3)
     settler = make_settler("langevin")
     assert (settler.temperature, settler.samples, settler.steps) == (1.0, 8, 1)

@@ -1,4 +1,5 @@
-"""Signals, kills, full disks, damaged files and bad input: nothing is half-written, nothing ends in a traceback."""
+"""Signals, kills, full disks, damaged files and bad input: nothing is half-written, nothing ends
+in a traceback."""
 
 import errno
 import json
@@ -229,7 +230,8 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sigterm_in_a_real_process(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "SIGTERM while training: status 130, a checkpoint, a word on how to resume; and the resumed run is the same run."
+    """SIGTERM while training: status 130, a checkpoint, a word on how to resume; and the resumed
+    run is the same run."""
     args = command(tmp_path / "run", text, 150, 5, **{"train.eval_interval": 75})
     heard = lambda: signal.signal(
         signal.SIGTERM, signal.SIG_DFL
@@ -259,7 +261,8 @@ def test_sigterm_in_a_real_process(
 def test_stopped_and_resumed(
     text: Path, tmp_path: Path, name: str, step: int, algorithm: str
 ) -> None:
-    "The step is finished, a checkpoint written although none was due, and the losses go on as if nothing had been."
+    """The step is finished, a checkpoint written although none was due, and the losses go on as
+    if nothing had been."""
     run, other = tmp_path / "run", tmp_path / "other"
     options = {"learner.algorithm": algorithm}
     status, said = elsewhere(command(run, text, 4, 100, **options), tmp_path / "log", name, step)
@@ -272,8 +275,10 @@ def test_stopped_and_resumed(
         assert torch.equal(p, dict(load(checkpoints(other)[-1]).named_parameters())[name]), name
 
 
-@pytest.mark.parametrize(("fate", "number", "held"), [("twice", 2, 2), ("twice in a checkpoint", 3, 1),
-                                                       ("twice in a checkpoint", 6, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fate", "number", "held"),
+    [("twice", 2, 2), ("twice in a checkpoint", 3, 1), ("twice in a checkpoint", 6, 2)],
+)
 def test_a_second_signal_ends_at_once(
     fate: str, number: int, held: int, text: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -301,14 +306,16 @@ def test_a_signal_in_the_last_step_changes_nothing(text: Path, tmp_path: Path, w
     assert history(tmp_path / "run") == history(whole)
 
 
-# Changes 1 to 9 write config.yaml, up to 16 the first checkpoint, up to 24 the second, up to 36 the third
+# Changes 1 to 9 write config.yaml, up to 16 the first checkpoint, up to 24 the second, up to 36 the
+# third
 @pytest.mark.parametrize(
     "number", [4, 5, 9, 11, 12, 13, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 34, 35, 36]
 )
 def test_killed_at_any_change_of_the_disk(
     text: Path, tmp_path: Path, whole: Path, number: int
 ) -> None:
-    "A checkpoint a step; killed anywhere, at most one step is lost and the rest is the uninterrupted run."
+    """A checkpoint a step; killed anywhere, at most one step is lost and the rest is the
+    uninterrupted run."""
     run = tmp_path / "run"
     status, said = elsewhere(command(run, text), tmp_path / "log", "kill", number)
     assert status == -signal.SIGKILL, said
@@ -326,7 +333,8 @@ def test_killed_at_any_change_of_the_disk(
 
 
 def test_at_most_one_interval_is_lost(text: Path, tmp_path: Path, whole: Path) -> None:
-    "SIGKILL before each step, a checkpoint every step: what was done before the last checkpoint is there."
+    """SIGKILL before each step, a checkpoint every step: what was done before the last
+    checkpoint is there."""
     for step in (1, 3):
         run = tmp_path / f"run-{step}"
         status, said = elsewhere(command(run, text), tmp_path / "log", "SIGKILL", step)
@@ -377,7 +385,8 @@ def save_and_die(folder: Path, number: int) -> None:
 
 
 def test_disk_full_while_training(text: Path, tmp_path: Path, whole: Path) -> None:
-    "One sentence, the last checkpoint is intact, nothing is left beside it, and with space again the run goes on."
+    """One sentence, the last checkpoint is intact, nothing is left beside it, and with space
+    again the run goes on."""
     run = tmp_path / "run"
     status, said = elsewhere(command(run, text), tmp_path / "log", "full", 2)
     assert status == 1, said
@@ -516,7 +525,8 @@ def test_foreign_optimizer_states(
 def test_checkpoint_of_another_configuration(
     whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "Files of two runs mixed up, a run's configuration edited, a configuration insisted on: each is named."
+    """Files of two runs mixed up, a run's configuration edited, a configuration insisted on:
+    each is named."""
     other = tmp_path / "other"
     assert main(command(other, text, **{"model.d_model": 12})) == 0
     swapped = shutil.copytree(whole, tmp_path / "swapped")
@@ -533,7 +543,8 @@ def test_checkpoint_of_another_configuration(
 
 
 def test_a_configuration_without_its_family_is_not_guessed(tmp_path: Path) -> None:
-    "A learned-scale dot model has the tensors of a gaussian one: a missing key must not choose between them."
+    """A learned-scale dot model has the tensors of a gaussian one: a missing key must not choose
+    between them."""
     save(PCTransformer(ModelConfig(5, 4, 1, 1, 4, "dot", 1.0)), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     about = json.loads(file.read_text())
@@ -697,7 +708,8 @@ BAD_TARGETS = {
 @pytest.mark.parametrize("learner", [Backprop(), PredictiveCoding()], ids=["backprop", "pc"])
 @pytest.mark.parametrize("what", BAD_TARGETS)
 def test_bad_targets(what: str, learner: Any) -> None:
-    "Targets that mean nothing are named as such, not met as a crash inside PyTorch or a loss of NaN."
+    """Targets that mean nothing are named as such, not met as a crash inside PyTorch or a loss
+    of NaN."""
     model = PCTransformer(ModelConfig(5, 8, 1, 1, 4))
     with pytest.raises((TypeError, ValueError), match="target"):
         learner.backward(model, torch.ones(2, 4, dtype=torch.int64), BAD_TARGETS[what])
@@ -750,7 +762,8 @@ def test_sentences_of_configurations() -> None:
 def test_an_option_that_equals_its_default_is_an_option(
     whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "2000 iterations, 65 symbols, the default learner: given is given, on the command line and in a file."
+    """2000 iterations, 65 symbols, the default learner: given is given, on the command line and
+    in a file."""
     said = fails([*resumed(whole), "--train.iters=2000"], capsys)
     assert "train.iters (2000, the run's is 4)" in said
     (tmp_path / "more.yaml").write_text("train: {iters: 2000, seed: 1}\n", encoding="utf-8")
@@ -787,7 +800,8 @@ def test_an_option_that_equals_its_default_is_an_option(
 def test_a_run_without_its_configuration_file(
     whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "Every checkpoint has a copy: resuming writes the file anew, and evaluation reads the run's own text."
+    """Every checkpoint has a copy: resuming writes the file anew, and evaluation reads the run's
+    own text."""
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "config.yaml").unlink()
     capsys.readouterr()
@@ -808,7 +822,8 @@ def test_a_run_is_resumed_from_another_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    "A relative path is kept from the root; a text that has moved is named anew, and its content compared."
+    """A relative path is kept from the root; a text that has moved is named anew, and its
+    content compared."""
     shutil.copy(text, tmp_path / "own.txt")
     monkeypatch.chdir(tmp_path)
     assert (
@@ -833,7 +848,8 @@ def test_a_folder_that_is_removed_while_its_run_trains(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    "What was learned is not lost and the folder is whole again; removed at the very end it is a failure."
+    """What was learned is not lost and the folder is whole again; removed at the very end it is
+    a failure."""
     run, advance, save_last = tmp_path / "run", Trainer.advance, save_checkpoint
 
     def advanced(t: Trainer) -> float:
@@ -869,9 +885,13 @@ PLATFORMS = {
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> None:
-    "Train on, evaluate and sample letters that the platform does not know; no file is opened in its encoding."
+    """Train on, evaluate and sample letters that the platform does not know; no file is opened
+    in its encoding."""
     (tmp_path / "тест.txt").write_text("жук и été, straße ✓\n" * 40, encoding="utf-8")
-    ours = "import warnings; warnings.filterwarnings('error', category=EncodingWarning, module='pc_transformer'); "
+    ours = (
+        "import warnings; warnings.filterwarnings('error', category=EncodingWarning,"
+        " module='pc_transformer'); "
+    )
     python = [
         sys.executable,
         "-X",
@@ -928,7 +948,8 @@ def test_token_files_are_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_text_of_one_line(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "Its closing line end is no part of it; it is trained on, evaluated, and sampled without a prompt."
+    """Its closing line end is no part of it; it is trained on, evaluated, and sampled without a
+    prompt."""
     (tmp_path / "line.txt").write_bytes(("so it goes " * 40 + ending).encode())
     assert (
         main(command(tmp_path / "run", tmp_path / "line.txt")) == 0
@@ -942,7 +963,8 @@ def test_a_text_of_one_line(
 def test_no_side_result_kills_the_main_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "7,000 characters: no 5-gram fits in 64 bits. A character that only the last tenth has, but the tokenizer knows."
+    """7,000 characters: no 5-gram fits in 64 bits. A character that only the last tenth has, but
+    the tokenizer knows."""
     alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 7000)))
     (tmp_path / "large.txt").write_text(alphabet * 2, encoding="utf-8")
     run = tmp_path / "large"
@@ -973,16 +995,26 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
     assert out == "" and "nan" in one_sentence(err)
 
 
-@pytest.mark.parametrize("between, name", [
-    (between, name) for between in ("read_tensors", "read_tokenizer")
-    for name in ("evaluate", "sample", "uncertainty", "evidence", "settled-reading")
-    if (between, name) != ("read_tokenizer", "evidence")     # which reads no tokenizer
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "between, name",
+    [
+        (between, name)
+        for between in ("read_tensors", "read_tokenizer")
+        for name in ("evaluate", "sample", "uncertainty", "evidence", "settled-reading")
+        if (between, name) != ("read_tokenizer", "evidence")  # which reads no tokenizer
+    ],
+)
 def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
-    between: str, name: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    between: str,
+    name: str,
+    whole: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    "Model and tokenizer come from one checkpoint: the newer one, if the older goes while it is read."
+) -> None:
+    """Model and tokenizer come from one checkpoint: the newer one, if the older goes while it is
+    read."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     newest, read = checkpoints(run)[-1], getattr(training, between)
@@ -1116,7 +1148,8 @@ def test_large_numbers_are_refused_by_name() -> None:
 
 
 def test_nobody_reads_the_output(whole: Path) -> None:
-    "A closed pipe is silent, a full disk is one sentence, and Python adds nothing of its own when it ends."
+    """A closed pipe is silent, a full disk is one sentence, and Python adds nothing of its own
+    when it ends."""
     args = [
         sys.executable,
         "-c",

@@ -1,4 +1,5 @@
-"""The house has floors: a module imports from floors below its own, files form no circle, and theory stands apart."""
+"""The house has floors: a module imports from floors below its own, files form no circle, and
+theory stands apart."""
 
 import ast
 from functools import cache
@@ -79,8 +80,12 @@ def imports(copy: Copy) -> Graph:
     "Who imports whom; what lies behind a face is not followed."
     known = {dotted(path) for path in copy}
     package = lambda path: path.split("/")[:-1]
-    return {dotted(path): set().union(*(targets(node, package(path), known) for node in statements(text)))
-            for path, text in copy.items()}  # fmt: skip
+    return {
+        dotted(path): (
+            set().union(*(targets(node, package(path), known) for node in statements(text)))
+        )
+        for path, text in copy.items()
+    }
 
 
 def complaints(copy: Copy) -> list[str]:
@@ -117,7 +122,8 @@ def test_every_arrow_runs_down() -> None:
 
 
 def test_the_graph_is_the_one_that_is_meant() -> None:
-    """So that nothing holds because nothing was seen: every room has files, every floor leans on one below."""
+    """So that nothing holds because nothing was seen: every room has files, every floor leans on
+    one below."""
     graph = imports(sources())
     rooms = {name.partition(".")[0] for name in graph if name}
     assert rooms == {*LEVEL, APART} and len(graph) > 70
@@ -126,8 +132,15 @@ def test_the_graph_is_the_one_that_is_meant() -> None:
         for name, found in graph.items()
         for other in found
     }
-    assert {("cli", "training"), ("training", "learning"), ("learning", "settling"), ("settling", "model"),
-            ("model", "attention"), ("attention", "energies"), ("inference", "model")} <= used  # fmt: skip
+    assert {
+        ("cli", "training"),
+        ("training", "learning"),
+        ("learning", "settling"),
+        ("settling", "model"),
+        ("model", "attention"),
+        ("attention", "energies"),
+        ("inference", "model"),
+    } <= used
     assert graph["attention.kernels.choose"] >= {"attention.kernels.masks", "energies.families"}, (
         "relative names are resolved"
     )

@@ -1,4 +1,5 @@
-"""Generation: filters, sampling, and the promise that a model is only read (chapter 23; rules 2, 3 and 4)."""
+"""Generation: filters, sampling, and the promise that a model is only read (chapter 23; rules 2,
+3 and 4)."""
 
 import math
 
@@ -86,10 +87,17 @@ def test_top_p_is_the_smallest_set(z, p):
 
 
 @pytest.mark.parametrize("cut", [top_p_filter, typical_filter])
-@pytest.mark.parametrize(("masses", "p", "stay"), [
-    ([1, 1, 1, 1], 0.5, 2), ([1, 1, 1, 1], 0.25, 1), ([1, 1, 1, 1], 0.75, 3), ([1, 1, 1, 1], 0.75 + 1e-12, 4),
-    ([1] * 8, 0.5, 4), ([1, 1, 0, 0], 0.5, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("masses", "p", "stay"),
+    [
+        ([1, 1, 1, 1], 0.5, 2),
+        ([1, 1, 1, 1], 0.25, 1),
+        ([1, 1, 1, 1], 0.75, 3),
+        ([1, 1, 1, 1], 0.75 + 1e-12, 4),
+        ([1] * 8, 0.5, 4),
+        ([1, 1, 0, 0], 0.5, 1),
+    ],
+)
 def test_a_set_whose_mass_is_exactly_p_is_large_enough(cut, masses, p, stay):
     z = torch.tensor(masses, dtype=torch.float64).log()
     assert kept(cut(z, p)) == list(range(stay))
@@ -136,7 +144,8 @@ def test_masked_logits_stay_masked():
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.8}, {"temperature": 2.0}])
 def test_draws_follow_the_probabilities(options):
-    """Pearson's chi-square with a fixed seed; a sampler that ignores the options (the mutant) fails it."""
+    """Pearson's chi-square with a fixed seed; a sampler that ignores the options (the mutant)
+    fails it."""
     z = torch.tensor([[0.3, 1.2, -0.5, 0.0, 0.9]], dtype=torch.float64)
     q = distribution(z, **options)[0]
     quantile = {2: 9.21, 3: 11.34, 4: 13.28}  # 99 %
@@ -213,7 +222,8 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 
 
 def only_reads(model: nn.Module, run=generate) -> bool:
-    """Rule 4, and more: state, modes, gradients, prompt and the global random state are as before."""
+    """Rule 4, and more: state, modes, gradients, prompt and the global random state are as
+    before."""
     model.train()
     list(model.modules())[-1].eval()  # a mixed state
     prompt, modes, state = PROMPT.clone(), [m.training for m in model.modules()], bits(model)
@@ -291,7 +301,8 @@ def test_rule_4_catches_loops(mutant):
 
 
 def ignores_the_global_seed(model: nn.Module) -> bool:
-    """Rule 2: greedy text does not depend on the global random state, nor on the call's own seed."""
+    """Rule 2: greedy text does not depend on the global random state, nor on the call's own
+    seed."""
     texts = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -383,8 +394,12 @@ def test_types_come_first(model):
     ):
         generate(nn.Linear(2, 2), PROMPT, 1)
     tokenizer = CharTokenizer("abcdefghijk")
-    for words, bad in (("prompt must be a text", {"prompt": PROMPT}), ("tokenizer must have", {"tokenizer": {}}),
-                       ("stop must be", {"stop": 1}), ("stop must be", {"stop": {"a": 1}})):  # fmt: skip
+    for words, bad in (
+        ("prompt must be a text", {"prompt": PROMPT}),
+        ("tokenizer must have", {"tokenizer": {}}),
+        ("stop must be", {"stop": 1}),
+        ("stop must be", {"stop": {"a": 1}}),
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             generate_text(
                 model, **({"tokenizer": tokenizer, "prompt": "ab", "max_new_tokens": 1} | bad)
@@ -425,13 +440,23 @@ def test_text(model):
         generate_text(model, CharTokenizer("abcdefghijkl"), "a", 1)
 
 
-CHOICES = ({}, {"temperature": 0}, {"top_k": 9}, {"top_p": 0.5}, {"typical_p": 0.3}, {"min_p": 0.01},
-           {"repetition_penalty": 1.3, "presence_penalty": 0.1}, {"cache": False}, {"settle": "attention"})  # fmt: skip
+CHOICES = (
+    {},
+    {"temperature": 0},
+    {"top_k": 9},
+    {"top_p": 0.5},
+    {"typical_p": 0.3},
+    {"min_p": 0.01},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.1},
+    {"cache": False},
+    {"settle": "attention"},
+)
 
 
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_a_padded_vocabulary_is_sampled_without_its_padding(model, options):
-    """Surplus tokens, however likely, are never drawn; the others are drawn as if there were no surplus."""
+    """Surplus tokens, however likely, are never drawn; the others are drawn as if there were no
+    surplus."""
     with torch.no_grad():
         model.predictors[0].token.weight[3:] *= 30  # of all logits these are now the largest
     tokens = generate(

@@ -1,6 +1,8 @@
-"""`attention="dot"` with backprop is nanoGPT: logits, parameters, initial weights, optimiser, schedule.
+"""`attention="dot"` with backprop is nanoGPT: logits, parameters, initial weights, optimiser,
+schedule.
 
-The model and the loop below are written from nanoGPT's description (bias=False), not from this library."""
+The model and the loop below are written from nanoGPT's description (bias=False), not from this
+library."""
 
 import inspect
 import math
@@ -134,8 +136,12 @@ def draw(config: ModelConfig, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]
 
 configs = st.builds(
     lambda V, T, L, H, d: ModelConfig(V, T, L, H, H * d, "dot"),
-    st.integers(2, 40), st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 4, 7]),
-)  # fmt: skip
+    st.integers(2, 40),
+    st.integers(1, 20),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([2, 4, 7]),
+)
 
 
 @few
@@ -187,7 +193,8 @@ def test_other_architectures_are_noticed(mutant: str) -> None:
 
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_initial_weights(family: str) -> None:
-    "Normal with nanoGPT's standard deviations; gains are one; the seed decides and the global state is left alone."
+    """Normal with nanoGPT's standard deviations; gains are one; the seed decides and the global
+    state is left alone."""
     config = ModelConfig(attention=family)
     state = torch.get_rng_state()
     model, again, other = (
@@ -220,7 +227,8 @@ def test_initial_weights(family: str) -> None:
             z
         ) ** 0.5
         assert apart < 2.2, (
-            f"{name} is not normal with standard deviation {std:.4g}: Kolmogorov distance {apart:.2f}"
+            f"{name} is not normal with standard deviation {std:.4g}: Kolmogorov distance"
+            f" {apart:.2f}"
         )
 
 
@@ -272,7 +280,8 @@ def test_schedule_of_the_cpu_run() -> None:
 
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_optimizer_groups(family: str) -> None:
-    "Matrices and embeddings decay, gains do not; precisions have their own rate; each parameter is in one group."
+    """Matrices and embeddings decay, gains do not; precisions have their own rate; each
+    parameter is in one group."""
     model = PCTransformer(ModelConfig(attention=family))
     c = TrainConfig(weight_decay=0.3, precision_lr_scale=0.25, beta1=0.8, beta2=0.95)
     optimizer = make_optimizer(model, c)
@@ -316,7 +325,8 @@ def nanogpt_run(model: GPT, trainer: Trainer, c: TrainConfig, steps: int) -> lis
 
 @pytest.mark.parametrize("grad_clip", [1.0, 0.05, 0.0])
 def test_training_run(grad_clip: float) -> None:
-    "Thirty steps of nanoGPT's loop and of ours give the same losses; grad_clip = 0 means no clipping in both."
+    """Thirty steps of nanoGPT's loop and of ours give the same losses; grad_clip = 0 means no
+    clipping in both."""
     ids = torch.randint(11, (50,), generator=torch.Generator().manual_seed(0)).repeat(20)
     train = TrainConfig(
         iters=30,

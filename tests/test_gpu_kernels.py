@@ -1,7 +1,9 @@
 """The GPU backends against the definition in float64.
 
-Without a GPU the kernels run in Triton's interpreter where Triton is installed, and what is plain PyTorch runs anyway.
-With one, this one command checks the compiled kernels and FlexAttention in bfloat16, float16 and float32:
+Without a GPU the kernels run in Triton's interpreter where Triton is installed, and what is
+plain PyTorch runs anyway.
+With one, this one command checks the compiled kernels and FlexAttention in bfloat16, float16 and
+float32:
 
     pytest tests/test_gpu_kernels.py
 """
@@ -136,7 +138,8 @@ def results(
     device: str,
     **options: object,
 ) -> list[Tensor]:
-    "Read-out, log-sum-exp, and the gradients of q, k, v, precision, log_mix and shapes through both, in float64."
+    """Read-out, log-sum-exp, and the gradients of q, k, v, precision, log_mix and shapes through
+    both, in float64."""
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     x = [t.to(device, narrow).requires_grad_() for t in inputs]
     y = [t.to(device, wide).requires_grad_() for t in (precision, log_mix)]
@@ -166,7 +169,8 @@ def worst(
     dv: int = 16,
     **options: object,
 ) -> float:
-    "The largest difference from the definition on the same rounded inputs, in units of the largest entry (at least 1)."
+    """The largest difference from the definition on the same rounded inputs, in units of the
+    largest entry (at least 1)."""
     inputs = [
         t.to(dtype).double()
         for t in (draw(1, B, H, Tq, d), draw(2, B, H, Tk, d), draw(3, B, H, Tk, dv))
@@ -261,7 +265,8 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
 
 @interpreter
 def test_squares_in_two_parts_are_the_better_ones() -> None:
-    "For queries next to their keys, a distance from squares that were rounded once is mostly noise."
+    """For queries next to their keys, a distance from squares that were rounded once is mostly
+    noise."""
     k = draw(1, 1, 1, 40, 64).bfloat16()
     q = (k.double() + draw(2, 1, 1, 40, 64) / 50).bfloat16()
     v, precision = (
@@ -339,7 +344,8 @@ def test_extreme_shapes(link: Elliptical) -> None:
 @pytest.mark.parametrize("name", ["gaussian", "student_t", "laplace", "huber"])
 @pytest.mark.parametrize("kind", ["key", "diagonal"])
 def test_extreme_precisions(name: str, lam: float, kind: str) -> None:
-    "Distances in units of the precision are what they were: the same results from inputs scaled by its root."
+    """Distances in units of the precision are what they were: the same results from inputs
+    scaled by its root."""
     q, k, v = (draw(seed, 1, 1, 20, 8) for seed in (1, 2, 3))
     precision = precision_of(kind, 1, 1, 20, 8)
     out, lse = definition(q, k, v, LINKS[name], precision)
@@ -383,7 +389,8 @@ def test_adversarial_inputs(dtype: torch.dtype) -> None:
 
 @interpreter
 def test_a_query_on_its_key() -> None:
-    "Distance zero: the infinite slope of Laplace and of p < 2 meets a zero difference, and the gradient stays bounded."
+    """Distance zero: the infinite slope of Laplace and of p < 2 meets a zero difference, and the
+    gradient stays bounded."""
     k = draw(1, 1, 1, 20, 8)
     for dtype in (torch.float32, torch.bfloat16):
         for link in (Laplace(0.0), GeneralizedGaussian(1.0), Logistic(), Huber(1.3)):
@@ -489,12 +496,11 @@ def test_bad_arguments_say_what_is_wrong() -> None:
 
 def test_import_without_triton_costs_nothing_and_says_what_is_missing() -> None:
     code = (
-        "import importlib.util, sys\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
-        "import torch\nbefore = set(sys.modules)\nfrom pc_transformer.attention.kernels import triton as g\n"
-        "assert not any(m.split('.')[0] == 'triton' for m in set(sys.modules) - before), 'Triton was imported'\n"
-        "print(g.available('cpu')[0], g.available('cpu')[1])\n"
+        "import importlib.util, sys\nfind = importlib.util.find_spec\nimportlib.util.find_spec ="
+        " lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\nimport"
+        " torch\nbefore = set(sys.modules)\nfrom pc_transformer.attention.kernels import triton as"
+        " g\nassert not any(m.split('.')[0] == 'triton' for m in set(sys.modules) - before),"
+        " 'Triton was imported'\nprint(g.available('cpu')[0], g.available('cpu')[1])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -515,7 +521,8 @@ def test_flex_asks_for_a_gpu() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LINKS)
 def test_scores_and_gradients_of_the_flex_function(name: str, kind: str) -> None:
-    "The score function, given all positions at once, is the definition; so are its gradients, also of captured tensors."
+    """The score function, given all positions at once, is the definition; so are its gradients,
+    also of captured tensors."""
     if kind not in kinds(name):
         return
 
@@ -563,7 +570,8 @@ def test_flex_without_compiling(mask: str) -> None:
 
 
 def gpu_tolerance(backend: Backend, dtype: torch.dtype, kind: str) -> float:
-    "FlexAttention rounds the two parts of a gradient apart, and a diagonal precision's squares once."
+    """FlexAttention rounds the two parts of a gradient apart, and a diagonal precision's squares
+    once."""
     loose = (
         3 if backend is g.flex or dtype == torch.float32 else 1
     )  # three tf32 products are not quite float32
@@ -660,7 +668,8 @@ def test_what_is_no_number_has_one_outcome(family: str, fault: str) -> None:
 @interpreter
 @pytest.mark.parametrize("name", [name for name in LINKS if name != "dot"])
 def test_squares_that_overflow_are_no_mask(name: str) -> None:
-    "Also for who calls the kernel itself: keys that are all too far give NaN, not the zeros of a row that sees nothing."
+    """Also for who calls the kernel itself: keys that are all too far give NaN, not the zeros of
+    a row that sees nothing."""
     q, k, v = (draw(seed, 1, 1, 20, 8).float() for seed in (1, 2, 3))
     for options in ({}, {"mask": torch.ones(1, 1, 1, 20, dtype=torch.bool)}):
         out, lse = g.triton(q, 1e25 * k, v, LINKS[name], torch.ones(1, 1, 1, 1), **options)
@@ -669,7 +678,8 @@ def test_squares_that_overflow_are_no_mask(name: str) -> None:
 
 @interpreter
 def test_outliers_keep_their_small_weight() -> None:
-    "A ratio far below the rounding of one is not subtracted from it: the slope is ratio / 2, not zero."
+    """A ratio far below the rounding of one is not subtracted from it: the slope is ratio / 2,
+    not zero."""
     q, k, v = (
         torch.zeros(1, 1, 1, 4),
         1e3 * draw(1, 1, 1, 20, 4).float(),
@@ -686,8 +696,11 @@ def test_outliers_keep_their_small_weight() -> None:
 def test_types_are_looked_at_first() -> None:
     q = torch.zeros(1, 1, 4, 8)
     if g.available("cpu")[0]:
-        for bad, words in (({"q": None}, "q must be a tensor"), ({"precision": 1.0}, "precision must be a tensor"),
-                           ({"window": 1.5}, "window must be a whole number")):  # fmt: skip
+        for bad, words in (
+            ({"q": None}, "q must be a tensor"),
+            ({"precision": 1.0}, "precision must be a tensor"),
+            ({"window": 1.5}, "window must be a whole number"),
+        ):
             with pytest.raises(TypeError, match=words):
                 g.triton(
                     **{"q": q, "k": q, "v": q, "link": "dot", "precision": torch.ones(1, 1, 1, 1)}

@@ -1,6 +1,8 @@
-"""The rules that keep results honest (listed in chapter 00), for both learners and every attention family.
+"""The rules that keep results honest (listed in chapter 00), for both learners and every
+attention family.
 
-Each is a check that the library passes and that mutants fail: small copies of what went wrong in published code."""
+Each is a check that the library passes and that mutants fail: small copies of what went wrong in
+published code."""
 
 import dataclasses
 import io
@@ -68,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "precision": "diagonal",
         "window": 3,
         "qk_norm": True,
-    },  # fmt: skip
+    },
 }
 LEARNERS: dict[str, Any] = {
     "backprop": Backprop(),
@@ -196,7 +198,8 @@ def test_rule_1(family: str, learner: Any) -> None:
 
 
 def clamped_reader(model: PCTransformer, tokens: Tensor, targets: Tensor) -> Tensor:
-    "Mutant: the output is read from states that settled with the targets clamped (perplexity 4.2, untrained)."
+    """Mutant: the output is read from states that settled with the targets clamped (perplexity
+    4.2, untrained)."""
     return model.output(ErrorSettling(8, 1.0, 0.5)(model, tokens, targets).states[-1])
 
 
@@ -208,7 +211,8 @@ def clamped_evaluation(model: PCTransformer, ids: Tensor, T: int) -> float:
 
 
 def settled_loss(model: PCTransformer, ids: Tensor, T: int) -> float:
-    "Mutant: 'training perplexity' taken after settling on the target, from the output node's energy."
+    """Mutant: 'training perplexity' taken after settling on the target, from the output node's
+    energy."""
     x, y = ids[:-1].view(-1, T), ids[1:].view(-1, T)
     return ErrorSettling(3, 20.0, 0.3)(model, x, y).node_energy[-1, -1].item()
 
@@ -277,7 +281,8 @@ def test_rule_1_catches_leaks(mutant: type[PCTransformer]) -> None:
 
 
 def check_rule_2(model: PCTransformer, seed: int = 0) -> None:
-    "Bit-equal under any random state; another token at any place, or noise for all of them, changes what follows."
+    """Bit-equal under any random state; another token at any place, or noise for all of them,
+    changes what follows."""
     model.eval()
     tokens, _ = batch(model, seed)
     with torch.no_grad():
@@ -317,7 +322,8 @@ def test_rule_2_holds_after_learning(learner: Any) -> None:
 
 
 class RandomLatentStart(PCTransformer):
-    "Mutant: states start at random and settle too briefly to forget it (another seed moves the logits by 7)."
+    """Mutant: states start at random and settle too briefly to forget it (another seed moves the
+    logits by 7)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         s = tokens
@@ -349,7 +355,8 @@ class IgnoresItsInput(PCTransformer):
 
 
 class Saturates(PCTransformer):
-    "Mutant: a hidden clamp that every state runs into; the output is the clamp's corner whatever the input."
+    """Mutant: a hidden clamp that every state runs into; the output is the clamp's corner
+    whatever the input."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         s = self.predictors[1](self.predictors[0](tokens))
@@ -386,7 +393,8 @@ def test_rule_2_catches(mutant: type[PCTransformer]) -> None:
 
 
 def check_rule_3(model: PCTransformer, learner: Any = None, seed: int = 0) -> None:
-    "Other tokens from t on leave the logits before t bit-equal, also after settling; a prefix says the same."
+    """Other tokens from t on leave the logits before t bit-equal, also after settling; a prefix
+    says the same."""
     model.eval()
     tokens, targets = batch(model, seed)
     T, V = tokens.shape[1], model.config.vocab_size
@@ -437,7 +445,8 @@ def with_attention(rule: Callable[[nn.Module, Tensor], Tensor]) -> type[PCTransf
 
 
 def heads_by_view(attention: Any, x: Tensor) -> Tensor:
-    "Mutant: `view(B, H, T, d)` with no transpose: time and channel are mixed, and the causal mask leaks."
+    """Mutant: `view(B, H, T, d)` with no transpose: time and channel are mixed, and the causal
+    mask leaks."""
     B, T, D = x.shape
     q, k, v = (y.reshape(B, attention.n_head, T, -1) for y in attention.qkv(x).split(D, -1))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -639,7 +648,8 @@ Loader = Callable[[Path], PCTransformer]
 
 
 def check_rule_6_load(loader: Loader, folder: Path, family: str) -> None:
-    "Logits are bit-equal; a missing, unknown, misnamed or misshapen tensor is an error, whatever else fits."
+    """Logits are bit-equal; a missing, unknown, misnamed or misshapen tensor is an error,
+    whatever else fits."""
     model = build(family, 3)
     tokens, _ = batch(model)
     save(model, folder)
@@ -781,7 +791,8 @@ IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(7))
 
 
 def run_config(family: str, learner: LearnerConfig, **options: Any) -> RunConfig:
-    "A run of a few steps, with everything that a careless resume gets wrong: warm-up, decay, clipping."
+    """A run of a few steps, with everything that a careless resume gets wrong: warm-up, decay,
+    clipping."""
     model = ModelConfig(**SMALL, **FAMILIES[family])
     train = {
         "iters": 8,
@@ -807,7 +818,8 @@ def check_rule_6_resume(
     go_on: Callable[[Trainer, Path], None] = resume,
     kind: type[Trainer] = Trainer,
 ) -> None:
-    "Stopped after 4 of 8 steps and resumed, the losses and weights of all steps are those of one uninterrupted run."
+    """Stopped after 4 of 8 steps and resumed, the losses and weights of all steps are those of
+    one uninterrupted run."""
     cpu = torch.device("cpu")
     whole = advance(Trainer(config, IDS, IDS, cpu), 8)
     save_checkpoint(advance(Trainer(config, IDS, IDS, cpu), 4), run)
@@ -1039,7 +1051,8 @@ def energies_by_hand(
 def settled_by_hand(
     model: PCTransformer, tokens: Tensor, targets: Tensor, beta: float, etas: list[float]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[list[float]]]:
-    "Errors, precisions, states and energies after steps of these sizes, by autodiff of the whole energy."
+    """Errors, precisions, states and energies after steps of these sizes, by autodiff of the
+    whole energy."""
     W, c = weights_of(model), model.config
     shape = (*tokens.shape, c.d_model)
     errors = [torch.zeros(shape, dtype=torch.float64) for _ in range(c.n_node)]
@@ -1064,7 +1077,8 @@ def gradients_by_hand(
     states: list[Tensor] | None,
     precision: list[Tensor],
 ) -> Weights:
-    "Autodiff of the energy by the weights with the states held fixed; without states, of the plain loss."
+    """Autodiff of the energy by the weights with the states held fixed; without states, of the
+    plain loss."""
     W, c = weights_of(model, requires_grad=True), model.config
     if states is None:
         s = tokens
@@ -1087,7 +1101,8 @@ def gradients_by_hand(
 def check_rule_7(
     model: PCTransformer, learner: Any, seed: int = 0, rows: int = 2, rtol: float = 1e-8
 ) -> None:
-    "Errors after each step, the energy trace and every p.grad equal autodiff of the energy written out by hand."
+    """Errors after each step, the energy trace and every p.grad equal autodiff of the energy
+    written out by hand."""
     tokens, targets = batch(model, seed, rows)
     states, precision = None, []
     if isinstance(learner, PredictiveCoding):
@@ -1263,14 +1278,23 @@ class StepsBy(ErrorSettling):
 
     message: Callable[..., Tensor] = lambda l, deltas, errors, precision: deltas[l]
 
-    def descend(self, model: Any, tokens: Tensor, targets: Tensor, errors: Any, deltas: Any, precision: Any,
-                *rest: Any) -> Any:  # fmt: skip
+    def descend(
+        self,
+        model: Any,
+        tokens: Tensor,
+        targets: Tensor,
+        errors: Any,
+        deltas: Any,
+        precision: Any,
+        *rest: Any
+    ) -> Any:
         deltas = [self.message(l, deltas, errors, precision) for l in range(len(deltas))]
         return super().descend(model, tokens, targets, errors, deltas, precision, *rest)
 
 
 MESSAGES: dict[str, Callable[..., Tensor]] = {
-    # the Jacobian of the layers above is left out: the output's message reaches every node unchanged
+    # the Jacobian of the layers above is left out: the output's message reaches every node
+    # unchanged
     "no Jacobian": lambda l, deltas, errors, precision: deltas[-1],
     # scaled down on the quiet, so that it always looks stable
     "damped": lambda l, deltas, errors, precision: deltas[l] / 2,
@@ -1300,7 +1324,8 @@ def test_rule_7_catches_solvers(message: Callable[..., Tensor]) -> None:
 
 
 def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> bool:
-    "The energy falls or settling says that it cannot; whether it settled. In float64 also: the trace is true."
+    """The energy falls or settling says that it cannot; whether it settled. In float64 also: the
+    trace is true."""
     tokens, targets = batch(model, seed)
     try:
         settled = solver(model, tokens, targets)
@@ -1383,7 +1408,9 @@ def broken_nodes(solver: ErrorSettling, model: PCTransformer, value: float) -> l
             "log_mix": (-math.inf,),
         }
         if value in harmless.get(name.split(".")[-1], ()):
-            continue  # a precision of zero, a background that explains nothing or all, a component that never is
+            # a precision of zero, a background that explains nothing or all, a component that never
+            # is
+            continue
         l = re.search(r"predictors\.(\d+)", name)
         node = f"node {l[1]}" if l else "the output"
         where = (int(tokens[0, 0]), 0) if name.endswith("token.weight") else (0,) * p.dim()
@@ -1417,7 +1444,8 @@ def test_rule_8_names_the_node(family: str, value: float) -> None:
 
 @every_family
 def test_rule_8_no_nan_is_swallowed(family: str) -> None:
-    "A model with a NaN in any weight that is read has no finite logits everywhere: a fused kernel may hide it."
+    """A model with a NaN in any weight that is read has no finite logits everywhere: a fused
+    kernel may hide it."""
     model = build(family)
     tokens, _ = batch(model)
     hidden = []
@@ -1436,7 +1464,8 @@ def test_rule_8_no_nan_is_swallowed(family: str) -> None:
 
 @pytest.mark.parametrize("size", [1e22, 1e30])
 def test_rule_8_overflow_names_the_node(size: float) -> None:
-    "Finite weights whose square is not: the feed-forward layer 2 is the first whose state overflows float32."
+    """Finite weights whose square is not: the feed-forward layer 2 is the first whose state
+    overflows float32."""
     model = build("gaussian")
     with torch.no_grad():
         model.predictors[2].down.weight.mul_(size)
@@ -1448,8 +1477,17 @@ def test_rule_8_overflow_names_the_node(size: float) -> None:
 class NeverRejects(ErrorSettling):
     "Mutant: a fixed step size, and no look at the energy."
 
-    def descend(self, model: Any, tokens: Tensor, targets: Tensor, errors: Any, deltas: Any, precision: Any,
-                before: Any, *rest: Any) -> Any:  # fmt: skip
+    def descend(
+        self,
+        model: Any,
+        tokens: Tensor,
+        targets: Tensor,
+        errors: Any,
+        deltas: Any,
+        precision: Any,
+        before: Any,
+        *rest: Any
+    ) -> Any:
         anything = torch.full_like(before, math.inf)
         return super().descend(model, tokens, targets, errors, deltas, precision, anything, *rest)
 
@@ -1546,7 +1584,8 @@ def test_rule_8_catches_silence(mutant: ErrorSettling) -> None:
 
 
 def check_rule_9(model: PCTransformer, learner: Any) -> None:
-    "Names, shapes and identities stay, and the optimiser that was built at the start holds all of them."
+    """Names, shapes and identities stay, and the optimiser that was built at the start holds all
+    of them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {n: (id(p), p.shape) for n, p in model.named_parameters()}
     tokens, targets = batch(model)
@@ -1634,7 +1673,8 @@ def test_rule_10(shape: dict[str, int], seed: int, family: str, steps: int) -> N
 @pytest.mark.parametrize("learner", RUN_LEARNERS.values(), ids=RUN_LEARNERS.keys())
 @every_family
 def test_rule_10_is_reported(family: str, learner: LearnerConfig) -> None:
-    "Each evaluation of a run notes its cosine, residual and energies; those of backprop say that they are backprop's."
+    """Each evaluation of a run notes its cosine, residual and energies; those of backprop say
+    that they are backprop's."""
     trainer = advance(Trainer(run_config(family, learner), IDS, IDS, torch.device("cpu")), 2)
     entry = trainer.measure()
     tokens, targets = trainer.batch(0)
@@ -1692,7 +1732,8 @@ class TooBrief(PredictiveCoding):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorsStopOnTheWay(PredictiveCoding):
-    "Mutant: the message to a node passes one layer only (state settling with too few steps for its depth)."
+    """Mutant: the message to a node passes one layer only (state settling with too few steps for
+    its depth)."""
 
     def backward(
         self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
@@ -1758,7 +1799,8 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> dict[str, Any]:
 def check_rule_12(text: str, results: dict[str, Any]) -> None:
     """Baselines in the same unit, tokens, parameters, seeds; mean and spread from three seeds on.
 
-    Seconds of runs made on different days do not compare: time stands beside it, as ratios measured in turns.
+    Seconds of runs made on different days do not compare: time stands beside it, as ratios
+    measured in turns.
     """
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]

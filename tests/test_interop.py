@@ -1,4 +1,5 @@
-"""Weights of others give the logits of others: nanoGPT's model, transformers' GPT-2, its tokenizer, its generate."""
+"""Weights of others give the logits of others: nanoGPT's model, transformers' GPT-2, its
+tokenizer, its generate."""
 
 import itertools
 import json
@@ -139,8 +140,14 @@ def checkpoint(path: Path, bias: bool = True, compiled: bool = True, **changes: 
     model(TOKENS).sum().backward()
     optimizer.step()
     state = {("_orig_mod." if compiled else "") + n: t for n, t in model.state_dict().items()}
-    saved = {"model": state, "optimizer": optimizer.state_dict(), "model_args": ARGS | {"bias": bias, "dropout": 0.2},
-             "iter_num": 1, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x", "compile": compiled}}  # fmt: skip
+    saved = {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": ARGS | {"bias": bias, "dropout": 0.2},
+        "iter_num": 1,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "x", "compile": compiled},
+    }
     torch.save({k: v for k, v in {**saved, **changes}.items() if v is not None}, path)
     return model
 
@@ -324,7 +331,8 @@ def test_models_without_biases_go_out_with_zeros(tmp_path: Path) -> None:
 
 
 def test_other_layouts_of_the_same_weights(tmp_path: Path) -> None:
-    "OpenAI's release has no prefix and stores the mask; some files hold the tied output, some half precision."
+    """OpenAI's release has no prefix and stores the mask; some files hold the tied output, some
+    half precision."""
     from safetensors.torch import load_file, save_file
 
     theirs = gpt2(tmp_path)
@@ -517,16 +525,33 @@ def test_precision_is_part_of_a_foreign_model(dtype: torch.dtype, tmp_path: Path
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "a hole": ({"model": STATE | {"transformer.h.1.ln_2.bias": torch.full((16,), math.nan)}}, "h.1.ln_2.bias.*finite"),
-    "infinity": ({"model": STATE | {"transformer.wpe.weight": torch.full((12, 16), math.inf)}}, "wpe.*finite"),
-    "integers": ({"model": STATE | {"transformer.ln_f.bias": torch.ones(16, dtype=torch.int64)}}, "int64"),
+    "a hole": (
+        {"model": STATE | {"transformer.h.1.ln_2.bias": torch.full((16,), math.nan)}},
+        "h.1.ln_2.bias.*finite",
+    ),
+    "infinity": (
+        {"model": STATE | {"transformer.wpe.weight": torch.full((12, 16), math.inf)}},
+        "wpe.*finite",
+    ),
+    "integers": (
+        {"model": STATE | {"transformer.ln_f.bias": torch.ones(16, dtype=torch.int64)}},
+        "int64",
+    ),
     "a terabyte": ({"model_args": ARGS | {"vocab_size": 10**12}}, "too few .* vocab_size"),
     "a billion layers": ({"model_args": ARGS | {"n_layer": 10**9}}, "too few .* n_layer"),
     "one number, spread": (
-        {"model_args": ARGS | {"vocab_size": 10**10},
-         "model": STATE | {f"{n}.weight": torch.zeros(1).expand(10**10, 16) for n in ("transformer.wte", "lm_head")}},
-        "something else"),
-}  # fmt: skip
+        {
+            "model_args": ARGS | {"vocab_size": 10**10},
+            "model": (
+                STATE | {
+                    f"{n}.weight": torch.zeros(1).expand(10**10, 16)
+                    for n in ("transformer.wte", "lm_head")
+                }
+            ),
+        },
+        "something else",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", HOSTILE)
@@ -638,7 +663,7 @@ def test_models_with_biases_settle_and_learn(kind: str) -> None:
     assert settled.energy[-1] < settled.energy[0]
     below = [TOKENS, *settled.states]
     alone = [local_gradient(f, x, e, p, settled.count) for f, x, e, p in
-             zip(model.predictors, below, settled.errors, settled.precision, strict=False)]  # fmt: skip
+             zip(model.predictors, below, settled.errors, settled.precision, strict=False)]
     PredictiveCoding(ErrorSettling(steps=3, relative_precision=10.0)).backward(
         model, TOKENS, targets
     )
@@ -698,14 +723,36 @@ def theirs_bpe(bpe: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 TRICKY = [
-    "", " ", "  ", "\n\n\n", "\t x", " leading", "trailing ", "don't can't we'll I'm they've she'd it's", "DON'T",
-    "naïve café", "e\u0301", "日本語のテキスト", "Привет, мир", "🙂👨‍👩‍👧‍👦🇩🇪", "a\u00a0b\u2003c",
-    "\u200b\ufeff", "1234567890 3.14159e-10",
-    "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "<|endoftext", "x" * 999,
-    "\r\n mixed \n\r", "\x00\x01\x7f", "İstanbul ß ﬁ",
+    "",
+    " ",
+    "  ",
+    "\n\n\n",
+    "\t x",
+    " leading",
+    "trailing ",
+    "don't can't we'll I'm they've she'd it's",
+    "DON'T",
+    "naïve café",
+    "e\u0301",
+    "日本語のテキスト",
+    "Привет, мир",
+    "🙂👨‍👩‍👧‍👦🇩🇪",
+    "a\u00a0b\u2003c",
+    "\u200b\ufeff",
+    "1234567890 3.14159e-10",
+    "<|endoftext|>",
+    "a<|endoftext|>b <|endoftext|>",
+    "<|endoftext",
+    "x" * 999,
+    "\r\n mixed \n\r",
+    "\x00\x01\x7f",
+    "İstanbul ß ﬁ",
     "def f(x):\n    return x**2  # comment\n",
-    "http://a.b/c?d=e&f=%20", "«quoted» “text” — dash", "ｆｕｌｌ　ｗｉｄｔｈ", "\U0001f468\u200d",
-]  # fmt: skip
+    "http://a.b/c?d=e&f=%20",
+    "«quoted» “text” — dash",
+    "ｆｕｌｌ　ｗｉｄｔｈ",
+    "\U0001f468\u200d",
+]
 
 
 def check_same(text: str, bpe: BPETokenizer, theirs: Any) -> None:
@@ -908,6 +955,9 @@ def test_pipeline_writes_our_text() -> None:
 
 
 def test_transformers_is_imported_only_where_it_is_used() -> None:
-    code = "import pc_transformer, pc_transformer.interop, sys; print('transformers' in sys.modules, 'tokenizers' in sys.modules)"
+    code = (
+        "import pc_transformer, pc_transformer.interop, sys; print('transformers' in sys.modules,"
+        " 'tokenizers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -1,4 +1,5 @@
-"""Nothing global is borrowed (rule 18): threads get what each would get alone, and masks belong to seed, step and node."""
+"""Nothing global is borrowed (rule 18): threads get what each would get alone, and masks belong
+to seed, step and node."""
 
 import ast
 import copy
@@ -67,11 +68,15 @@ CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=
 IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(0))
 X, Y = (IDS[i : i + 48].view(4, 12) for i in (0, 1))
 LEARNERS: dict[str, Learner] = {
-    "backprop": Backprop(), "error": PredictiveCoding(), "centred": PredictiveCoding(centred=True),
-    "lean": PredictiveCoding(ErrorSettling(2, 30.0, lean=True)), "sweep": PredictiveCoding(SweepSettling()),
-    "state": PredictiveCoding(StateSettling(2, 30.0)), "highway": PredictiveCoding(HighwaySettling(2)),
+    "backprop": Backprop(),
+    "error": PredictiveCoding(),
+    "centred": PredictiveCoding(centred=True),
+    "lean": PredictiveCoding(ErrorSettling(2, 30.0, lean=True)),
+    "sweep": PredictiveCoding(SweepSettling()),
+    "state": PredictiveCoding(StateSettling(2, 30.0)),
+    "highway": PredictiveCoding(HighwaySettling(2)),
     "incremental": IncrementalPC(StateSettling(2, 30.0), lambda: None),
-}  # fmt: skip
+}
 
 
 def trained(**changes: Any) -> PCTransformer:
@@ -84,7 +89,7 @@ def trained(**changes: Any) -> PCTransformer:
 def trainer(learner: LearnerConfig | None = None, **changes: Any) -> Trainer:
     "A run with dropout."
     c = RunConfig(model=replace(CONFIG, **changes), learner=learner or LearnerConfig(),
-                  train=TrainConfig(iters=8, batch_size=4, eval_interval=8))  # fmt: skip
+                  train=TrainConfig(iters=8, batch_size=4, eval_interval=8))
     return Trainer(c, IDS[:300], IDS[300:], torch.device("cpu"))
 
 
@@ -122,7 +127,7 @@ def readers(model: PCTransformer, t: Trainer) -> dict[str, Callable[[], Any]]:
         "noisy": lambda: noisy_log_probs(model, X, 0.1, 2),
         "scores": lambda: token_scores(model, X, known),
         "predictions": lambda: flat_predictions(model, X)[0],
-    }  # fmt: skip
+    }
     for name, learner in LEARNERS.items():
         read[f"gradients, {name}"] = lambda learner=learner: seeded(learner, model)
     return read
@@ -135,7 +140,8 @@ def seeded(learner: Learner, model: PCTransformer) -> dict[str, Tensor]:
 
 
 def test_threads_get_what_each_gets_alone() -> None:
-    """Writing, measuring, looking, and making models at once, on one model: each number is that of a quiet machine."""
+    """Writing, measuring, looking, and making models at once, on one model: each number is that
+    of a quiet machine."""
     model, t = trained(), trainer()
     t.model.load_state_dict(model.state_dict())
     t.model = model
@@ -156,7 +162,8 @@ def test_threads_get_what_each_gets_alone() -> None:
 
 
 def test_a_run_trains_on_while_others_read() -> None:
-    """Steps of training with dropout are the same bit for bit while another thread reads the weights they move."""
+    """Steps of training with dropout are the same bit for bit while another thread reads the
+    weights they move."""
     for learner in (
         LearnerConfig(algorithm="backprop"),
         LearnerConfig(),
@@ -180,7 +187,8 @@ def test_a_run_trains_on_while_others_read() -> None:
 
 
 def test_twelve_threads_make_one_model() -> None:
-    """The seed decides, however many are made at once, in every family; as the usual way does for one alone."""
+    """The seed decides, however many are made at once, in every family; as the usual way does
+    for one alone."""
     for family in get_args(Attention):
         config = replace(CONFIG, attention=family, bias=True)
         expected = PCTransformer(config, seed=5).state_dict()
@@ -190,12 +198,21 @@ def test_twelve_threads_make_one_model() -> None:
         assert all(same(dict(row[0]), dict(expected)) for row in rows)
 
 
-GLOBAL = [(torch, "manual_seed"), (torch, "set_rng_state"), (torch, "seed"), (torch.random, "fork_rng"),
-          (torch.random, "set_rng_state"), (torch.random, "manual_seed"), (nn.Module, "train"), (nn.Module, "eval")]  # fmt: skip
+GLOBAL = [
+    (torch, "manual_seed"),
+    (torch, "set_rng_state"),
+    (torch, "seed"),
+    (torch.random, "fork_rng"),
+    (torch.random, "set_rng_state"),
+    (torch.random, "manual_seed"),
+    (nn.Module, "train"),
+    (nn.Module, "eval"),
+]
 
 
 def test_nothing_global_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's ways of changing seed and mode taken away, all that reads, looks or trains still works."""
+    """With torch's ways of changing seed and mode taken away, all that reads, looks or trains
+    still works."""
     model, t = trained(), trainer()
     calls = readers(model, t) | {"advance": t.advance}
     del calls["scores"]  # makes a model of another family, and sets that one's mode
@@ -229,7 +246,8 @@ BORROWED = {
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.stem)
 def test_no_module_borrows(path: Path) -> None:
-    """No global seed in the source; and a reader uses the view that `evaluating` gives, not the model it was given."""
+    """No global seed in the source; and a reader uses the view that `evaluating` gives, not the
+    model it was given."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             assert node.attr not in BORROWED, f"{path.name}:{node.lineno}"
@@ -245,7 +263,8 @@ def test_no_module_borrows(path: Path) -> None:
 
 
 def test_evaluation_drops_nothing() -> None:
-    """A model in training mode, whole or in part, is read without dropout: the numbers are those of its copy in eval."""
+    """A model in training mode, whole or in part, is read without dropout: the numbers are those
+    of its copy in eval."""
     model = trained()
     still = copy.deepcopy(model).eval()
     known = StateGaussians.fit(still, X)
@@ -262,7 +281,7 @@ def test_evaluation_drops_nothing() -> None:
         "known": lambda m: StateGaussians.fit(m, X).mean[1],
         "scores": lambda m: token_scores(m, X, known),
         "predictions": lambda m: flat_predictions(m, X)[0],
-    }  # fmt: skip
+    }
     for part in (None, 0, 1, 2):  # all of it, or one layer alone in training
         if part is not None:
             model.eval()
@@ -275,7 +294,8 @@ def test_evaluation_drops_nothing() -> None:
 
 
 class Masks:
-    "Records which numbers each dropout of a model drops, in the order of the calls; attention's by its seed."
+    """Records which numbers each dropout of a model drops, in the order of the calls;
+    attention's by its seed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.step, self.seen = 0, {}
@@ -300,16 +320,21 @@ class Masks:
 
 
 WAYS = {
-    "backprop": LearnerConfig(algorithm="backprop"), "one step": LearnerConfig(), "centred": LearnerConfig(centred=True),
-    "soft": LearnerConfig(steps=3, relative_precision=10.0), "lean": LearnerConfig(lean=True),
-    "state": LearnerConfig(solver="state", steps=2, relative_precision=10.0), "sweep": LearnerConfig(solver="sweep"),
+    "backprop": LearnerConfig(algorithm="backprop"),
+    "one step": LearnerConfig(),
+    "centred": LearnerConfig(centred=True),
+    "soft": LearnerConfig(steps=3, relative_precision=10.0),
+    "lean": LearnerConfig(lean=True),
+    "state": LearnerConfig(solver="state", steps=2, relative_precision=10.0),
+    "sweep": LearnerConfig(solver="sweep"),
     "highway": LearnerConfig(solver="highway", steps=2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_belong_to_seed_step_and_layer(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer has a mask of its own in every step, the same at every look within a step, and again when run again."""
+    """Every layer has a mask of its own in every step, the same at every look within a step, and
+    again when run again."""
     masks = Masks(monkeypatch)
     runs = []
     for seed in (0, 0, 1):
@@ -352,7 +377,8 @@ def test_ranks_and_parts_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dropout_is_torchs_own_from_the_same_seed() -> None:
-    """Private masks are those that torch draws from a global seed, in every dtype, and gradients pass through them."""
+    """Private masks are those that torch draws from a global seed, in every dtype, and gradients
+    pass through them."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = torch.randn(3, 4, 5, dtype=torch.float64).to(dtype).requires_grad_()
         with torch.random.fork_rng(devices=[]):
@@ -410,7 +436,8 @@ class Tied(nn.Module):
 
 
 def test_a_view_is_the_model_in_another_mode() -> None:
-    """Ties, circles, hooks and hidden neighbours hold in a view; what it does and learns stays with it."""
+    """Ties, circles, hooks and hidden neighbours hold in a view; what it does and learns stays
+    with it."""
     model, x = Tied(), torch.randn(6, 4)
     calls: list[nn.Module] = []
     model.a.register_forward_hook(lambda m, *_: calls.append(m))
@@ -455,7 +482,8 @@ class Pair(NamedTuple):
 
 
 class Keeps(nn.Module):
-    "What drops out stands in containers that are no plain ones, none of them registered; one hook is a method."
+    """What drops out stands in containers that are no plain ones, none of them registered; one
+    hook is a method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,7 +520,8 @@ def test_views_follow_every_kind_of_container() -> None:
 
 
 def test_nobody_else_turns_the_mode_of_a_reader() -> None:
-    """A model that is in eval mode already: its `train()`, called while it is read, is not heard."""
+    """A model that is in eval mode already: its `train()`, called while it is read, is not
+    heard."""
     model = trained().eval()
     with evaluating(model) as still:
         a = still(X)
@@ -523,7 +552,8 @@ def test_a_failure_inside_changes_nothing() -> None:
 
 
 def test_compiled_models_are_read_without_dropout() -> None:
-    """A view of a compiled model, of one with a compiled layer, and of one that was compiled in place."""
+    """A view of a compiled model, of one with a compiled layer, and of one that was compiled in
+    place."""
     model = trained()
     expected = evaluate(copy.deepcopy(model).eval(), IDS, 12)
     whole = torch.compile(model, backend="eager")

@@ -1,4 +1,5 @@
-"""Fused attention against its formula: every link, mask and precision; what masks promise; what memory promises."""
+"""Fused attention against its formula: every link, mask and precision; what masks promise; what
+memory promises."""
 
 import ast
 import dataclasses
@@ -171,7 +172,8 @@ def test_student_t_at_every_nu(nu):
 
 
 def test_a_family_inside_a_family_keeps_its_shape():
-    "A link made of another one (as settling queries use) has its tensors per head too, with their gradient."
+    """A link made of another one (as settling queries use) has its tensors per head too, with
+    their gradient."""
 
     @dataclasses.dataclass(frozen=True)
     class Doubled(Elliptical):
@@ -421,7 +423,8 @@ def test_norm_tied_prior_is_dot_product_attention():
 
 
 def test_private_operators_are_as_expected():
-    "The fused path stands on private operators of this PyTorch; if they change, `sdpa` leaves them and this test says so."
+    """The fused path stands on private operators of this PyTorch; if they change, `sdpa` leaves
+    them and this test says so."""
     assert kernels.flash_agrees()
 
 
@@ -500,7 +503,8 @@ def test_training_memory_is_linear():
 
 
 def union(q, k, v, link, precision, log_mix=None, mask=None, is_causal=False, window=None):
-    "The oracle of a mixture: one long list of keys, the components one after the other, and the masks repeated."
+    """The oracle of a mixture: one long list of keys, the components one after the other, and
+    the masks repeated."""
     B, H, M, T, _ = k.shape
     hide = torch.ones(q.shape[-2], T, dtype=torch.bool)
     i, j = torch.arange(q.shape[-2])[:, None], torch.arange(T)
@@ -613,7 +617,8 @@ def test_a_mixture_keeps_what_masks_promise(name):
 
 @pytest.mark.parametrize("name", ["gaussian", "student_t"])
 def test_strided_inputs_and_their_gradients(name):
-    "Heads as a layer makes them, `(B, T, H, d)` transposed; groups of some heads, of one batch and of several."
+    """Heads as a layer makes them, `(B, T, H, d)` transposed; groups of some heads, of one batch
+    and of several."""
     for B, H, T in ((3, 5, 70), (2, 3, 300), (40, 3, 20)):
         x = [draw(B, T, H, 4, seed=n).transpose(1, 2) for n in range(3)]
         for lam in (precision_of("shared", B, H, T, 4), precision_of("diagonal key", B, H, T, 4)):
@@ -621,7 +626,8 @@ def test_strided_inputs_and_their_gradients(name):
 
 
 def test_memory_of_every_family_is_a_few_inputs():
-    "At most twice PyTorch's kernel, in pages; measured in a fresh process, whose allocator holds nothing yet."
+    """At most twice PyTorch's kernel, in pages; measured in a fresh process, whose allocator
+    holds nothing yet."""
     if "FRESH_PROCESS" not in os.environ:
         command = [
             sys.executable,
@@ -667,7 +673,8 @@ def test_memory_of_every_family_is_a_few_inputs():
 
 
 def test_kernels_import_neither_attention_nor_triton():
-    "`attend` stands on the kernels, not the other way round; and a GPU's kernels are loaded when a GPU asks for them."
+    """`attend` stands on the kernels, not the other way round; and a GPU's kernels are loaded
+    when a GPU asks for them."""
     for path in Path(kernels.__file__).parent.glob("*.py"):
         if "triton" in path.name:
             continue

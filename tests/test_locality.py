@@ -1,4 +1,5 @@
-"""The locality contract: a layer's update is the same when a fresh process computes it from saved tensors."""
+"""The locality contract: a layer's update is the same when a fresh process computes it from
+saved tensors."""
 
 import subprocess
 import sys
@@ -38,7 +39,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SIZES = {"vocab_size": 9, "block_size": 6, "n_layer": 2, "n_head": 2, "d_model": 8}
 
-# One process for all files: each is one layer, built alone from its class and read with nothing else in reach
+# One process for all files: each is one layer, built alone from its class and read with nothing
+# else in reach
 FRESH = """
 import sys
 import torch
@@ -81,7 +83,10 @@ def constructor(model: PCTransformer, l: int) -> str:
     if l == 0:
         return f"Embedding({c.vocab_size}, {c.block_size}, {c.d_model})"
     if l % 2:
-        return f"AttentionLayer({c.d_model}, {c.n_head}, {c.attention!r}, {c.precision_init}, **{c.attention_options!r})"
+        return (
+            f"AttentionLayer({c.d_model}, {c.n_head}, {c.attention!r}, {c.precision_init},"
+            f" **{c.attention_options!r})"
+        )
     return f"FeedForwardLayer({c.d_model})"
 
 
@@ -114,7 +119,8 @@ def in_a_fresh_process(files: list[Path]) -> list[dict[str, Tensor]]:
 
 
 def output_share(model: PCTransformer, settled: Settled, targets: Tensor) -> Tensor:
-    "The part of the token table's gradient that belongs to the output: it reads s_N and the targets."
+    """The part of the token table's gradient that belongs to the output: it reads s_N and the
+    targets."""
     loss = F.cross_entropy(model.output(settled.states[-1]).flatten(0, 1), targets.flatten())
     return torch.autograd.grad(loss, model.output.weight)[0]
 
@@ -163,7 +169,8 @@ def check_locality(family: str, learner: Any) -> None:
             apart, size = (got - local[name]).abs().max().item(), p.grad.abs().max().item()
             limit = 1e-12 * size
             assert apart <= limit, (
-                f"layer {l}: {name} is off by {apart:.3g} (largest {size:.3g}) from its local gradient"
+                f"layer {l}: {name} is off by {apart:.3g} (largest {size:.3g}) from its local"
+                " gradient"
             )
 
 

@@ -1,4 +1,5 @@
-"""Watching a run changes nothing, a look survives the disk, and every diagnosis has a model that deserves it."""
+"""Watching a run changes nothing, a look survives the disk, and every diagnosis has a model that
+deserves it."""
 
 import copy
 import json
@@ -111,7 +112,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_watched_run_is_the_same_run(run: str) -> None:
-    """Losses, record, weights, moments and the random state are bit for bit those of a run without a monitor."""
+    """Losses, record, weights, moments and the random state are bit for bit those of a run
+    without a monitor."""
     torch.manual_seed(3)
     quiet = train(make(**RUNS[run]))
     after = torch.get_rng_state()
@@ -128,7 +130,8 @@ def test_a_watched_run_is_the_same_run(run: str) -> None:
 
 
 def test_a_learner_that_moves_weights_and_remembers_is_not_heard() -> None:
-    """What a learner does to weights, buffers and modes is done to a copy, and a look talks to a copy of the learner."""
+    """What a learner does to weights, buffers and modes is done to a copy, and a look talks to a
+    copy of the learner."""
 
     class Restless:
         calls = 0
@@ -183,7 +186,8 @@ def test_a_look_survives_json(learner: str) -> None:
 
 
 def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
-    """A history goes to disk and back; a failed write leaves the old file; a damaged file is one clear sentence."""
+    """A history goes to disk and back; a failed write leaves the old file; a damaged file is one
+    clear sentence."""
     monitor = Monitor(interval=4, products=1)
     train(make(), after_step=monitor)
     place = monitor.save(tmp_path / "deep" / "monitor.json")
@@ -240,7 +244,8 @@ class Notes(list[tuple[str, float, int]]):
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_scalars(learner: str) -> None:
-    """Live and afterwards a writer gets the same plain numbers, one name each, and none that was not measured."""
+    """Live and afterwards a writer gets the same plain numbers, one name each, and none that was
+    not measured."""
     look = take_snapshot(build(), LEARNERS[learner], *batch(), step=7)
     live, late = Notes(), Notes()
     monitor = Monitor(writer=live, products=1)
@@ -285,7 +290,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_rows_are_the_layers_own(family: str) -> None:
-    """Values averaged by the rows are what the layer adds to its state, for every kind of attention."""
+    """Values averaged by the rows are what the layer adds to its state, for every kind of
+    attention."""
     layer: Any = build(**FAMILIES[family]).double().predictors[1]
     s = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r, seen = attention_rows(layer, s)
@@ -298,7 +304,8 @@ def test_attention_rows_are_the_layers_own(family: str) -> None:
 
 
 def test_dead_means_at_every_token() -> None:
-    """A unit that speaks at one token of the batch is alive; one that is merely silent at zero can still learn."""
+    """A unit that speaks at one token of the batch is alive; one that is merely silent at zero
+    can still learn."""
     layer: Any = build().predictors[2]
     with torch.no_grad():
         layer.norm.weight.fill_(1)
@@ -313,7 +320,8 @@ def test_dead_means_at_every_token() -> None:
 
 
 def test_rows_that_see_one_key_are_not_saturated() -> None:
-    """The first row of every sequence has no choice, so it does not count; nor does a window of one key."""
+    """The first row of every sequence has no choice, so it does not count; nor does a window of
+    one key."""
     flat = spoil(build(), lambda m: m.predictors[1].attention.log_precision.fill_(-30.0))
     s = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
     assert saturated_rows(flat.predictors[1], s) == 0
@@ -329,7 +337,8 @@ def test_attention_rows_respect_the_window() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_curvature_is_that_of_the_energy(family: str) -> None:
-    """Both ends of the spectrum equal the dense Hessian's, by automatic differentiation through reference attention."""
+    """Both ends of the spectrum equal the dense Hessian's, by automatic differentiation through
+    reference attention."""
     model = build(scale=2.0, n_layer=1, d_model=4, block_size=4, **FAMILIES[family]).double()
     tokens, targets = torch.randint(9, (2, 1, 4), generator=torch.Generator().manual_seed(1))
     settled = ErrorSettling(steps=2, relative_precision=5.0)(model, tokens, targets)
@@ -375,7 +384,8 @@ SOLVERS: dict[str, ErrorSettling] = {
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
-    """Whatever the shape of the precision or the density, a stiff full step hands on backprop's message."""
+    """Whatever the shape of the precision or the density, a stiff full step hands on backprop's
+    message."""
     look = take_snapshot(build(scale=1.0), PredictiveCoding(SOLVERS[solver]), *batch(), products=3)
     assert look.signal == pytest.approx([1.0] * 5, rel=0.05) and look.ratio["all"] == pytest.approx(
         1, rel=0.05
@@ -385,7 +395,8 @@ def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
 
 
 def test_numbers_of_a_look_by_hand() -> None:
-    """Every number of the target-free pass and of settling, from its definition; halves of a nudge count as whole."""
+    """Every number of the target-free pass and of settling, from its definition; halves of a
+    nudge count as whole."""
     model, (tokens, targets) = build(), batch()
     solver = ErrorSettling(steps=3, relative_precision=30.0, step_size=0.6, nudge=-0.5)
     look = take_snapshot(model, PredictiveCoding(solver), tokens, targets, products=0)
@@ -478,7 +489,8 @@ OTHERS: dict[str, Learner] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_solvers(name: str) -> None:
-    """Every solver of the library can be looked at; those that are backprop say so, parallel states lose the signal."""
+    """Every solver of the library can be looked at; those that are backprop say so, parallel
+    states lose the signal."""
     found = diagnose(build(scale=1.0), *batch(), OTHERS[name], products=2)
     look = found.snapshot
     assert len(look.signal) == len(look.displacement) == 5 and not look.stuck and scalars(look)

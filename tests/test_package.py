@@ -10,8 +10,18 @@ import pc_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"nbdev", "fastcore", "execnb", "IPython"}  # what made the package
-LAZY = {"matplotlib", "jsonargparse", "pooch", "ipywidgets", "transformers", "accelerate", "tokenizers", "triton", "tqdm",
-        "tensorboard"}  # fmt: skip
+LAZY = {
+    "matplotlib",
+    "jsonargparse",
+    "pooch",
+    "ipywidgets",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "triton",
+    "tqdm",
+    "tensorboard",
+}
 UNASKED = {
     f"pc_transformer.{room}" for room in ("cli", "experiments", "interop", "monitoring", "theory")
 }
@@ -47,7 +57,8 @@ def test_every_module_imports_without_the_tools() -> None:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    """`import pc_transformer` adds a few modules to those of torch: none of the heavy ones, and no room that it does not need."""
+    """`import pc_transformer` adds a few modules to those of torch: none of the heavy ones, and
+    no room that it does not need."""
     before = modules_after("import torch, numpy")
     added = modules_after("import pc_transformer") - before
     foreign = {m for m in added if not m.startswith("pc_transformer")}

@@ -1,4 +1,5 @@
-"""Layers in processes of their own, and processes that share a batch: what goes wrong, and nobody left behind."""
+"""Layers in processes of their own, and processes that share a batch: what goes wrong, and
+nobody left behind."""
 
 import json
 import os
@@ -68,7 +69,8 @@ def test_deeper_rings_learn_what_one_process_learns() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
-    "Every process knows which positions count, and keeps precisions and errors in float32 at least."
+    """Every process knows which positions count, and keeps precisions and errors in float32 at
+    least."""
     start, one, short = (PCTransformer(CONFIG, seed=1).to(dtype) for _ in range(3))
     solver = ErrorSettling(steps=2, relative_precision=1.0 if dtype == torch.float64 else 1e4)
     optimizers = [RULE(list(model.parameters())) for model in (one, short)]
@@ -105,7 +107,8 @@ def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
 def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProcesses) -> None:
     "Tokens that the parent did not check: node 0 fails, and its own sentence arrives."
     tokens, targets = batch()
-    processes.model = torch.nn.Module()  # pyright: ignore[reportAttributeAccessIssue] not a PCTransformer: nothing is checked
+    # pyright: ignore[reportAttributeAccessIssue] not a PCTransformer: nothing is checked
+    processes.model = torch.nn.Module()
     with pytest.raises(
         ProcessError, match="the process of node 0 stopped: IndexError: index out of range"
     ):

@@ -1,4 +1,5 @@
-"""Settled reading: honesty for every attention family, the temperature rule, the study from its command line."""
+"""Settled reading: honesty for every attention family, the temperature rule, the study from its
+command line."""
 
 import json
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTrans
 
 
 def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:
-    """Rule 15. Halves without a common symbol: slopes and temperatures follow the first, losses and intervals the second."""
+    """Rule 15. Halves without a common symbol: slopes and temperatures follow the first, losses
+    and intervals the second."""
     net = (
         PCTransformer(ModelConfig(**SIZES, attention="gaussian"), seed=0)
         .eval()

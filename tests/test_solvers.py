@@ -1,4 +1,5 @@
-"""The honesty rules for every solver, node density and pathway, and that nothing diverges silently."""
+"""The honesty rules for every solver, node density and pathway, and that nothing diverges
+silently."""
 
 import dataclasses
 import itertools
@@ -89,7 +90,8 @@ def batch(seed: int = 0, B: int = 2) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
-    "Rules 1, 4 and 8: parameters, gradients, logits and the random state stay; every node's energy is the stated one."
+    """Rules 1, 4 and 8: parameters, gradients, logits and the random state stay; every node's
+    energy is the stated one."""
     model, (tokens, targets) = build(), batch()
     logits, before = model(tokens), {n: p.clone() for n, p in model.named_parameters()}
     state = torch.get_rng_state()
@@ -145,7 +147,8 @@ def test_learning_is_local(name: str) -> None:
     "solver", ["errors", "lean", "coordinate", "token", "student_t", "sweep", "highway", "states"]
 )
 def test_backprop_limit(solver: str, attention: str) -> None:
-    "Rule 10: stiff latents give backprop's direction; the sweep and the whole highway are backprop."
+    """Rule 10: stiff latents give backprop's direction; the sweep and the whole highway are
+    backprop."""
     model, (tokens, targets) = build(attention=attention), batch()
     stiff = {
         "errors": ErrorSettling(relative_precision=1e7),
@@ -168,10 +171,14 @@ def test_backprop_limit(solver: str, attention: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 99), beta=st.floats(-2, 4), eta=st.floats(0, 2), layers=st.integers(1, 4),
-    name=st.sampled_from(["errors", "fused", "states", "momentum", "adam", "highway"]), energy=st.sampled_from(list(ENERGIES)),
+    seed=st.integers(0, 99),
+    beta=st.floats(-2, 4),
+    eta=st.floats(0, 2),
+    layers=st.integers(1, 4),
+    name=st.sampled_from(["errors", "fused", "states", "momentum", "adam", "highway"]),
+    energy=st.sampled_from(list(ENERGIES)),
     scale=st.floats(0.1, 8.0),
-)  # fmt: skip
+)
 def test_nothing_diverges_silently(
     seed: int, beta: float, eta: float, layers: int, name: str, energy: str, scale: float
 ) -> None:
@@ -201,7 +208,8 @@ def test_nothing_diverges_silently(
 
 
 def test_adam_of_states_is_adam() -> None:
-    "Four directions from the same gradients as `torch.optim.Adam`'s, corrections of its start included."
+    """Four directions from the same gradients as `torch.optim.Adam`'s, corrections of its start
+    included."""
     model, (tokens, targets), draw = build(), batch(), torch.Generator().manual_seed(0)
     walk = StateWalk.begin(StateSettling(method="adam", memory=0.8), model, tokens, targets)
     at = [torch.zeros_like(s, requires_grad=True) for s in walk.up.states]
@@ -229,7 +237,8 @@ def linear_chain(gains: tuple[float, ...]) -> PCTransformer:
 
 
 def test_bounds_of_states_are_of_their_own_surroundings() -> None:
-    "H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the precision of the next."
+    """H_l of a chain of linear layers is Pi_l + |W_{l+1}|^2 Pi_{l+1}, each node with the
+    precision of the next."""
     gains = (2.0, 0.5, 3.0, 1.5)
     model, (tokens, targets) = linear_chain(gains), batch()
     walk = StateWalk.begin(StateSettling(relative_precision=7.0), model, tokens, targets)
@@ -323,7 +332,8 @@ def test_lean_is_the_same() -> None:
 
 
 def test_dropout_stands_still_while_settling() -> None:
-    "In training the masks are one draw for a settling, so the energy is one function and never rises."
+    """In training the masks are one draw for a settling, so the energy is one function and never
+    rises."""
     model, (tokens, targets) = build(dropout=0.4), batch()
     torch.manual_seed(3)
     settled = ErrorSettling(steps=6, relative_precision=30.0)(model, tokens, targets)
@@ -358,7 +368,8 @@ def test_incremental_moves_weights_within_a_batch() -> None:
 
 
 def test_highway_error_is_bounded() -> None:
-    "Chapter 04's bound: what is left after k rounds is at most the tail of the binomial series in the branch norms."
+    """Chapter 04's bound: what is left after k rounds is at most the tail of the binomial series
+    in the branch norms."""
     model, (tokens, targets) = build(), batch(B=1)
     up = predict_up(model, tokens, targets)
     exact = errors_down(up, keep_graph=True)
@@ -399,7 +410,8 @@ LEARNERS = {
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_trains_and_resumes(name: str, tmp_path: Any) -> None:
-    "Rule 6 for every solver: a resumed run's losses are an uninterrupted run's, bit for bit; with dropout too."
+    """Rule 6 for every solver: a resumed run's losses are an uninterrupted run's, bit for bit;
+    with dropout too."""
     for dropout in (0.0, 0.3):
         whole, first = (
             trainer(LEARNERS[name], dropout=dropout),
@@ -446,10 +458,18 @@ def test_parts_of_a_batch_make_the_batch() -> None:
 
 
 @pytest.mark.parametrize("ragged_rows", [False, True])
-@pytest.mark.parametrize("changes", [
-    {}, {"per": "coordinate"}, {"per": "token"}, {"energy": "student_t"}, {"centred": True}, {"lean": True},
-    {"solver": "state", "curvature_interval": 10},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"per": "coordinate"},
+        {"per": "token"},
+        {"energy": "student_t"},
+        {"centred": True},
+        {"lean": True},
+        {"solver": "state", "curvature_interval": 10},
+    ],
+)
 def test_parts_of_a_batch_settle_as_one(changes: dict[str, Any], ragged_rows: bool) -> None:
     "At soft latents, too: every part's precisions are in units of the whole batch's mean squares."
     learner = LearnerConfig(**({"steps": 2, "relative_precision": 1.0, "step_size": 0.2} | changes))
@@ -469,7 +489,8 @@ def test_parts_of_a_batch_settle_as_one(changes: dict[str, Any], ragged_rows: bo
 
 
 def test_parts_count_by_what_they_predict() -> None:
-    "Accumulation where rows have different numbers of targets, and one part has none: the whole batch's gradient and loss."
+    """Accumulation where rows have different numbers of targets, and one part has none: the
+    whole batch's gradient and loss."""
     for learner, limit in (
         (LearnerConfig(algorithm="backprop"), 1e-6),
         (LearnerConfig(solver="sweep"), 1e-6),
@@ -501,7 +522,8 @@ def test_parts_count_by_what_they_predict() -> None:
 def test_a_share_that_predicts_nothing(
     learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "In a team the process whose rows have no targets adds nothing and goes on; a batch without any stops all of them."
+    """In a team the process whose rows have no targets adds nothing and goes on; a batch without
+    any stops all of them."""
     t = trainer(learner)
     t.team = DataParallel(1, 2)
     tokens, targets = t.batch(0)
@@ -538,7 +560,8 @@ def test_mixed_precision_stays_close() -> None:
 
 
 def test_mixed_precision_takes_full_steps() -> None:
-    "A stiff step gains less than bfloat16's rounding of the energy: it is taken whole, and teaches what backprop does."
+    """A stiff step gains less than bfloat16's rounding of the energy: it is taken whole, and
+    teaches what backprop does."""
     t = trainer(LearnerConfig(algorithm="backprop"))
     for iters in (0, 30):
         while t.step < iters:
@@ -566,7 +589,8 @@ def test_make_learner_knows_every_solver() -> None:
 
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_adam_is_adam(memory: float) -> None:
-    "Both moments are corrected for their start at zero, as torch's are; after a rejected step they start anew."
+    """Both moments are corrected for their start at zero, as torch's are; after a rejected step
+    they start anew."""
     model, (tokens, targets) = build(), batch()
     solver = StateSettling(
         relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40
@@ -590,7 +614,8 @@ def test_adam_is_adam(memory: float) -> None:
 
 
 def test_bounds_are_those_of_each_nodes_own_block() -> None:
-    "Equation (2): a node's block of the Hessian has its own precision and that of the node above, never another's."
+    """Equation (2): a node's block of the Hessian has its own precision and that of the node
+    above, never another's."""
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
     walk = StateWalk.begin(StateSettling(weigh=lambda *_: given), model, tokens, targets)
@@ -629,7 +654,8 @@ def masks(model: PCTransformer) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("name", ["errors, K = 3", "states", "highway", "sweep"])
 def test_dropout_differs_between_layers_and_settlings(name: str) -> None:
-    "Within a settling a layer drops the same at every look; another layer, and another settling, something else."
+    """Within a settling a layer drops the same at every look; another layer, and another
+    settling, something else."""
     torch.manual_seed(3)
     model, (tokens, targets) = build(dropout=0.4), batch()
     seen, first = masks(model), {}
@@ -673,7 +699,8 @@ def test_dropout_differs_between_steps(learner: LearnerConfig) -> None:
 def ragged(
     dtype: torch.dtype = torch.float64, pad: float = 1e4, **changes: Any
 ) -> tuple[PCTransformer, Tensor, Tensor]:
-    "A model with room for padding, whose embedding is `pad` times as large; one row ends early, one predicts nothing."
+    """A model with room for padding, whose embedding is `pad` times as large; one row ends
+    early, one predicts nothing."""
     model = PCTransformer(ModelConfig(**(SIZES | {"block_size": 32} | changes)), seed=1).to(dtype)
     stir(model, 1, 5.0)
     tokens, targets = torch.randint(
@@ -728,7 +755,8 @@ PADDED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_changes_nothing(name: str) -> None:
-    "What stands behind a row's last target, and is seen by nothing that is predicted, has no part in any statistic."
+    """What stands behind a row's last target, and is seen by nothing that is predicted, has no
+    part in any statistic."""
     model, tokens, targets = ragged()
     whole = padded(tokens, targets)
     short, long = (gradients(PADDED[name], model, x, y) for x, y in ((tokens, targets), whole))
@@ -746,7 +774,8 @@ def test_padding_changes_nothing(name: str) -> None:
     "name", ["errors", "soft, per coordinate, gaussian", "sweep", "highway", "states"]
 )
 def test_padding_changes_nothing_in_float32(name: str, attention: str) -> None:
-    "Beyond 1e-6 only what rounding to float32 does anyway: the padded batch is no further off than the short one."
+    """Beyond 1e-6 only what rounding to float32 does anyway: the padded batch is no further off
+    than the short one."""
     model, tokens, targets = ragged(torch.float32, attention=attention)
     exact = gradients(PADDED[name], ragged(attention=attention)[0], tokens, targets)
     short, long = (
@@ -758,7 +787,8 @@ def test_padding_changes_nothing_in_float32(name: str, attention: str) -> None:
 
 
 class LooksAhead(torch.nn.Module):
-    "A chain that is not this library's: every position reads the mean of all, those behind the last target too."
+    """A chain that is not this library's: every position reads the mean of all, those behind the
+    last target too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -785,7 +815,8 @@ class LooksAhead(torch.nn.Module):
 @pytest.mark.parametrize("per", ["node", "coordinate", "token"])
 @pytest.mark.parametrize("kind", ["errors", "states", "sweep"])
 def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
-    "Where positions behind the last target are read, they settle, cost energy and teach like any other."
+    """Where positions behind the last target are read, they settle, cost energy and teach like
+    any other."""
     model, (tokens, targets) = LooksAhead(), batch()
     targets[:, 3:] = -100
     solver: Any = {
@@ -815,7 +846,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
 @pytest.mark.parametrize("name", ["states", "states, adam", "errors, K = 3", "highway"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> None:
-    "Statistics are sums over rows, and power iteration starts alike in every row: another order, the same gradient."
+    """Statistics are sums over rows, and power iteration starts alike in every row: another
+    order, the same gradient."""
     rough = {
         "states": 1e-3,
         "states, adam": 1e-5,
@@ -845,10 +877,21 @@ def fed(dtype: torch.dtype) -> tuple[PCTransformer, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_learns(dtype: torch.dtype) -> None:
-    "Precisions and errors are kept in float32: a stiff node's precision is beyond float16, its errors below it."
+    """Precisions and errors are kept in float32: a stiff node's precision is beyond float16, its
+    errors below it."""
     full = gradients(Backprop(), *fed(torch.float32))
-    for name in ("errors", "errors, K = 3", "errors, lean", "errors, fused", "errors, per coordinate", "errors, per token",
-                 "errors, student_t", "sweep", "highway", "highway, lean"):  # fmt: skip
+    for name in (
+        "errors",
+        "errors, K = 3",
+        "errors, lean",
+        "errors, fused",
+        "errors, per coordinate",
+        "errors, per token",
+        "errors, student_t",
+        "sweep",
+        "highway",
+        "highway, lean",
+    ):
         model, tokens, targets = fed(dtype)
         settled = SOLVERS[name](model, tokens, targets)
         assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.precision))
@@ -862,7 +905,8 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
 
 
 def test_a_sweep_measures_no_residual() -> None:
-    "At fixed predictions a second sweep is the first again: it is neither made nor called a measurement."
+    """At fixed predictions a second sweep is the first again: it is neither made nor called a
+    measurement."""
     model, (tokens, targets) = build(), batch()
     calls: list[int] = []
     model.predictors[1].register_full_backward_pre_hook(lambda *_: calls.append(1))
@@ -905,7 +949,8 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
     "kind", [ErrorSettling, StateSettling, SweepSettling, HighwaySettling, Pathway]
 )
 def test_types_of_settings_come_first(kind: Any) -> None:
-    "Whatever is no number, name or function where one belongs: one sentence that names the setting."
+    """Whatever is no number, name or function where one belongs: one sentence that names the
+    setting."""
     for f in dataclasses.fields(kind):
         wrong = [object(), {}, [3], torch.ones(2, 3), "0.1", b"x", 1 + 0j, math.nan, math.inf]
         wrong += [2.0] if f.type is int else []

@@ -1,4 +1,5 @@
-"""Which text every number was read from: the splits have alphabets of their own, and a spy sees what models read."""
+"""Which text every number was read from: the splits have alphabets of their own, and a spy sees
+what models read."""
 
 import json
 import math
@@ -46,8 +47,9 @@ from pc_transformer.training import (
     train,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A text whose parts can be told apart: training, choosing (first half of what validates), judging (second half)
+# ----------------------------------------------------------------------------
+# A text whose parts can be told apart: training, choosing (first half of what validates), judging
+# (second half)
 
 LETTERS = {
     "train": "abcdef",
@@ -68,7 +70,8 @@ def written(letters: str, n: int, seed: int) -> str:
     )
 
 
-# every character stands in the training text, which alone makes the vocabulary; among five of its own letters each time
+# every character stands in the training text, which alone makes the vocabulary; among five of its
+# own letters each time
 ROLL_CALL = "".join(f"ab{x}cde" for x in VOCABULARY if x not in LETTERS["train"])
 TRAIN = ROLL_CALL + written(LETTERS["train"], 7200 - len(ROLL_CALL), 0)
 VALID = written(LETTERS["choose"], 400, 1) + written(LETTERS["judge"], 400, 2)
@@ -92,7 +95,8 @@ def splits_of(tokens: Tensor) -> list[str]:
 
 
 class Spy:
-    "Within the block, the splits that models read: `learned` while gradients are made, `looked` while they are not."
+    """Within the block, the splits that models read: `learned` while gradients are made,
+    `looked` while they are not."""
 
     def __enter__(self) -> "Spy":
         self.learned, self.looked, self.rows = Counter[str](), Counter[str](), list[Tensor]()
@@ -160,7 +164,7 @@ def test_the_sentinels_themselves() -> None:
     assert spy.learned == {"train": 1} and spy.looked == {"judge": 2}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Trainers: they learn from the training text, and are measured on the validation text
 
 
@@ -284,7 +288,7 @@ def test_a_run_goes_on_with_its_own_splits(tmp_path: Path) -> None:
             resume(start(config(), other, "cpu"), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Looks: without dropout, on what they are said to read
 
 
@@ -378,12 +382,13 @@ def test_a_monitor_looks_at_the_training_text() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Noise: anew in every step and layer, the same again in the same step
 
 
 def one_batch(**changes: Any) -> RunConfig:
-    "A run that does not move: with a text of one window every step has the same batch and the same weights."
+    """A run that does not move: with a text of one window every step has the same batch and the
+    same weights."""
     still = {
         "train.min_learning_rate": 0.0,
         "train.learning_rate": 1e-30,
@@ -399,7 +404,8 @@ WINDOW = changed(DATA, train_ids=DATA.train_ids[: T + 1])
     "learner", [{}, PC, PC | {"learner.lean": True}, PC | {"learner.centred": True}], ids=str
 )
 def test_dropout_is_drawn_anew_in_every_step(learner: dict[str, Any]) -> None:
-    """Same weights, same batch: only dropout can make losses differ, and it does, as a function of seed and step."""
+    """Same weights, same batch: only dropout can make losses differ, and it does, as a function
+    of seed and step."""
     t = start(one_batch(**learner, **{"model.dropout": 0.5, "train.iters": 4}), WINDOW, "cpu")
     stir(t.model, 0, 8.0)
     losses = [t.advance() for _ in range(4)]
@@ -438,7 +444,8 @@ def test_dropout_is_drawn_anew_in_every_layer(learner: dict[str, Any]) -> None:
 
 
 def shares(trainer: Trainer, steps: int = 40) -> tuple[float, float, int]:
-    "Parts of tokens and of targets that differ from the run's own batch, and how many different batches there were."
+    """Parts of tokens and of targets that differ from the run's own batch, and how many
+    different batches there were."""
     pairs = [(trainer.batch(i), trainer.batches[i]) for i in range(steps)]
     parts = [
         torch.stack([(a[n] != b[n]).double().mean() for a, b in pairs]).mean().item()
@@ -498,7 +505,7 @@ def test_a_foreign_start_is_over_in_time() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Baselines and studies
 
 
@@ -603,7 +610,7 @@ def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) ->
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Uncertainty and settled reading: fitted on one half, judged on the other
 
 
@@ -709,7 +716,8 @@ def test_a_study_of_uncertainty_is_a_function_of_its_seed() -> None:
 
 
 def test_a_detector_is_fitted_on_the_text_that_is_given_to_fit() -> None:
-    "Scores that help on the first text and mislead on the second: weights of the first, numbers of the second."
+    """Scores that help on the first text and mislead on the second: weights of the first,
+    numbers of the second."""
     draw = torch.Generator().manual_seed(0)
     y = torch.arange(400).view(200, 2) % 2 == 1
     fit = torch.randn(200, 2, 4, generator=draw, dtype=torch.float64) + 3 * y[..., None]
@@ -814,7 +822,7 @@ def test_losses_of_settled_reading_are_of_the_whole_validation_text() -> None:
     assert len(set(steps.values())) == len(steps) and len(set(found["0.1"].values())) == len(steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Evidence: trained further on the training text, read on the validation text
 
 
@@ -867,7 +875,7 @@ def test_evidence_reads_the_validation_text(
         assert run["clean"]["0"]["loss"] != run["10 % replaced"]["0"]["loss"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The command line
 
 
@@ -884,8 +892,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Spy]:
         "--train.checkpoint_interval=2",
     ]
     with Spy() as spy:
-        assert main(["train", str(folder / "run"), f"--data={folder / 'text.txt'}", "--device=cpu", "--progress=false",
-                     *options]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "train",
+                    str(folder / "run"),
+                    f"--data={folder / 'text.txt'}",
+                    "--device=cpu",
+                    "--progress=false",
+                    *options,
+                ]
+            )
+            == 0
+        )
     return folder / "text.txt", folder / "run", spy
 
 

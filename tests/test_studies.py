@@ -38,11 +38,13 @@ from pc_transformer.inference import SamplingConfig, noisy_log_probs
 @pytest.mark.parametrize(("a", "b", "word"), [
     ([1.0, 1.1, 1.0], [2.0, 2.1, 2.0], "better"),
     ([2.0, 2.1, 2.0], [1.0, 1.1, 1.0], "worse"),
-    ([1.00, 1.50, 1.10], [1.01, 1.52, 1.12], "no clear difference"),     # always below, by less than seeds differ
-    ([1.00, 1.02, 1.10], [1.20, 1.30, 1.05], "no clear difference"),     # far below on the whole, not always
+    # always below, by less than seeds differ
+    ([1.00, 1.50, 1.10], [1.01, 1.52, 1.12], "no clear difference"),
+    # far below on the whole, not always
+    ([1.00, 1.02, 1.10], [1.20, 1.30, 1.05], "no clear difference"),
     ([1.0, 1.0], [2.0, 2.0], "too few seeds"),
     ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no clear difference"),
-])  # fmt: skip
+])
 def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
     difference, said = verdict(a, b)
     assert said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
@@ -55,13 +57,22 @@ def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
 def fake(
     family: str, sharpness: float, seed: int, clean: float, hurt: float, **changes: Any
 ) -> dict[str, Any]:
-    return {"family": family, "sharpness": sharpness, "seed": seed, "changes": changes, "valid_loss": clean,
-            "damaged": {"0.1": hurt}}  # fmt: skip
+    return {
+        "family": family,
+        "sharpness": sharpness,
+        "seed": seed,
+        "changes": changes,
+        "valid_loss": clean,
+        "damaged": {"0.1": hurt},
+    }
 
 
 def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
-    runs = [fake("dot", s, n, clean, hurt)
-            for s, clean, hurt in ((0.1, 1.0, 9.0), (0.5, 2.0, 1.0), (1.0, 3.0, 3.0)) for n in (3, 1, 2)]  # fmt: skip
+    runs = [
+        fake("dot", s, n, clean, hurt)
+        for s, clean, hurt in ((0.1, 1.0, 9.0), (0.5, 2.0, 1.0), (1.0, 3.0, 3.0))
+        for n in (3, 1, 2)
+    ]
     runs += [
         fake("dot", 2.0, 1, 0.1, 0.1),
         fake("dot", 2.0, 2, 0.1, 0.1),
@@ -104,12 +115,21 @@ def test_runs_of_a_study_are_told_apart() -> None:
     )
 
 
-@pytest.mark.parametrize(("changes", "size"), [
-    ({}, 1.0), ({"learner.steps": 2}, 0.7), ({"learner.steps": 3}, 0.5), ({"learner.steps": 16}, 0.5),
-    ({"learner.steps": 4, "learner.step_size": 0.9}, 0.9), ({"learner.steps": 4, "learner.algorithm": "backprop"}, 1.0),
-    ({"learner.steps": 4, "learner.solver": "state"}, 1.0), ({"learner.steps": 2, "learner.steps_end": 8}, 0.5),
-    ({"learner.steps": 8, "learner.steps_end": 1}, 1.0), ({"label_noise": 0.2, "learner.steps": 2}, 0.7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, 1.0),
+        ({"learner.steps": 2}, 0.7),
+        ({"learner.steps": 3}, 0.5),
+        ({"learner.steps": 16}, 0.5),
+        ({"learner.steps": 4, "learner.step_size": 0.9}, 0.9),
+        ({"learner.steps": 4, "learner.algorithm": "backprop"}, 1.0),
+        ({"learner.steps": 4, "learner.solver": "state"}, 1.0),
+        ({"learner.steps": 2, "learner.steps_end": 8}, 0.5),
+        ({"learner.steps": 8, "learner.steps_end": 1}, 1.0),
+        ({"label_noise": 0.2, "learner.steps": 2}, 0.7),
+    ],
+)
 def test_part_steps(changes: dict[str, Any], size: float) -> None:
     assert settle_config(changes, RunConfig()).learner.step_size == size
     assert [part_step(k) for k in (1, 2, 3, 100)] == [1.0, 0.7, 0.5, 0.5]
@@ -142,10 +162,13 @@ def test_where_variants_start() -> None:
     d, D = base.model.d_head, base.model.d_model
     soft, sharp = 1 / math.sqrt(d), initial_precision("gaussian", D, d)
     starts = {
-        "GPT, backprop": ("dot", None), "ours, backprop": ("gaussian", None),
-        "ours from 1/sqrt(d), backprop": ("gaussian", soft), "GPT with learned scale, backprop": ("dot", soft),
-        "GPT with learned scale from sharp, backprop": ("dot", sharp), "ours, predictive coding": ("gaussian", None),
-    }  # fmt: skip
+        "GPT, backprop": ("dot", None),
+        "ours, backprop": ("gaussian", None),
+        "ours from 1/sqrt(d), backprop": ("gaussian", soft),
+        "GPT with learned scale, backprop": ("dot", soft),
+        "GPT with learned scale from sharp, backprop": ("dot", sharp),
+        "ours, predictive coding": ("gaussian", None),
+    }
     for name, (family, start) in starts.items():
         c = variant_config(name, base)
         assert (c.model.attention, c.model.precision_init) == (family, start), name
@@ -164,7 +187,7 @@ def test_the_cost_table_names_the_worst() -> None:
     entry = lambda c, r: {"cosine": c, "residual": r}
     runs = [{"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
             {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
-            {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]}]  # fmt: skip
+            {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]}]
     costs = {
         f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0}
         for i, (a, b) in enumerate(RATIOS)
@@ -228,8 +251,12 @@ def test_a_summary_is_of_every_model() -> None:
         found = {
             n: {"auroc": x} for n in (*uncertainty.SCORES, "combination", "gain over surprisal")
         } | {"weights": {}}
-        return {"before": numbers, "after": {n: 2 * v for n, v in numbers.items()}, "temperature": x,
-                "detection": {"replaced characters": {"window": found, "token": found}}}  # fmt: skip
+        return {
+            "before": numbers,
+            "after": {n: 2 * v for n, v in numbers.items()},
+            "temperature": x,
+            "detection": {"replaced characters": {"window": found, "token": found}},
+        }
 
     found = uncertainty.summary([model(x) for x in (1.0, 2.0, 6.0)])
     assert found["temperature"] == found["before"]["nll"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
@@ -313,7 +340,8 @@ def test_intervals_know_their_level_and_noise_its_seed() -> None:
 
 
 def test_noise_is_in_units_of_a_nodes_size() -> None:
-    "States a hundred times as large, behind a norm that takes their size away: the same predictions."
+    """States a hundred times as large, behind a norm that takes their size away: the same
+    predictions."""
     model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0).double()
     tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
     before = noisy_log_probs(model, tokens, 0.5, 2)

@@ -45,7 +45,8 @@ def shown(text: str) -> list[nbformat.NotebookNode]:
 
 
 def test_filter_drops_and_keeps() -> None:
-    """Directives go, options stay, hidden cells and widgets vanish, and a source stays a list of lines."""
+    """Directives go, options stay, hidden cells and widgets vanish, and a source stays a list of
+    lines."""
     widget = new_output(
         "display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
     )
@@ -126,7 +127,8 @@ def ends(root: Path, name: str) -> list[str]:
 
 
 def test_one_order_of_reading(tmp_path: Path) -> None:
-    """Numbers are the order of the sidebar and of the `Next` lines; stale ones are named and written anew."""
+    """Numbers are the order of the sidebar and of the `Next` lines; stale ones are named and
+    written anew."""
     config, root = tmp_path / "_quarto.yml", ("--root", str(tmp_path))
     for folder in ("nbs/0_theory", "nbs/1_first_model"):
         (tmp_path / folder).mkdir(parents=True)
@@ -192,7 +194,8 @@ format: html
 
 
 def test_only_the_last_cell_leads_on(tmp_path: Path) -> None:
-    """A written line moves down when cells follow it; one in an author's words is named and left."""
+    """A written line moves down when cells follow it; one in an author's words is named and
+    left."""
     (tmp_path / "nbs").mkdir()
     (tmp_path / "_quarto.yml").write_text("sidebar:\n    contents:\n", encoding="utf-8")
     ours, theirs = (
@@ -229,10 +232,14 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
 
 
 def test_the_index_lists_every_chapter(tmp_path: Path) -> None:
-    """Parts and chapters in order, each with its own promise; a new one puts the table out of step."""
+    """Parts and chapters in order, each with its own promise; a new one puts the table out of
+    step."""
     (tmp_path / "nbs/1_model").mkdir(parents=True)
     (tmp_path / "nbs/0_theory").mkdir()
-    table = "# T\n\n| part | chapter | teaches |\n|---|---|---|\n| old | [x](x.ipynb) | y |\n\nAfter the table."
+    table = (
+        "# T\n\n| part | chapter | teaches |\n|---|---|---|\n| old | [x](x.ipynb) | y |\n\nAfter"
+        " the table."
+    )
     write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table))
     write(tmp_path / "nbs/1_model/01_b.ipynb", new_markdown_cell("# B\n\n> Builds."))
     write(tmp_path / "nbs/1_model/02_c.ipynb", new_markdown_cell("# C\n\n> Counts."))
@@ -256,7 +263,8 @@ def test_the_index_lists_every_chapter(tmp_path: Path) -> None:
 
 
 def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path) -> None:
-    """One that fails, one that hangs, one that dies: each is named with what it said, and the others are tested."""
+    """One that fails, one that hangs, one that dies: each is named with what it said, and the
+    others are tested."""
     paths = {
         "bad": write(
             tmp_path / "bad.ipynb",
@@ -287,7 +295,7 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
         "the cause, and where it hung"
     )
     assert sorted(report.read_text(encoding="utf-8").splitlines()) == [
-        "bad.ipynb failed", "dead.ipynb killed by signal 9", "hangs.ipynb took more than 8 s"]  # fmt: skip
+        "bad.ipynb failed", "dead.ipynb killed by signal 9", "hangs.ipynb took more than 8 s"]
     assert "2 of 5 notebooks passed" in done.stdout
     done = tool("check_notebooks.py", str(paths["good"]))
     assert done.returncode == 0 and "1 of 1 notebooks passed" in done.stdout
@@ -296,7 +304,8 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
 def test_a_failing_check_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All checks run, the last line names those that failed, the exit status is 1; no check has a limit on the whole."""
+    """All checks run, the last line names those that failed, the exit status is 1; no check has
+    a limit on the whole."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import check
 
@@ -357,7 +366,8 @@ def unnamed(path: Path) -> list[str]:
 
 
 def test_every_text_has_its_encoding_by_name() -> None:
-    """A file that is right here is wrong under Windows or the C locale, unless its encoding is written down."""
+    """A file that is right here is wrong under Windows or the C locale, unless its encoding is
+    written down."""
     paths = [
         *sorted((ROOT / "pc_transformer").rglob("*.py")),
         *sorted((ROOT / "tools").glob("*.py")),
@@ -375,8 +385,15 @@ def test_the_search_for_unnamed_encodings_finds_them(tmp_path: Path) -> None:
         "os.fdopen(3)",
         "run(c, text=True)",
     ]
-    good = ["open('x', 'rb')", "open('x', encoding='utf-8')", "p.read_text(encoding='utf-8')", "p.read_bytes()",
-            "run(c, text=True, encoding='utf-8')", "corpora.read_text(name)", "write_text(p, t)"]  # fmt: skip
+    good = [
+        "open('x', 'rb')",
+        "open('x', encoding='utf-8')",
+        "p.read_text(encoding='utf-8')",
+        "p.read_bytes()",
+        "run(c, text=True, encoding='utf-8')",
+        "corpora.read_text(name)",
+        "write_text(p, t)",
+    ]
     (tmp_path / "a.py").write_text("\n".join(bad), encoding="utf-8")
     (tmp_path / "b.py").write_text("\n".join(good), encoding="utf-8")
     assert len(unnamed(tmp_path / "a.py")) == len(bad) and unnamed(tmp_path / "b.py") == []

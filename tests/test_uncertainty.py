@@ -1,4 +1,5 @@
-"""Uncertainty: identities by brute force and by properties, honesty of the scores, the study from its command line."""
+"""Uncertainty: identities by brute force and by properties, honesty of the scores, the study
+from its command line."""
 
 import json
 import math
@@ -104,10 +105,15 @@ def test_decomposition(seed: int, S: int, V: int, scale: float) -> None:
 
 
 def test_small_epistemic_parts_keep_their_digits() -> None:
-    "For samples that differ by d, the mutual information is of order d^2, far below the rounding of an entropy."
+    """For samples that differ by d, the mutual information is of order d^2, far below the
+    rounding of an entropy."""
     base, direction = normal(0, 5), normal(1, 5)
-    sizes = [decompose(torch.stack([base + d * direction, base - d * direction]).log_softmax(-1)).epistemic.item()
-             for d in (1e-3, 1e-5)]  # fmt: skip
+    sizes = [
+        decompose(
+            torch.stack([base + d * direction, base - d * direction]).log_softmax(-1)
+        ).epistemic.item()
+        for d in (1e-3, 1e-5)
+    ]
     assert sizes[0] / sizes[1] == pytest.approx(1e4, rel=1e-2)
 
 
@@ -343,7 +349,8 @@ def test_reliability_refuses_what_is_no_probability() -> None:
 @few
 @given(seeds, st.integers(1, 40), st.integers(2, 7), st.sampled_from([1e-3, 0.3, 1.0, 30.0]))
 def test_temperature(seed: int, n: int, V: int, scale: float) -> None:
-    "Never worse on its fitting set; a stationary point or the bound; no better one on a grid (the loss is convex)."
+    """Never worse on its fitting set; a stationary point or the bound; no better one on a grid
+    (the loss is convex)."""
     z = scale * normal(seed, n, V)
     y = torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed))
     tau = fit_temperature(z, y)
@@ -386,7 +393,8 @@ def test_brier_and_confidence(seed: int, n: int, V: int) -> None:
 @few
 @given(seeds, st.integers(1, 40), st.integers(1, 6))
 def test_risk_coverage(seed: int, n: int, values: int) -> None:
-    "With ties the mean over all their orders; the oracle is best, its reverse worst; the end is the mean loss."
+    """With ties the mean over all their orders; the oracle is best, its reverse worst; the end
+    is the mean loss."""
     g = torch.Generator().manual_seed(seed)
     c, loss = torch.randint(values, (n,), generator=g).double(), torch.rand(n, generator=g).double()
     coverage, risk = risk_coverage(c, loss)
@@ -454,11 +462,13 @@ def test_damage() -> None:
 
 
 TEXT = (
-    "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did so.\n"
+    "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did"
+    " so.\n"
     * 40
 )
 OTHER = (
-    "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high trade.\n"
+    "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high"
+    " trade.\n"
     * 40
 )
 
@@ -470,7 +480,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextData]:
     (folder / "text.txt").write_text(TEXT)
     (folder / "other.txt").write_text(OTHER)
     for seed, family in ((1, "gaussian"), (2, "dot")):
-        model = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16, family), seed)  # pyright: ignore[reportArgumentType]
+        # pyright: ignore[reportArgumentType]
+        model = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16, family), seed)
         stir(model, seed, 10.0)
         save(model, folder / f"seed-{seed}", data.tokenizer)
     return folder, data
@@ -480,9 +491,22 @@ def test_the_study_from_the_command_line(
     world: tuple[Path, TextData], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, data = world
-    args = ["uncertainty", f"[{folder / 'seed-1'},{folder / 'seed-2'}]", "--out", str(folder / "out"),
-            "--data", str(folder / "text.txt"), "--foreign", str(folder / "other.txt"),
-            "--windows", "10", "--draws", "10", "--device", "cpu"]  # fmt: skip
+    args = [
+        "uncertainty",
+        f"[{folder / 'seed-1'},{folder / 'seed-2'}]",
+        "--out",
+        str(folder / "out"),
+        "--data",
+        str(folder / "text.txt"),
+        "--foreign",
+        str(folder / "other.txt"),
+        "--windows",
+        "10",
+        "--draws",
+        "10",
+        "--device",
+        "cpu",
+    ]
     assert main(args) == 0, capsys.readouterr().err
     assert "AUROC" in capsys.readouterr().out
     results = json.loads((folder / "out" / "results.json").read_text())
@@ -526,7 +550,8 @@ def test_what_makes_no_sense_is_one_sentence() -> None:
 
 
 def sentinel_halves(fit: int, test: int) -> Tensor:
-    "A text whose halves share no symbol: the first has 0..5, the second 6..11; the numbers are seeds."
+    """A text whose halves share no symbol: the first has 0..5, the second 6..11; the numbers are
+    seeds."""
     halves = [
         torch.randint(6, (300,), generator=torch.Generator().manual_seed(seed))
         for seed in (fit, test)
@@ -547,7 +572,8 @@ def found_in(m: dict[str, Any], *names: str) -> list[Any]:
 def test_what_is_fitted_is_judged_on_other_text(
     world: tuple[Path, TextData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rule 15. Temperature and detectors come from the first half alone, every number that judges them from the second."""
+    """Rule 15. Temperature and detectors come from the first half alone, every number that
+    judges them from the second."""
     folder, data = world
     model, foreign = (
         load(folder / "seed-1"),
@@ -588,7 +614,8 @@ def test_what_is_fitted_is_judged_on_other_text(
     assert base["before"] == other_fit["before"] != other_test["before"]
     assert base["after"] != other_fit["after"] and base["after"] != other_test["after"]
     assert found_in(base, "surprisal") != found_in(other_test, "surprisal")
-    drawn = "replaced characters"  # as many random numbers for any text, so the second half is damaged alike
+    # as many random numbers for any text, so the second half is damaged alike
+    drawn = "replaced characters"
     scores = [[m["detection"][drawn]["window"][n] for n in SCORES] for m in (base, other_fit)]
     assert scores[0] == scores[1]
     assert group == same_group

@@ -1,4 +1,5 @@
-"""What is no model, no name of a file, no tensor or no sensible number is refused by name, in one sentence."""
+"""What is no model, no name of a file, no tensor or no sensible number is refused by name, in
+one sentence."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,8 @@ def model() -> PCTransformer:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "save a word": (lambda: save(model(), "never", tokenizer=NO), TypeError, "to_dict"),
-    "save to a number": (lambda: save(model(), 5), TypeError, "path"),  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    "save to a number": (lambda: save(model(), 5), TypeError, "path"),
     "save to the root": (lambda: save(model(), "/"), OSError, "root"),
     "save nothing": (lambda: save(BAD, "never"), ValueError, "NoneType"),
     "load nothing": (lambda: load(BAD), TypeError, "path"),
@@ -49,12 +51,17 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lse": (lambda: attend(Q, Q, Q, return_lse=NO), TypeError, "return_lse"),
     "sparse": (lambda: attend(Q.to_sparse(), Q, Q), TypeError, "dense"),
     "penalty": (
-        lambda: generate(model(), X, 2, repetition_penalty=1e-320), ValueError, "repetition_penalty"),
+        lambda: generate(model(), X, 2, repetition_penalty=1e-320),
+        ValueError,
+        "repetition_penalty",
+    ),
     "decay": (lambda: TrainConfig(weight_decay=1e308), ConfigError, "weight_decay"),
     "precision": (
-        lambda: ErrorSettling(relative_precision=1e-300)(model(), X, X), SettlingError,
-        "relative_precision = 1e-300"),
-}  # fmt: skip
+        lambda: ErrorSettling(relative_precision=1e-300)(model(), X, X),
+        SettlingError,
+        "relative_precision = 1e-300",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", WRONG)

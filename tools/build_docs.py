@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Build the docs site from `_quarto.yml` without Quarto and without a network.
 
-Filter the notebooks, render them with smalldocs, typeset every formula with MathJax to SVG, and check the result:
-every notebook is in the sidebar, every formula is good, no TeX is left, every link leads somewhere, and no page
+Filter the notebooks, render them with smalldocs, typeset every formula with MathJax to SVG, and
+check the result:
+every notebook is in the sidebar, every formula is good, no TeX is left, every link leads
+somewhere, and no page
 loads anything from another host. Any warning fails the build.
 """
 
@@ -69,7 +71,8 @@ LOADS = {
 }
 
 
-# ---------------------------------------------------------------- before: a copy of the project, filtered
+# ---------------------------------------------------------------- before: a copy of the project,
+# filtered
 
 
 def quarto_only(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,8 @@ def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
 
 
 def repo_link(match: re.Match[str], root: Path, folder: Path, blob: str) -> str:
-    """A link from a notebook's folder to a file outside nbs/ as a link to the public repository, if there is such a file."""
+    """A link from a notebook's folder to a file outside nbs/ as a link to the public repository,
+    if there is such a file."""
     target = (folder / match[1]).resolve()
     inside = target.is_relative_to(root) and not target.is_relative_to(root / "nbs")
     return (
@@ -139,7 +143,8 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
                 cell["source"] = REPO_LINK.sub(public, "".join(cell["source"]))
             if any(o["output_type"] == "error" for o in cell.get("outputs", [])):
                 bad.append(
-                    f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved outputs"
+                    f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved"
+                    " outputs"
                 )
         place = to / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -303,10 +308,14 @@ def build_site(root: Path, out: Path) -> list[str]:
         bad += setter.errors
         for css in made.glob("site_libs/themes/*.css"):
             css.write_text(WEB_FONT.sub("", css.read_text(encoding="utf-8")), encoding="utf-8")
-        jump = f'<meta http-equiv="refresh" content="0; url={HOME}"><link rel="canonical" href="{HOME}">'
+        jump = (
+            f'<meta http-equiv="refresh" content="0; url={HOME}"><link rel="canonical"'
+            f' href="{HOME}">'
+        )
         (made / "index.html").write_text(
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>pc_transformer</title>{jump}</head>'
-            f'<body><a href="{HOME}">pc_transformer</a></body></html>\n',
+            '<!doctype html><html lang="en"><head><meta'
+            f' charset="utf-8"><title>pc_transformer</title>{jump}</head><body><a'
+            f' href="{HOME}">pc_transformer</a></body></html>\n',
             encoding="utf-8",
         )
         bad += check_site(made)

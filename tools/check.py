@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Run every check of the repository, one after the other; exit 1, at the end, if any failed.
 
-Nothing in the working tree is changed: whether the notebooks are clean and the package is what they export is
+Nothing in the working tree is changed: whether the notebooks are clean and the package is what
+they export is
 found out on a copy. `check.py NAME...` runs only those checks.
 """
 
@@ -36,7 +37,8 @@ class Failed(Exception):
 
 
 def sh(*cmd: str | Path, cwd: Path = ROOT, **env: str) -> None:
-    """Run a command; it and its children end with this one. How long it takes is the machine's business."""
+    """Run a command; it and its children end with this one. How long it takes is the machine's
+    business."""
     line = " ".join(Path(c).name if str(c).startswith(str(BIN)) else str(c) for c in cmd)
     proc = subprocess.Popen(
         [str(c) for c in cmd], cwd=cwd, env={**ENV, **env}, start_new_session=True

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Test notebooks, two at a time: each in a process of its own, with a time limit of its own.
 
-nbdev runs the cells. Every process is forked from this one, which has imported what all of them import. One line a
-notebook, as it ends: ok or FAIL and its seconds, and what a failing one said. All are run; exit 1 if any failed.
+nbdev runs the cells. Every process is forked from this one, which has imported what all of them
+import. One line a
+notebook, as it ends: ok or FAIL and its seconds, and what a failing one said. All are run; exit
+1 if any failed.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Running:
         )
 
     def begin(self) -> Running:
-        """Fork the process that runs the cells; it ends itself, with its stacks, when its time is over."""
+        """Fork the process that runs the cells; it ends itself, with its stacks, when its time
+        is over."""
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -129,7 +132,10 @@ def test_all(paths: list[Path], limit: float, workers: int) -> list[str]:
                 if (problem := each.ended()) is None:
                     continue
                 running.remove(each)
-                line = f"{'FAIL' if problem else 'ok':4}  {each.seconds:6.1f} s  {each.name}  {problem}".rstrip()
+                line = (
+                    f"{'FAIL' if problem else 'ok':4}  {each.seconds:6.1f} s  {each.name} "
+                    f" {problem}".rstrip()
+                )
                 print(f"{line}\n{each.said()}\n" if problem else line, flush=True)
                 failed += [f"{each.name} {problem}"] if problem else []
                 each.log.close()

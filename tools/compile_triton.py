@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""Compile the Triton kernels ahead of time for A100 (sm_80) and H100/H200 (sm_90); no GPU needed, only Triton.
+"""Compile the Triton kernels ahead of time for A100 (sm_80) and H100/H200 (sm_90); no GPU
+needed, only Triton.
 
-Every kernel of `pc_transformer.attention.kernels.triton` is compiled for every link, in bfloat16, float16 and float32,
-with the block sizes that it would be launched with, and its registers, spilled bytes and shared memory are printed. The
+Every kernel of `pc_transformer.attention.kernels.triton` is compiled for every link, in
+bfloat16, float16 and float32,
+with the block sizes that it would be launched with, and its registers, spilled bytes and shared
+memory are printed. The
 exit status is 1 if one does not compile or needs more shared memory than the GPU has.
 
-    python tools/compile_triton.py                       # every link and dtype; some other widths and masks
+    python tools/compile_triton.py                       # every link and dtype; some other
+    widths and masks
     python tools/compile_triton.py --links student_t --dtypes bf16 --widths 64 128
 """
 
@@ -57,14 +61,19 @@ class Job:
 
     def __str__(self) -> str:
         mask = (
-            f"{'window ' if self.back is not None else ''}{'causal' if self.ahead == 0 else ''}".strip()
+            f"{'window ' if self.back is not None else ''}{'causal' if self.ahead == 0 else ''}"
+            .strip()
             or "no mask"
         )
-        return f"{self.kernel:8} {self.link:20} {self.dtype} d={self.width:<4} {'diagonal, ' if self.diagonal else ''}{mask}"
+        return (
+            f"{self.kernel:8} {self.link:20} {self.dtype} d={self.width:<4}"
+            f" {'diagonal, ' if self.diagonal else ''}{mask}"
+        )
 
 
 def jobs(links: list[str], dtypes: list[str], widths: list[int]) -> Iterator[Job]:
-    """All links and dtypes at the first width, causal; for one of them the other widths, masks and a diagonal precision."""
+    """All links and dtypes at the first width, causal; for one of them the other widths, masks
+    and a diagonal precision."""
     some = "student_t" if "student_t" in links else links[-1]
     for kernel in g.KERNELS:
         for dtype in dtypes:
@@ -134,7 +143,8 @@ def compile_one(job: Job, capability: int) -> tuple[int, int, int]:
 
 
 def usage(cubin: bytes, cuobjdump: Path) -> tuple[int, int]:
-    """Registers and spilled bytes per thread as NVIDIA's tool reads them from the binary; -1 without the tool."""
+    """Registers and spilled bytes per thread as NVIDIA's tool reads them from the binary; -1
+    without the tool."""
     if not cuobjdump.exists():
         return -1, -1
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -177,8 +187,8 @@ def main() -> int:
             too_much = shared > SHARED[capability]
             failed += too_much
             print(
-                f"sm_{capability} {job}  {registers:4} registers {spilled:5} B spilled {shared:7} B shared"
-                f"{'  TOO MUCH SHARED MEMORY' if too_much else ''}",
+                f"sm_{capability} {job}  {registers:4} registers {spilled:5} B spilled {shared:7} B"
+                f" shared{'  TOO MUCH SHARED MEMORY' if too_much else ''}",
                 flush=True,
             )
     print(

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Write the order of reading wherever it is shown; `--check` writes nothing and says what is stale.
 
-Folders and files are numbered, and that is the order (the index comes first). From it are made the sidebar in
+Folders and files are numbered, and that is the order (the index comes first). From it are made
+the sidebar in
 `_quarto.yml` and the last line of each notebook, `Next: [Title](path)`.
 """
 
@@ -95,7 +96,8 @@ def with_next(path: Path, after: Path | None) -> str:
 
 
 def astray(root: Path, path: Path) -> list[str]:
-    """Lines before the last cell that lead on in words of their own: nobody but their author can say what to keep."""
+    """Lines before the last cell that lead on in words of their own: nobody but their author can
+    say what to keep."""
     cells = [c for c in read(path)["cells"][:-1] if c["cell_type"] == "markdown"]
     lines = [
         (c["id"], line)
@@ -116,7 +118,8 @@ def render(root: Path) -> dict[Path, str]:
     text, count = SIDEBAR.subn(lambda _: sidebar(root, paths), config.read_text(encoding="utf-8"))
     if count != 1:
         raise SystemExit(
-            f"{config} must have one sidebar, with a line `    contents:` above its entries; it has {count}"
+            f"{config} must have one sidebar, with a line `    contents:` above its entries; it has"
+            f" {count}"
         )
     return {config: text} | {
         a: with_next(a, b) for a, b in zip(paths, [*paths[1:], None], strict=True)

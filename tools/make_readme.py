@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-The index's table of chapters comes first: titles and promises of all notebooks, in order. Pictures go to
-README_files/, links to other notebooks get their folder in front, and formulas stay as TeX, which GitHub shows.
+The index's table of chapters comes first: titles and promises of all notebooks, in order.
+Pictures go to
+README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
+which GitHub shows.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
 
 def repo_link(match: re.Match[str]) -> str:
-    """The link as seen from the root: `../x` is a file of the root, anything else lies beside the notebook."""
+    """The link as seen from the root: `../x` is a file of the root, anything else lies beside
+    the notebook."""
     target = match[2]
     return match[1] + (target[3:] if target.startswith("../") else f"nbs/{target}") + match[3]
 
 
 def title_and_promise(path: Path) -> tuple[str, str]:
-    """The first heading of a notebook, and the quotation below it, which says what the chapter teaches."""
+    """The first heading of a notebook, and the quotation below it, which says what the chapter
+    teaches."""
     first = nbformat.read(path, as_version=4).cells[0].source.splitlines()
     promise = " ".join(line.lstrip("> ") for line in first if line.startswith(">"))
     if not first[0].startswith("# ") or not promise:

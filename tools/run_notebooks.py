@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Run notebooks in place and save their outputs, so that a second run leaves no diff.
 
-Cells with `#| eval: false`, `#| slow` or `#| cuda` are not run and keep their saved outputs (`--slow` and `--cuda`
-run them too). Cell ids stay; execution counts, timings and widget state go. A notebook is only replaced when all
+Cells with `#| eval: false`, `#| slow` or `#| cuda` are not run and keep their saved outputs
+(`--slow` and `--cuda`
+run them too). Cell ids stay; execution counts, timings and widget state go. A notebook is only
+replaced when all
 of its cells passed.
 """
 
@@ -33,7 +35,8 @@ ENV = {
 }
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-WIDGET = "application/vnd.jupyter.widget-view+json"  # its model id is random, and only a live kernel can show it
+# its model id is random, and only a live kernel can show it
+WIDGET = "application/vnd.jupyter.widget-view+json"
 IPYKERNEL = re.compile(
     r"\S*/ipykernel_\d+/\d+\.py:\d+"
 )  # the file name that a kernel gives to a cell

@@ -46,18 +46,42 @@ def backend_named(name: str) -> Run:
 
 
 def posterior_mean(
-    q: Float[Tensor, "B H Tq d"], c: Component, v: Float[Tensor, "B H Tk dv"], link: AnyLink, backend: str,
-    need_lse: bool = False, **options: Any,        # mask, is_causal, window, dropout_p, query_precision
+    q: Float[Tensor, "B H Tq d"],
+    c: Component,
+    v: Float[Tensor, "B H Tk dv"],
+    link: AnyLink,
+    backend: str,
+    # mask, is_causal, window, dropout_p, query_precision
+    need_lse: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    "Read-out and log-sum-exp over all components, equation (2): in one pass by row chunks, merged from one call each elsewhere."
-    if link == "dot" and "query_precision" in options:  # a scale of the query, in full precision, for every backend
+    """Read-out and log-sum-exp over all components, equation (2): in one pass by row chunks,
+    merged from one call each elsewhere."""
+    # a scale of the query, in full precision, for every backend
+    if link == "dot" and "query_precision" in options:
         full, lam = full_dtype(q), options.pop("query_precision")
-        out, lse = posterior_mean(q.to(full) * lam, replace(c, k=c.k.to(full)), v.to(full), link, backend, need_lse, **options)
+        out, lse = posterior_mean(
+            q.to(full) * lam,
+            replace(c, k=c.k.to(full)),
+            v.to(full),
+            link,
+            backend,
+            need_lse,
+            **options
+        )
         return out.to(q.dtype), lse
-    if isinstance(link, IndependentLaplace): name = "reference"        # a sum of absolute values is no function of a product
-    elif backend != "auto": name = backend
-    else: name = kernels.choose(q, c.k, v, link, c.precision, c.log_mix, need_lse=need_lse or c.k.dim() == 5, **options)[0]
-    run = lambda c, lse: backend_named(name)(q, c.k, v, link, c.precision, c.log_mix, need_lse=lse, **options)
+    # a sum of absolute values is no function of a product
+    if isinstance(link, IndependentLaplace):
+        name = "reference"
+    elif backend != "auto":
+        name = backend
+    else:
+        name = kernels.choose(
+            q, c.k, v, link, c.precision, c.log_mix, need_lse=need_lse or c.k.dim() == 5, **options
+        )[0]
+    run = lambda c, lse: backend_named(name)(
+        q, c.k, v, link, c.precision, c.log_mix, need_lse=lse, **options
+    )
     parts = [c] if name == "chunked" else c.each()
     if len(parts) == 1: return run(parts[0], need_lse)
     found = [run(part, True) for part in parts]
@@ -66,13 +90,17 @@ def posterior_mean(
 # %% ../../nbs/1_model/11_attend.ipynb #89d78670
 @dataclass(frozen=True)
 class Reweighted(Elliptical):
-    "The link `g + log w` of another family: its softmax is the responsibilities times the weights, normalised."
+    """The link `g + log w` of another family: its softmax is the responsibilities times the
+    weights, normalised."""
 
     family: Elliptical
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "g(u) + log w(u)"
-        return self.family.link(u, dim) + self.family.weight(u, dim).clamp_min(torch.finfo(u.dtype).tiny).log()
+        return (
+            self.family.link(u, dim)
+            + self.family.weight(u, dim).clamp_min(torch.finfo(u.dtype).tiny).log()
+        )
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-2 d(g + log w)/du, by automatic differentiation"
@@ -91,18 +119,27 @@ class Reweighted(Elliptical):
 
 
 def settle_query(
-    q: Float[Tensor, "B H Tq d"], parts: list[Component], link: AnyLink, backend: str, **options: Any,
+    q: Float[Tensor, "B H Tq d"],
+    parts: list[Component],
+    link: AnyLink,
+    backend: str,
+    **options: Any,
 ) -> Float[Tensor, "B H Tq d"]:
     "One majorise-minimise step, equation (3); a query that may see no key stays where it is."
     d = q.shape[-1]
     if isinstance(link, IndependentLaplace):
-        raise ValueError("independent_laplace has a weight per coordinate: its query does not settle by equation (3)")
+        raise ValueError(
+            "independent_laplace has a weight per coordinate: its query does not settle by"
+            " equation (3)"
+        )
     weighted = link if isinstance(link, str | Gaussian) else Reweighted(link)
     tops, bottoms, lses = [], [], []
     for c in parts:
         shared = isinstance(link, str) or (c.precision.shape[-2] == 1 and len(parts) == 1)
         Lam = torch.ones_like(c.k[..., :1]) if shared else c.precision.expand(*c.k.shape[:-1], -1)
-        read, lse = posterior_mean(q, c, torch.cat([Lam * c.k, Lam], -1), weighted, backend, need_lse=True, **options)
+        read, lse = posterior_mean(
+            q, c, torch.cat([Lam * c.k, Lam], -1), weighted, backend, need_lse=True, **options
+        )
         tops, bottoms, lses = tops + [read[..., :d]], bottoms + [read[..., d:]], lses + [lse]
     top, lse = (tops[0], lses[0]) if len(parts) == 1 else kernels.merge(tops, lses)
     bottom = bottoms[0] if len(parts) == 1 else kernels.merge(bottoms, lses)[0]
@@ -126,11 +163,13 @@ def seen_in(
             may = may & (rows if rows.dtype == torch.bool else rows > -math.inf)
         may = may.view(*[1] * (4 - may.dim()), *may.shape)[:, :, None]
         if log_mix is not None: may = may & (log_mix > -math.inf)[..., None, :]
-        for rows, x in ((sees, bad), (any_key, torch.ones_like(bad))): rows.append((may & x[..., None, :]).any(-1).any(2))
+        for rows, x in ((sees, bad), (any_key, torch.ones_like(bad))):
+            rows.append((may & x[..., None, :]).any(-1).any(2))
     return torch.cat(sees, -1), torch.cat(any_key, -1)
 
 
-PLAIN = (Gaussian, Laplace, Huber, Logistic, Contaminated, IndependentLaplace)     # a finite distance gives a finite score
+# a finite distance gives a finite score
+PLAIN = (Gaussian, Laplace, Huber, Logistic, Contaminated, IndependentLaplace)
 
 
 def out_of_range(t: Float[Tensor, "B H *M T"], link: AnyLink, d: int) -> Bool[Tensor, "B H *M T"]:
@@ -140,13 +179,21 @@ def out_of_range(t: Float[Tensor, "B H *M T"], link: AnyLink, d: int) -> Bool[Te
 
 
 def in_range(
-    q: Tensor, k: Tensor, v: Tensor, precision: Tensor, link: AnyLink, query_precision: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    precision: Tensor,
+    link: AnyLink,
+    query_precision: Tensor | None,
 ) -> bool | None:
-    "Whether the norms of queries, keys and values show that all is well; `None` where nobody can look without waiting."
+    """Whether the norms of queries, keys and values show that all is well; `None` where nobody
+    can look without waiting."""
     if q.device.type != "cpu": return None
     full = full_dtype(q)
     a, b, c = (known(torch.linalg.vector_norm(x.detach(), dtype=full)) for x in (q, k, v))
-    most, lam = known(precision.detach().amax()), 1.0 if query_precision is None else known(query_precision.detach().amax())
+    most, lam = known(precision.detach().amax()), (
+        1.0 if query_precision is None else known(query_precision.detach().amax())
+    )
     if None in (a, b, c, most, lam): return None
     t = (a * a + b * b) * most * lam
     if not (math.isfinite(c) and 4 * t < torch.finfo(full).max): return False
@@ -155,10 +202,17 @@ def in_range(
 
 
 def lost_rows(
-    q: Float[Tensor, "B H Tq d"], c: Component, v: Float[Tensor, "B H Tk dv"], link: AnyLink,
-    mask: Tensor | None = None, is_causal: bool = False, window: int | None = None, query_precision: Tensor | None = None,
+    q: Float[Tensor, "B H Tq d"],
+    c: Component,
+    v: Float[Tensor, "B H Tk dv"],
+    link: AnyLink,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    query_precision: Tensor | None = None,
 ) -> tuple[Tensor, Component, Tensor, Float[Tensor, "B H Tq"]]:
-    "Queries, keys and values with zeros for what is no number; and NaN for the rows that may see it, one for the others."
+    """Queries, keys and values with zeros for what is no number; and NaN for the rows that may
+    see it, one for the others."""
     five = lambda x, n: x if x.dim() == n else x.unsqueeze(2)
     k, Lam = five(c.k, 5), five(c.precision, 5).detach()
     log_mix = None if c.log_mix is None else five(c.log_mix, 4)
@@ -173,36 +227,50 @@ def lost_rows(
     bad_v = ~v.isfinite().all(-1)
     sees, any_key = seen_in(bad_k | bad_v[:, :, None], log_mix, q.shape[2], mask, is_causal, window)
     lost = sees | bad_q & any_key
-    keys = replace(c, k=c.k.masked_fill((bad_k if c.k.dim() == 5 else bad_k[:, :, 0])[..., None], 0.0))
+    keys = replace(
+        c, k=c.k.masked_fill((bad_k if c.k.dim() == 5 else bad_k[:, :, 0])[..., None], 0.0)
+    )
     factor = torch.ones_like(lost, dtype=Lam.dtype).masked_fill(lost, math.nan)
     return q.masked_fill(bad_q[..., None], 0.0), keys, v.masked_fill(bad_v[..., None], 0.0), factor
 
 # %% ../../nbs/1_model/11_attend.ipynb #4b31ac23
 def attend(
     q: Float[Tensor, "B H Tq d"],             # queries
-    k: Tensor,                                # keys `(B, Hk, Tk, d)`, Hk divides H; for mixtures `(B, Hk, M, Tk, d)`
+    # keys `(B, Hk, Tk, d)`, Hk divides H; for mixtures `(B, Hk, M, Tk, d)`
+    k: Tensor,
     v: Float[Tensor, "B Hk Tk dv"],           # values
     family: Family = "gaussian",
-    precision: float | Tensor | None = None,  # scalar, to k without `d`, or (diagonal) to k; `None`: 1/sqrt(d); dot: scale
-    log_mix: float | Tensor | None = None,    # log mixing weights, broadcastable to k without `d`; `None`: equal
+    # scalar, to k without `d`, or (diagonal) to k; `None`: 1/sqrt(d); dot: scale
+    precision: float | Tensor | None = None,
+    # log mixing weights, broadcastable to k without `d`; `None`: equal
+    log_mix: float | Tensor | None = None,
     is_causal: bool = False,                  # query i sees keys 0..i
-    attn_mask: Tensor | None = None,          # bool (True: may attend) or float (added), to `(B, H, Tq, Tk)`
+    # bool (True: may attend) or float (added), to `(B, H, Tq, Tk)`
+    attn_mask: Tensor | None = None,
     backend: Backend = "auto",
     window: int | None = None,                # only keys nearer than this: j > i - window
-    dropout_p: float = 0.0,                   # probability that a weight (of each component) is dropped, the rest scaled up
-    settle_steps: int = 0,                    # majorise-minimise steps of the query first, equation (3); for `dot` q = sum r k
+    # probability that a weight (of each component) is dropped, the rest scaled up
+    dropout_p: float = 0.0,
+    # majorise-minimise steps of the query first, equation (3); for `dot` q = sum r k
+    settle_steps: int = 0,
     return_attention: bool = False,           # also return the responsibilities `(B, H, Tq, Tk)`
-    return_lse: bool = False,                 # also return the log-sum-exp of the scores `(B, H, Tq)`
-    query_precision: float | Tensor | None = None,  # how exactly a query wants to be matched, to `(B, H, Tq)`; `None`: 1
-    **family_parameters: Any,                 # `nu`, `eps`, `delta`, `p`, ... numbers or `(H, 1)`; mixtures: `component`
+    # also return the log-sum-exp of the scores `(B, H, Tq)`
+    return_lse: bool = False,
+    # how exactly a query wants to be matched, to `(B, H, Tq)`; `None`: 1
+    query_precision: float | Tensor | None = None,
+    # `nu`, `eps`, `delta`, `p`, ... numbers or `(H, 1)`; mixtures: `component`
+    **family_parameters: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """Read `v` by the posterior over keys: `out_i = sum_j r_ij v_j`, `r = softmax(score)`.
 
-    Scores are equation (1) of `attention.scores`; for `dot`, `precision q.k + log_mix`; for `mixture`, the log of the sum over
-    components, each of the family named by `component` ("gaussian"). Raises ValueError or TypeError, one sentence, for types,
+    Scores are equation (1) of `attention.scores`; for `dot`, `precision q.k + log_mix`; for
+    `mixture`, the log of the sum over
+    components, each of the family named by `component` ("gaussian"). Raises ValueError or
+    TypeError, one sentence, for types,
     shapes, families or numbers that make no sense.
 
-    One rule for numbers, for every backend, in the dtype that computes (float32 at least). Precisions and tails must be
+    One rule for numbers, for every backend, in the dtype that computes (float32 at least).
+    Precisions and tails must be
     positive and finite, `log_mix` and an added mask minus infinity, which hides a key, or of at
     most a quarter of the largest number, so that they do not overflow together; else ValueError.
     A row that may see a key or value that is no finite number, or whose score might overflow, is
@@ -218,42 +286,71 @@ def attend(
     check_shapes(q, k, precision, log_mix, attn_mask, query_precision)
     check_scale(precision, family)
     Lam = sound(precision, full, True, f"the precision of {family} attention")
-    if query_precision is not None: query_precision = sound(query_precision, full, True, "query_precision")
+    if query_precision is not None:
+        query_precision = sound(query_precision, full, True, "query_precision")
     if log_mix is not None: log_mix = sound(log_mix, full, False, "log_mix")
-    if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = sound(attn_mask, full, False, "attn_mask")
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = sound(attn_mask, full, False, "attn_mask")
     mixed = family == "mixture"
     component = family_parameters.pop("component", "gaussian") if mixed else family
     if mixed and not (isinstance(component, str) and component in FAMILIES):
-        raise ValueError(f"unknown component {shown(component)}: choose from {', '.join(map(repr, FAMILIES))}")
-    for name, x in family_parameters.items(): check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
+        raise ValueError(
+            f"unknown component {shown(component)}: choose from {', '.join(map(repr, FAMILIES))}"
+        )
+    for name, x in family_parameters.items():
+        check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
     link, given = any_link(component, q, family_parameters), (q, k, v)
     keys, v = components(q, k, Lam, log_mix), spread_heads(v, v.shape[1], q.shape[1])
-    mask = None if attn_mask is None else attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
+    mask = (
+        None
+        if attn_mask is None
+        else attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
+    )
     options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "window": window}
     weighed = query_precision is not None
-    if weighed: options["query_precision"] = per_coordinate(query_precision, q.new_empty((), dtype=full))
+    if weighed:
+        options["query_precision"] = per_coordinate(query_precision, q.new_empty((), dtype=full))
     check_backend(backend, link, bool(dropout_p), weighed)
     if return_attention and backend not in ("auto", "reference"):
-        raise ValueError("a fused kernel never forms the attention matrix: use backend='reference' to return it")
+        raise ValueError(
+            "a fused kernel never forms the attention matrix: use backend='reference' to return it"
+        )
     found: tuple[Tensor, ...]
     factor = None
     if in_range(*given, keys.precision, link, options.get("query_precision")) is False:
         q, keys, v, factor = lost_rows(q, keys, v, link, **options)
     for _ in range(settle_steps):
         q = settle_query(q, keys.each(), link, backend, **options)
-    if return_attention: found = read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
+    if return_attention:
+        found = read_visibly(q, keys.each(), v, link, return_lse, dropout_p, **options)
     else:
-        out, lse = posterior_mean(q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options)
+        out, lse = posterior_mean(
+            q, keys, v, link, backend, need_lse=return_lse, dropout_p=dropout_p, **options
+        )
         found = (out,) if lse is None or not return_lse else (out, lse)
-    if factor is not None: found = tuple(x * (factor if x.dim() == 3 else factor[..., None]).to(x.dtype) for x in found)
+    if factor is not None:
+        found = tuple(
+            x * (factor if x.dim() == 3 else factor[..., None]).to(x.dtype) for x in found
+        )
     return found[0] if len(found) == 1 else found
 
 
 def read_visibly(
-    q: Tensor, parts: list[Component], v: Tensor, link: AnyLink, return_lse: bool, dropout_p: float, **options: Any,
+    q: Tensor,
+    parts: list[Component],
+    v: Tensor,
+    link: AnyLink,
+    return_lse: bool,
+    dropout_p: float,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     "Read-out, responsibilities summed over components and, on request, log-sum-exp."
-    s = log_sum_exp(torch.stack([masked_scores(q, c.k, link, c.precision, c.log_mix, **options) for c in parts]), 0)
+    s = log_sum_exp(
+        torch.stack(
+            [masked_scores(q, c.k, link, c.precision, c.log_mix, **options) for c in parts]
+        ),
+        0,
+    )
     r = responsibilities(s)
     out = (dropout(r, dropout_p) @ v.to(r.dtype)).to(q.dtype)
     return (out, r) + ((log_sum_exp(s, -1),) if return_lse else ())
@@ -265,7 +362,8 @@ def floats_per_key(
     log_mix: bool = False,                       # whether keys have a prior of their own
     n_component: int = 1,                        # M
 ) -> int:
-    "Numbers that a cache keeps for each key and head: key, value, and what of precision and prior differs between keys."
+    """Numbers that a cache keeps for each key and head: key, value, and what of precision and
+    prior differs between keys."""
     own = {"head": 0, "diagonal": 0, "key": 1, "key and coordinate": d}[precision]
     return d + n_component * (d + own + log_mix)
 
@@ -274,17 +372,26 @@ def attention_energy(
     q: Float[Tensor, "B H Tq d"],
     k: Tensor,                                 # as in `attend`
     family: Family = "gaussian",               # any but `dot`, whose scores are no density
-    **options: Any,                            # as in `attend`: precision, log_mix, masks, backend, family parameters
+    # as in `attend`: precision, log_mix, masks, backend, family parameters
+    **options: Any,
 ) -> Float[Tensor, "B H Tq"]:
-    "`-log sum_j pi_j p(q | k_j)` in nats, normaliser included; plus infinity where no key may be seen. Raises ValueError."
+    """`-log sum_j pi_j p(q | k_j)` in nats, normaliser included; plus infinity where no key may
+    be seen. Raises ValueError."""
     if family == "dot":
-        raise ValueError("dot products are no densities: use family='gaussian' with log_mix tied to the key norms")
+        raise ValueError(
+            "dot products are no densities: use family='gaussian' with log_mix tied to the key"
+            " norms"
+        )
     any_value: Any = k.select(2, 0)[..., :1] if k.dim() == 5 else k[..., :1]
-    if options.get("return_attention"): raise ValueError("attention_energy returns energies only: ask attend for the attention")
+    if options.get("return_attention"):
+        raise ValueError("attention_energy returns energies only: ask attend for the attention")
     call: dict[str, Any] = {**options, "return_lse": True}
     lse = attend(q, k, any_value, family, **call)[1]
     names = {n: p for n, p in options.items() if n in ("nu", "eps", "delta", "p", "share", "ratio")}
-    link, d = any_link(options.get("component", "gaussian") if family == "mixture" else family, q, names), q.shape[-1]
+    link, d = (
+        any_link(options.get("component", "gaussian") if family == "mixture" else family, q, names),
+        q.shape[-1],
+    )
     assert not isinstance(link, str)
     constant = d * math.log(2) if isinstance(link, IndependentLaplace) else link.log_normaliser(d)
     log_Z = torch.as_tensor(constant, dtype=lse.dtype, device=q.device)

@@ -20,36 +20,77 @@ from ..energies.mixture import IndependentLaplace
 
 # %% ../../nbs/1_model/10_checks.ipynb #0f5d96c2
 def check_attend(
-    q: Tensor, k: Tensor, v: Tensor, family: str, backend: str, is_causal: bool, attn_mask: Tensor | None = None,
-    window: int | None = None, dropout_p: float = 0.0, settle_steps: int = 0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    family: str,
+    backend: str,
+    is_causal: bool,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    settle_steps: int = 0,
 ) -> None:
     "Raise one clear sentence for types, shapes, masks, names or numbers that `attend` cannot mean."
     for what, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
-        if x.layout != torch.strided: raise TypeError(f"{what} must be a dense tensor, not {x.layout}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{what} must be a dense tensor, not {x.layout}")
     if attn_mask is not None:
-        kind = str(attn_mask.dtype).removeprefix("torch.") if isinstance(attn_mask, Tensor) else shown(attn_mask)
-        if not (isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())):
-            raise TypeError(f"attn_mask must be a tensor, bool (True: may attend) or float (added to the scores), but is {kind}")
-    if not isinstance(is_causal, bool): raise TypeError(f"is_causal must be True or False, not {shown(is_causal)}")
-    for what, name, names in (("attention family", family, Family), ("attention backend", backend, Backend)):
+        kind = (
+            str(attn_mask.dtype).removeprefix("torch.")
+            if isinstance(attn_mask, Tensor)
+            else shown(attn_mask)
+        )
+        if not (
+            isinstance(attn_mask, Tensor)
+            and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
+        ):
+            raise TypeError(
+                "attn_mask must be a tensor, bool (True: may attend) or float (added to the"
+                f" scores), but is {kind}"
+            )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, not {shown(is_causal)}")
+    for what, name, names in (
+        ("attention family", family, Family),
+        ("attention backend", backend, Backend),
+    ):
         if not isinstance(name, str):
-            raise TypeError(f"{what} is a name such as {get_args(names)[1]!r}, not a {type(name).__name__}")
+            raise TypeError(
+                f"{what} is a name such as {get_args(names)[1]!r}, not a {type(name).__name__}"
+            )
         if name not in get_args(names):
-            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(repr, get_args(names)))}")
+            raise ValueError(
+                f"unknown {what} {name!r}: choose from {', '.join(map(repr, get_args(names)))}"
+            )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one floating dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(
+            f"q, k and v must have one floating dtype, but have {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    mixed, want = family == "mixture", "(B, H, M, Tk, d)" if family == "mixture" else "(B, H, Tk, d)"
+    mixed, want = family == "mixture", (
+        "(B, H, M, Tk, d)" if family == "mixture" else "(B, H, Tk, d)"
+    )
     fits = q.dim() == v.dim() == 4 and k.dim() == 4 + mixed and q.shape[-1] == k.shape[-1]
-    if not (fits and k.shape[-2] == v.shape[-2] and k.shape[:2] == v.shape[:2] and k.shape[2:3].numel() > 0):
-        raise ValueError(f"{family} attention needs q (B, H, Tq, d), k {want} and v (B, H, Tk, dv), but got {shapes}")
+    if not (
+        fits
+        and k.shape[-2] == v.shape[-2]
+        and k.shape[:2] == v.shape[:2]
+        and k.shape[2:3].numel() > 0
+    ):
+        raise ValueError(
+            f"{family} attention needs q (B, H, Tq, d), k {want} and v (B, H, Tk, dv), but got"
+            f" {shapes}"
+        )
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise ValueError(f"attention over nothing: no axis may have length zero, but {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k needs q's batch, and as many heads or a divisor of them: {shapes}")
     if is_causal and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"is_causal needs as many queries as keys ({shapes}); pass attn_mask instead")
+        raise ValueError(
+            f"is_causal needs as many queries as keys ({shapes}); pass attn_mask instead"
+        )
     if window is not None: check_whole("window", window, 1)
     check_whole("settle_steps", settle_steps, 0)
     check_share("dropout_p", dropout_p)
@@ -57,7 +98,8 @@ def check_attend(
 
 def check_share(what: str, x: Any) -> None:
     "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f"{what} must be a number, not {shown(x)}")
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{what} must be a number, not {shown(x)}")
     if not 0 <= float(x) < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
 
 
@@ -66,33 +108,56 @@ def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
     if not isinstance(x, Tensor): return
     try: fits = torch.broadcast_shapes(x.shape, shape) == torch.Size(shape)
     except RuntimeError: fits = False
-    if not fits: raise ValueError(f"{what} of shape {tuple(x.shape)} does not broadcast to {shape}: {hint}")
+    if not fits:
+        raise ValueError(f"{what} of shape {tuple(x.shape)} does not broadcast to {shape}: {hint}")
 
 
 def check_shapes(
-    q: Tensor, k: Tensor, precision: Any, log_mix: Any, attn_mask: Tensor | None, query_precision: Any = None,
+    q: Tensor,
+    k: Tensor,
+    precision: Any,
+    log_mix: Any,
+    attn_mask: Tensor | None,
+    query_precision: Any = None,
 ) -> None:
     "Raise ValueError for a precision, a prior or a mask that does not fit queries and keys."
-    check_fits("query_precision", query_precision, tuple(q.shape[:-1]), "it is (B, H, Tq) or shorter")
+    check_fits(
+        "query_precision", query_precision, tuple(q.shape[:-1]), "it is (B, H, Tq) or shorter"
+    )
     per_key, H = tuple(k.shape[:-1]), q.shape[1]
 
     def with_heads(x: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         "Key heads may be shared; what is given for each query head is right as well."
         axis = 1 - len(shape)
-        return (shape[0], H, *shape[2:]) if isinstance(x, Tensor) and x.dim() >= -axis and x.shape[axis] == H else shape
+        return (
+            (shape[0], H, *shape[2:])
+            if isinstance(x, Tensor) and x.dim() >= -axis and x.shape[axis] == H
+            else shape
+        )
 
     diagonal = isinstance(precision, Tensor) and precision.dim() == k.dim()
     shape = with_heads(precision, tuple(k.shape) if diagonal else per_key)
     one = "(H, M, 1)" if k.dim() == 5 else "(H, 1)"
-    check_fits("precision", precision, shape, f"one value a head has shape {one}, one a key k's without d")
+    check_fits(
+        "precision", precision, shape, f"one value a head has shape {one}, one a key k's without d"
+    )
     check_fits("log_mix", log_mix, with_heads(log_mix, per_key), "it has k's shape without d")
-    check_fits("attn_mask", attn_mask, (q.shape[0], H, q.shape[-2], k.shape[-2]), "it is (B, H, Tq, Tk) or shorter")
+    check_fits(
+        "attn_mask",
+        attn_mask,
+        (q.shape[0], H, q.shape[-2], k.shape[-2]),
+        "it is (B, H, Tq, Tk) or shorter",
+    )
 
 
 def rounded(x: float, dtype: torch.dtype) -> float:
     "A number as this dtype holds it, as far as zero and infinity are concerned."
     info = torch.finfo(dtype)
-    return math.copysign(math.inf, x) if abs(x) > info.max else 0.0 if abs(x) < info.smallest_normal * info.eps else x
+    return (
+        math.copysign(math.inf, x)
+        if abs(x) > info.max
+        else 0.0 if abs(x) < info.smallest_normal * info.eps else x
+    )
 
 
 def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
@@ -116,21 +181,36 @@ def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
         worst = full.detach()[~good(full.detach())][0].item()
     elif good(worst := rounded(float(x), dtype)): return x
     must = "positive and finite" if positive else f"minus infinity or lie within {most:.3g} of zero"
-    raise ValueError(f"{what} must be {must} in {str(dtype).removeprefix('torch.')}, but holds {worst:g}")
+    raise ValueError(
+        f"{what} must be {must} in {str(dtype).removeprefix('torch.')}, but holds {worst:g}"
+    )
 
 
 def check_scale(precision: Any, family: str) -> None:
     "Raise ValueError for a dot product with a precision per key."
-    per_key = isinstance(precision, Tensor) and precision.dim() >= 1 and precision.shape[-2 if precision.dim() == 4 else -1] > 1
+    per_key = (
+        isinstance(precision, Tensor)
+        and precision.dim() >= 1
+        and precision.shape[-2 if precision.dim() == 4 else -1] > 1
+    )
     if family == "dot" and per_key:
-        raise ValueError("dot-product attention has one scale per head; a precision per key needs family='gaussian'")
+        raise ValueError(
+            "dot-product attention has one scale per head; a precision per key needs"
+            " family='gaussian'"
+        )
 
 # %% ../../nbs/1_model/10_checks.ipynb #2ef77f3f
 def check_backend(backend: str, link: AnyLink, dropout: bool, weighed: bool) -> None:
-    "Raise ValueError for a backend that was asked for by name and cannot do it; `weighed`: with a precision per query."
+    """Raise ValueError for a backend that was asked for by name and cannot do it; `weighed`:
+    with a precision per query."""
     if isinstance(link, IndependentLaplace) and backend not in ("auto", "reference"):
-        raise ValueError("independent_laplace is no function of a distance: use backend='reference'")
+        raise ValueError(
+            "independent_laplace is no function of a distance: use backend='reference'"
+        )
     if weighed and link != "dot" and backend not in ("auto", "reference", "chunked"):
         raise ValueError("a precision per query multiplies whole distances: use backend='chunked'")
     if backend == "sdpa" and (dropout or not isinstance(link, str | Gaussian)):
-        raise ValueError("the fused kernel knows dot products and Gaussians without dropout only: use backend='chunked'")
+        raise ValueError(
+            "the fused kernel knows dot products and Gaussians without dropout only: use"
+            " backend='chunked'"
+        )

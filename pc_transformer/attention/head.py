@@ -24,16 +24,36 @@ from ..energies.elliptical import Elliptical, check_whole
 from ..isolation import linear
 
 # %% ../../nbs/1_model/13_head.ipynb #0d7c29e1
-# parameters of distributions: they start as constructed, do not decay and have a learning rate of their own
-LEARNED = ("log_precision", "log_tail", "log_mix", "shift", "background", "precision_map", "mix_map")
+# parameters of distributions: they start as constructed, do not decay and have a learning rate of
+# their own
+LEARNED = (
+    "log_precision",
+    "log_tail",
+    "log_mix",
+    "shift",
+    "background",
+    "precision_map",
+    "mix_map",
+)
 
 
 def check_options(
-    d_model: int, n_head: int, family: str, precision_init: float | None, precision: str, mixing: str, tail: float | None,
-    n_component: int, n_kv_head: int | None, window: int | None = None, dropout: float = 0.0,
+    d_model: int,
+    n_head: int,
+    family: str,
+    precision_init: float | None,
+    precision: str,
+    mixing: str,
+    tail: float | None,
+    n_component: int,
+    n_kv_head: int | None,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> None:
-    "Raise ValueError or TypeError, one sentence, for options of `PCAttention` that are none or contradict each other."
-    for what, x in (("d_model", d_model), ("n_head", n_head), ("n_component", n_component)): check_whole(what, x, 1)
+    """Raise ValueError or TypeError, one sentence, for options of `PCAttention` that are none or
+    contradict each other."""
+    for what, x in (("d_model", d_model), ("n_head", n_head), ("n_component", n_component)):
+        check_whole(what, x, 1)
     for what, x in (("n_kv_head", n_kv_head), ("window", window)):
         if x is not None: check_whole(what, x, 1)
     for what, x in (("precision_init", precision_init), ("tail", tail)):
@@ -41,12 +61,30 @@ def check_options(
     check_share("dropout", dropout)
     plain = precision == "head" and mixing != "norm"
     for ok, sentence in (
-        (family in get_args(Attention), f"unknown attention family {family!r}: choose from {', '.join(get_args(Attention))}"),
+        (
+            family in get_args(Attention),
+            f"unknown attention family {family!r}: choose from {', '.join(get_args(Attention))}",
+        ),
         (d_model % n_head == 0, f"d_model = {d_model} is not divisible by n_head = {n_head}"),
-        (n_kv_head is None or n_head % n_kv_head == 0, f"n_kv_head = {n_kv_head} does not divide {n_head}"),
-        (precision in ("head", "key", "diagonal"), f"precision must be 'head', 'key' or 'diagonal', got {precision!r}"),
-        (mixing in ("equal", "norm", "key"), f"mixing must be 'equal', 'norm' or 'key', got {mixing!r}"),
-        (family != "dot" or plain, "dot attention has one scale per head and no density: precision 'head', mixing not 'norm'"),
+        (
+            n_kv_head is None or n_head % n_kv_head == 0,
+            f"n_kv_head = {n_kv_head} does not divide {n_head}",
+        ),
+        (
+            precision in ("head", "key", "diagonal"),
+            f"precision must be 'head', 'key' or 'diagonal', got {precision!r}",
+        ),
+        (
+            mixing in ("equal", "norm", "key"),
+            f"mixing must be 'equal', 'norm' or 'key', got {mixing!r}",
+        ),
+        (
+            family != "dot" or plain,
+            (
+                "dot attention has one scale per head and no density: precision 'head', mixing not"
+                " 'norm'"
+            ),
+        ),
         (tail is None or family in TAILS, f"{family} attention has no tail, got {tail}"),
     ):
         if not ok: raise ValueError(sentence)
@@ -55,7 +93,8 @@ def check_options(
 class PCAttention(nn.Module):
     """Multi-head causal self-attention whose key likelihood, precision and tails are learned.
 
-    `dot` is nanoGPT's: scale fixed at 1/sqrt(d) and nothing learned, unless `precision_init` starts a learned scale.
+    `dot` is nanoGPT's: scale fixed at 1/sqrt(d) and nothing learned, unless `precision_init`
+    starts a learned scale.
     """
 
     def __init__(
@@ -63,12 +102,15 @@ class PCAttention(nn.Module):
         d_model: int,                           # `D`
         n_head: int,                            # `H`, divides `d_model`
         family: Attention = "gaussian",
-        precision_init: float | None = None,    # initial precision; `None`: `initial_precision`, fixed scale for `dot`
+        # initial precision; `None`: `initial_precision`, fixed scale for `dot`
+        precision_init: float | None = None,
         precision: Literal["head", "key", "diagonal"] = "head",
         mixing: Literal["equal", "norm", "key"] = "equal",
-        tail: float | None = None,              # initial `nu`, `p` or `delta`, learned per head; `None`: the usual one
+        # initial `nu`, `p` or `delta`, learned per head; `None`: the usual one
+        tail: float | None = None,
         n_component: int = 2,                   # M, for mixtures
-        n_kv_head: int | None = None,           # key and value heads, a divisor of `n_head`; `None`: `n_head`
+        # key and value heads, a divisor of `n_head`; `None`: `n_head`
+        n_kv_head: int | None = None,
         window: int | None = None,              # sliding window, in tokens
         qk_norm: bool = False,
         background: bool = False,
@@ -76,7 +118,19 @@ class PCAttention(nn.Module):
         bias: bool = False,                     # of the two linear maps
     ):
         super().__init__()
-        check_options(d_model, n_head, family, precision_init, precision, mixing, tail, n_component, n_kv_head, window, dropout)
+        check_options(
+            d_model,
+            n_head,
+            family,
+            precision_init,
+            precision,
+            mixing,
+            tail,
+            n_component,
+            n_kv_head,
+            window,
+            dropout,
+        )
         self.n_head, self.n_kv_head, self.d = n_head, n_kv_head or n_head, d_model // n_head
         self.family: Attention = family
         self.window, self.qk_norm, self.dropout, self.mixing = window, qk_norm, dropout, mixing
@@ -85,7 +139,8 @@ class PCAttention(nn.Module):
         self.out = linear(d_model, d_model, bias)
         tails = {TAILS[family][0]: tail or TAILS[family][1]} if family in TAILS else {}
         fixed = family == "dot" and precision_init is None
-        with torch.device("cpu"):     # a number, also where parameters are made on another device, or none
+        # a number, also where parameters are made on another device, or none
+        with torch.device("cpu"):
             start = precision_init or initial_precision(
                 family, d_model, self.d, normalised=qk_norm, **({} if fixed else tails))
             typical = self.typical_score(start, tails) if background else 0.0
@@ -93,9 +148,15 @@ class PCAttention(nn.Module):
         self.log_precision = None if fixed else nn.Parameter(torch.full(per_head, math.log(start)))
         if precision == "diagonal":
             self.log_precision = nn.Parameter(torch.full((1, *per_head, self.d), math.log(start)))
-        self.precision_map = nn.Parameter(torch.zeros(self.n_kv_head, d_model)) if precision == "key" else None
-        self.mix_map = nn.Parameter(torch.zeros(self.n_kv_head, d_model)) if mixing == "key" else None
-        self.log_tail = nn.Parameter(torch.full((n_head, 1), math.log(*tails.values()))) if tails else None
+        self.precision_map = (
+            nn.Parameter(torch.zeros(self.n_kv_head, d_model)) if precision == "key" else None
+        )
+        self.mix_map = (
+            nn.Parameter(torch.zeros(self.n_kv_head, d_model)) if mixing == "key" else None
+        )
+        self.log_tail = (
+            nn.Parameter(torch.full((n_head, 1), math.log(*tails.values()))) if tails else None
+        )
         self.shift = nn.Parameter(self.first_shifts()) if family == "mixture" else None
         self.log_mix = nn.Parameter(torch.zeros(per_head)) if family == "mixture" else None
         self.background = nn.Parameter(typical - 2 + torch.zeros(n_head, 1)) if background else None
@@ -106,12 +167,18 @@ class PCAttention(nn.Module):
         return 1.0 if self.qk_norm else self.qkv.in_features * INIT_STD**2
 
     def first_shifts(self) -> Float[Tensor, "Hk M 1 d"]:
-        "Where components start: half a key's standard deviation around it, the same in every model."
+        """Where components start: half a key's standard deviation around it, the same in every
+        model."""
         draw = torch.Generator().manual_seed(0)
-        return math.sqrt(self.alpha) / 2 * torch.randn(self.n_kv_head, self.n_component, 1, self.d, generator=draw)
+        return (
+            math.sqrt(self.alpha)
+            / 2
+            * torch.randn(self.n_kv_head, self.n_component, 1, self.d, generator=draw)
+        )
 
     def typical_score(self, precision: float, tails: Mapping[str, float]) -> float:
-        "Score of a key at the mean distance of an untrained layer: what the background competes with."
+        """Score of a key at the mean distance of an untrained layer: what the background
+        competes with."""
         if self.family == "dot": return 0.0
         like = torch.zeros((), dtype=torch.float64)
         link = make_link("gaussian" if self.family == "mixture" else self.family, like, tails)
@@ -121,16 +188,21 @@ class PCAttention(nn.Module):
 
     @property
     def precision(self) -> Tensor | None:
-        "What tokens do not change of the precision (for `dot`: scale), `(H, 1)`, `(1, H, 1, d)` or `(H, M, 1)`."
+        """What tokens do not change of the precision (for `dot`: scale), `(H, 1)`, `(1, H, 1,
+        d)` or `(H, M, 1)`."""
         return None if self.log_precision is None else self.log_precision.exp()
 
     def precision_of(self, x: Float[Tensor, "B T D"]) -> Tensor | None:
         "Precision of the keys of these tokens."
         if self.precision_map is None or self.log_precision is None: return self.precision
         by_token = mapped(x, self.precision_map)
-        return (self.log_precision + (by_token[:, :, None] if self.n_component > 1 else by_token)).exp()
+        return (
+            self.log_precision + (by_token[:, :, None] if self.n_component > 1 else by_token)
+        ).exp()
 
-    def mixing_of(self, x: Float[Tensor, "B T D"], k: Tensor, precision: Tensor | None) -> Tensor | None:
+    def mixing_of(
+        self, x: Float[Tensor, "B T D"], k: Tensor, precision: Tensor | None
+    ) -> Tensor | None:
         "Log mixing weights of the keys of these tokens; `None` when all are equal."
         total = None if self.log_mix is None else self.log_mix.log_softmax(1)
         if self.mix_map is not None:
@@ -138,13 +210,16 @@ class PCAttention(nn.Module):
             total = by_token if total is None else total + by_token[:, :, None]
         if self.mixing == "norm" and precision is not None:
             Lam = precision if precision.dim() == k.dim() else precision[..., None]
-            norms = (Lam * k.square()).sum(-1) / 2 - Lam.log().expand(*Lam.shape[:-1], self.d).sum(-1) / 2
+            norms = (Lam * k.square()).sum(-1) / 2 - Lam.log().expand(*Lam.shape[:-1], self.d).sum(
+                -1
+            ) / 2
             norms = torch.where(norms.isfinite(), norms, 0.0)      # `attend` sees such a key itself
             total = norms if total is None else total + norms
         return total
 
     def split(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
-        "Queries `(B, H, T, d)`, keys `(B, Hk, T, d)` or `(B, Hk, M, T, d)`, and values `(B, Hk, T, d)`."
+        """Queries `(B, H, T, d)`, keys `(B, Hk, T, d)` or `(B, Hk, M, T, d)`, and values `(B,
+        Hk, T, d)`."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.d).transpose(1, 2)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
@@ -155,18 +230,32 @@ class PCAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        attn_mask: Bool[Tensor, "B #H #T T"] | None = None,  # True: may attend, besides the causal mask
+        # True: may attend, besides the causal mask
+        attn_mask: Bool[Tensor, "B #H #T T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         q, k, v = self.split(x)
         precision = self.precision_of(x)
-        tail: dict[str, Any] = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
+        tail: dict[str, Any] = (
+            {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
+        )
         found = attend(
-            q, k, v, self.family, precision, self.mixing_of(x, k, precision), is_causal=True, attn_mask=attn_mask,
-            window=self.window, dropout_p=self.dropout if self.training else 0.0,
-            return_lse=self.background is not None, **tail,
+            q,
+            k,
+            v,
+            self.family,
+            precision,
+            self.mixing_of(x, k, precision),
+            is_causal=True,
+            attn_mask=attn_mask,
+            window=self.window,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_lse=self.background is not None,
+            **tail,
         )
         out = found[0] if isinstance(found, tuple) else found
         if self.background is not None:
-            background = sound(self.background, full_dtype(x), False, f"the background of {self.family} attention")
+            background = sound(
+                self.background, full_dtype(x), False, f"the background of {self.family} attention"
+            )
             out = (out * torch.sigmoid(found[1] - background)[..., None]).to(out.dtype)
         return self.out(out.transpose(1, 2).flatten(2))

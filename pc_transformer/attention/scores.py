@@ -24,7 +24,8 @@ from ..energies.mixture import IndependentLaplace
 from ..isolation import dropout
 
 # %% ../../nbs/1_model/09_scores.ipynb #0a60d473
-Family = Literal[Attention, "independent_laplace"]    # the names that a configuration knows, and one for `attend` alone
+# the names that a configuration knows, and one for `attend` alone
+Family = Literal[Attention, "independent_laplace"]
 
 
 Backend = Literal["auto", "reference", "sdpa", "chunked", "flex", "triton"]
@@ -44,11 +45,14 @@ def full_dtype(like: Tensor) -> torch.dtype:
 def make_link(
     family: str,                       # any `Family` but "mixture"
     like: Tensor,                      # sets dtype and device
-    parameters: Mapping[str, Any],     # of the family: numbers, or tensors with one value a head, `(H, 1)`
+    # of the family: numbers, or tensors with one value a head, `(H, 1)`
+    parameters: Mapping[str, Any],
 ) -> Link:
-    "The family's link with its parameters in place: an object of `energies.families`, or the word `dot`. Raises ValueError."
+    """The family's link with its parameters in place: an object of `energies.families`, or the
+    word `dot`. Raises ValueError."""
     if family == "dot":
-        if parameters: raise ValueError(f"dot-product attention has no parameter {next(iter(parameters))!r}")
+        if parameters:
+            raise ValueError(f"dot-product attention has no parameter {next(iter(parameters))!r}")
         return "dot"
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose from {', '.join(map(repr, FAMILIES))}")
@@ -57,19 +61,29 @@ def make_link(
         has = f"its parameters are {', '.join(names)}" if names else "it has none"
         raise ValueError(f"{family} attention has no parameter {other[0]!r}: {has}")
     full = like.new_empty((), dtype=full_dtype(like))
-    shaped = {n: per_coordinate(p, full) if isinstance(p, Tensor) and p.is_floating_point() else p for n, p in parameters.items()}
+    shaped = {
+        n: per_coordinate(p, full) if isinstance(p, Tensor) and p.is_floating_point() else p
+        for n, p in parameters.items()
+    }
     for name, p in shaped.items():
         if isinstance(p, Tensor) and p.is_floating_point() and p.shape[-2:] != (1, 1):
-            raise ValueError(f"{name} has one value a head, shape (H, 1), but its shape is {tuple(parameters[name].shape)}")
+            raise ValueError(
+                f"{name} has one value a head, shape (H, 1), but its shape is"
+                f" {tuple(parameters[name].shape)}"
+            )
     link = FAMILIES[family](**shaped)
     check_tails(link, full.dtype)
     return link
 
 
 def any_link(family: str, like: Tensor, parameters: Mapping[str, Any]) -> AnyLink:
-    "`make_link`, or the density that is independent in each coordinate and no function of a distance. Raises ValueError."
+    """`make_link`, or the density that is independent in each coordinate and no function of a
+    distance. Raises ValueError."""
     if family != "independent_laplace": return make_link(family, like, parameters)
-    if parameters: raise ValueError(f"independent_laplace attention has no parameter {next(iter(parameters))!r}")
+    if parameters:
+        raise ValueError(
+            f"independent_laplace attention has no parameter {next(iter(parameters))!r}"
+        )
     return IndependentLaplace()
 
 # %% ../../nbs/1_model/09_scores.ipynb #30517dfd
@@ -81,18 +95,28 @@ def scores(
     log_mix: float | Tensor | None = None, # broadcastable to `(B, H, Tk)`
     query_precision: float | Tensor | None = None,  # broadcastable to `(B, H, Tq)`; `None`: 1
 ) -> Float[Tensor, "B H Tq Tk"]:
-    "Equation (1), without the density's constant; for `dot`, `precision q.k + log_mix`. O(Tq Tk d) memory, at least float32."
+    """Equation (1), without the density's constant; for `dot`, `precision q.k + log_mix`. O(Tq
+    Tk d) memory, at least float32."""
     q, k = q.to(full_dtype(q)), k.to(full_dtype(q))
     Lam, d = per_coordinate(precision, q), q.shape[-1]
     lam = per_coordinate(1.0 if query_precision is None else query_precision, q)
     if isinstance(link, str):
         s = lam * torch.einsum("bhic,bhjc->bhij", q, Lam * k)
     else:
-        error, half_log_det = q[:, :, :, None] - k[:, :, None], Lam.log().expand(*Lam.shape[:-1], d).sum(-1)[:, :, None] / 2
-        if isinstance(link, IndependentLaplace): g = -lam.sqrt() * (Lam[:, :, None].sqrt() * error.abs()).sum(-1)
-        else: g = link.link(lam * (Lam[:, :, None] * error.square()).sum(-1), d)
+        error, half_log_det = (
+            q[:, :, :, None] - k[:, :, None],
+            Lam.log().expand(*Lam.shape[:-1], d).sum(-1)[:, :, None] / 2,
+        )
+        if isinstance(link, IndependentLaplace):
+            g = -lam.sqrt() * (Lam[:, :, None].sqrt() * error.abs()).sum(-1)
+        else:
+            g = link.link(lam * (Lam[:, :, None] * error.square()).sum(-1), d)
         s = g + half_log_det + lam.log() * d / 2
-    return s if log_mix is None else s + torch.as_tensor(log_mix, dtype=q.dtype, device=q.device)[..., None, :]
+    return (
+        s
+        if log_mix is None
+        else s + torch.as_tensor(log_mix, dtype=q.dtype, device=q.device)[..., None, :]
+    )
 
 # %% ../../nbs/1_model/09_scores.ipynb #5f3d1bc5
 def reference(
@@ -104,12 +128,14 @@ def reference(
     log_mix: float | Tensor | None = None,
     mask: Tensor | None = None,                # four axes, bool (True: may attend) or float (added)
     is_causal: bool = False,
-    window: int | None = None,                 # key j > i - window; without `is_causal` also j < i + window
+    # key j > i - window; without `is_causal` also j < i + window
+    window: int | None = None,
     dropout_p: float = 0.0,
     need_lse: bool = True,
     query_precision: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:             # `(B, H, Tq, dv)`, `(B, H, Tq)`
-    "Scores, posterior and read-out, one visible step after the other; every other backend is held against it."
+    """Scores, posterior and read-out, one visible step after the other; every other backend is
+    held against it."""
     s = masked_scores(q, k, link, precision, log_mix, mask, is_causal, window, query_precision)
     out = dropout(responsibilities(s), dropout_p) @ v.to(s.dtype)
     return out.to(q.dtype), log_sum_exp(s, -1) if need_lse else None
@@ -122,13 +148,21 @@ def log_sum_exp(s: Tensor, dim: int) -> Tensor:
 
 
 def masked_scores(
-    q: Tensor, k: Tensor, link: AnyLink, precision: float | Tensor, log_mix: float | Tensor | None = None,
-    mask: Tensor | None = None, is_causal: bool = False, window: int | None = None, query_precision: float | Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    link: AnyLink,
+    precision: float | Tensor,
+    log_mix: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    query_precision: float | Tensor | None = None,
 ) -> Float[Tensor, "B H Tq Tk"]:
     "Equation (1), and minus infinity where a query must not look."
     s, Tq, Tk = scores(q, k, link, precision, log_mix, query_precision), q.shape[-2], k.shape[-2]
     if window is not None:
-        after = torch.arange(Tq, device=s.device)[:, None] - torch.arange(Tk, device=s.device)     # i - j
+        # i - j
+        after = torch.arange(Tq, device=s.device)[:, None] - torch.arange(Tk, device=s.device)
         s = s.masked_fill((after if is_causal else after.abs()) >= window, -math.inf)
     allowed = additive_mask(s, Tq, Tk, is_causal, mask)
     return s if allowed is None else s + allowed
@@ -136,7 +170,8 @@ def masked_scores(
 # %% ../../nbs/1_model/09_scores.ipynb #2681dd6e
 @dataclass(frozen=True)
 class Component:
-    "Keys with their precision and their prior: what is compared with the queries. Several components have an axis M."
+    """Keys with their precision and their prior: what is compared with the queries. Several
+    components have an axis M."""
 
     k: Float[Tensor, "B H *M Tk d"]
     precision: Tensor                 # as many axes as `k`, broadcastable to it
@@ -147,12 +182,20 @@ class Component:
         if self.k.dim() == 4: return [self]
         at = lambda x, m: x[:, :, m if x.shape[2] > 1 else 0]
         prior = lambda m: None if self.log_mix is None else at(self.log_mix, m)
-        return [Component(at(self.k, m), at(self.precision, m), prior(m)) for m in range(self.k.shape[2])]
+        return [
+            Component(at(self.k, m), at(self.precision, m), prior(m))
+            for m in range(self.k.shape[2])
+        ]
 
 
 def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
-    "Repeat the head axis (the second) of `own` key heads for `n_head` query heads; other lengths are left alone."
-    return x.repeat_interleave(n_head // own, 1) if own != n_head and x.dim() > 1 and x.shape[1] == own else x
+    """Repeat the head axis (the second) of `own` key heads for `n_head` query heads; other
+    lengths are left alone."""
+    return (
+        x.repeat_interleave(n_head // own, 1)
+        if own != n_head and x.dim() > 1 and x.shape[1] == own
+        else x
+    )
 
 
 def components(

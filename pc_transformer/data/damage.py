@@ -17,9 +17,12 @@ def damage(
     fraction: float,                  # of the tokens, in [0, 1]
     generator: torch.Generator,
 ) -> Int[Tensor, "..."]:
-    "A copy in which this fraction of the tokens, drawn at random, is replaced by another symbol, all others alike."
+    """A copy in which this fraction of the tokens, drawn at random, is replaced by another
+    symbol, all others alike."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     hit = torch.rand(tokens.shape, generator=generator) < fraction
     other = torch.randint(1, vocab_size, tokens.shape, generator=generator)
-    return torch.where(hit.to(tokens.device), (tokens + other.to(tokens.device)) % vocab_size, tokens)
+    return torch.where(
+        hit.to(tokens.device), (tokens + other.to(tokens.device)) % vocab_size, tokens
+    )

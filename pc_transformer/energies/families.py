@@ -38,29 +38,42 @@ class Gaussian(Elliptical):
         "D/2 log(2 pi)"
         return dim / 2 * math.log(2 * math.pi)
 
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "Independent standard normal coordinates"
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #db57a45b
 def _exact(value: float | Tensor) -> Tensor:
     "A shape parameter in float64, in which normalisers are computed."
-    return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else None)
+    return torch.as_tensor(
+        value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else None
+    )
 
 
 def _shape(name: str, value: float | Tensor, interval: str) -> None:
-    "Raises `ValueError` unless `value` lies in `interval`, such as '(0, 1]'; `TypeError` if it is no number."
-    real = value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int | float)
+    """Raises `ValueError` unless `value` lies in `interval`, such as '(0, 1]'; `TypeError` if it
+    is no number."""
+    real = (
+        value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int | float)
+    )
     if not real or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or a tensor of a floating dtype, got {shown(value)}")
+        raise TypeError(
+            f"{name} must be a number or a tensor of a floating dtype, got {shown(value)}"
+        )
     x = _exact(value).detach()
     low, high = map(float, interval[1:-1].split(","))
-    good = (x >= low if interval[0] == "[" else x > low) & (x <= high if interval[-1] == "]" else x < high)
-    if known(good.all()) is False: raise ValueError(f"{name} must lie in {interval}, got {x[~good].flatten()[0].item()}")
+    good = (x >= low if interval[0] == "[" else x > low) & (
+        x <= high if interval[-1] == "]" else x < high
+    )
+    if known(good.all()) is False:
+        raise ValueError(f"{name} must lie in {interval}, got {x[~good].flatten()[0].item()}")
 
 
 def _as_given(result: Tensor, value: float | Tensor) -> float | Tensor:
-    "`result` as a float if the parameter `value` is one, else as a tensor of its dtype, float32 at least."
+    """`result` as a float if the parameter `value` is one, else as a tensor of its dtype,
+    float32 at least."""
     return result.to(_wide(value).dtype) if isinstance(value, Tensor) else result.item()
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #8a5a6888
@@ -70,22 +83,30 @@ def _log_surface(dim: int) -> float:
 
 
 def _root(u: Tensor) -> Tensor:
-    "sqrt(u), at least the root of the smallest normal number; the slope at zero is zero, not infinite."
+    """sqrt(u), at least the root of the smallest normal number; the slope at zero is zero, not
+    infinite."""
     return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
 
 
 def _narrow(w: Tensor, like: Tensor) -> Tensor:
-    "A weight in the dtype of `like`, whose largest number stands for what is larger: a weight is finite at zero too."
+    """A weight in the dtype of `like`, whose largest number stands for what is larger: a weight
+    is finite at zero too."""
     return w if w.dtype == like.dtype else w.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #2f376a01
 def _log_gamma_step(a: Tensor, h: float) -> Tensor:
-    "log Gamma(a + h) - log Gamma(a) - h log a, by Stirling's series for large `a`: no difference of huge numbers."
+    """log Gamma(a + h) - log Gamma(a) - h log a, by Stirling's series for large `a`: no
+    difference of huge numbers."""
     big, b = a.clamp(min=30), a.clamp(min=30) + h
-    tail = sum(c * (b**-k - big**-k) for c, k in ((1/12, 1), (-1/360, 3), (1/1260, 5), (-1/1680, 7)))
+    tail = sum(
+        c * (b**-k - big**-k)
+        for c, k in ((1 / 12, 1), (-1 / 360, 3), (1 / 1260, 5), (-1 / 1680, 7))
+    )
     small = a.clamp(max=30)
     series = (big + h - 0.5) * (h / big).log1p() - h + tail
-    return torch.where(a > 30, series, torch.lgamma(small + h) - torch.lgamma(small) - h * small.log())
+    return torch.where(
+        a > 30, series, torch.lgamma(small + h) - torch.lgamma(small) - h * small.log()
+    )
 
 
 @dataclass(frozen=True)
@@ -107,10 +128,14 @@ class StudentT(Elliptical):
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "log Gamma(nu/2) - log Gamma((nu+D)/2) + D/2 log(nu pi)"
-        return _as_given(dim / 2 * math.log(2 * math.pi) - _log_gamma_step(_exact(self.nu) / 2, dim / 2), self.nu)
+        return _as_given(
+            dim / 2 * math.log(2 * math.pi) - _log_gamma_step(_exact(self.nu) / 2, dim / 2), self.nu
+        )
 
     @torch.no_grad()
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "A Gaussian whose precision is drawn from Gamma(nu/2, nu/2)"
         half = (_exact(self.nu) / 2).expand(like.shape[:-1]).to(like.device)
         z = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
@@ -120,7 +145,9 @@ class StudentT(Elliptical):
         "Mean weight: it is one at the optimum, and reaches it faster"
         return w.mean()
 
-    def fit_shape(self, errors: Float[Tensor, "*batch D"], diagonal: bool = False) -> tuple["StudentT", Tensor]:
+    def fit_shape(
+        self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
+    ) -> tuple["StudentT", Tensor]:
         "The most likely nu, between 0.05 and 1e6, and its precision."
         return _profile(self, "nu", 0.05, 1e6, errors, diagonal)
 
@@ -140,7 +167,9 @@ class _LogBessel(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, order: float) -> tuple[Tensor, Tensor]:
-        pairs = torch.tensor([_bessel(order, v) for v in x.flatten().tolist()], dtype=x.dtype, device=x.device)
+        pairs = torch.tensor(
+            [_bessel(order, v) for v in x.flatten().tolist()], dtype=x.dtype, device=x.device
+        )
         log, slope = pairs.T
         return log.reshape(x.shape).clone(), slope.reshape(x.shape).clone()
 
@@ -175,16 +204,25 @@ class Laplace(Elliptical):
     def log_normaliser(self, dim: int) -> float | Tensor:
         "(D-1)/2 log pi + (D+1)/2 log(2 eps) + log K_(D+1)/2(eps), with its limit at eps = 0"
         eps, order, least = _exact(self.eps), (dim + 1) / 2, 1e-8
-        rest, limit = (dim - 1) / 2 * math.log(math.pi) + order * math.log(2), math.lgamma(order) + (order - 1) * math.log(2)
-        if not isinstance(self.eps, Tensor): return rest + (limit if self.eps < least else _bessel(order, float(self.eps))[0])
+        rest, limit = (dim - 1) / 2 * math.log(math.pi) + order * math.log(2), math.lgamma(
+            order
+        ) + (order - 1) * math.log(2)
+        if not isinstance(self.eps, Tensor):
+            return rest + (limit if self.eps < least else _bessel(order, float(self.eps))[0])
         log = _LogBessel.apply(torch.where(eps < least, 1.0, eps), order)[0]
-        return _as_given(rest + torch.where(eps < least, torch.full_like(eps, limit), log), self.eps)
+        return _as_given(
+            rest + torch.where(eps < least, torch.full_like(eps, limit), log), self.eps
+        )
 
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "A radius from Gamma(D, 1); for eps > 0 by rejection"
         return _under_tangent(self, like, generator)
 
-    def fit_shape(self, errors: Float[Tensor, "*batch D"], diagonal: bool = False) -> tuple["Laplace", Tensor]:
+    def fit_shape(
+        self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
+    ) -> tuple["Laplace", Tensor]:
         "The most likely eps, between 0.001 and 1000, and its precision."
         return _profile(self, "eps", 1e-3, 1e3, errors, diagonal)
 
@@ -213,23 +251,29 @@ class Huber(Elliptical):
         floor = torch.finfo(torch.float64).tiny
         near = torch.special.gammainc(half, delta**2 / 2).clamp(min=floor).log()
         k = torch.arange(dim, dtype=torch.float64, device=delta.device)
-        sums = (2 * k * delta.log()[..., None] - torch.lgamma(k + 1)).logsumexp(-1)  # Gamma(D, x) has D terms
+        # Gamma(D, x) has D terms
+        sums = (2 * k * delta.log()[..., None] - torch.lgamma(k + 1)).logsumexp(-1)
         near = near + (dim / 2 - 1) * math.log(2) + math.lgamma(dim / 2)
         far = math.lgamma(dim) - delta**2 / 2 - dim * delta.log() + sums
         return _as_given(_log_surface(dim) + torch.logaddexp(near, far), self.delta)
 
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "By rejection under a tangent"
         return _under_tangent(self, like, generator)
 
-    def fit_shape(self, errors: Float[Tensor, "*batch D"], diagonal: bool = False) -> tuple["Huber", Tensor]:
+    def fit_shape(
+        self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
+    ) -> tuple["Huber", Tensor]:
         "The most likely delta, between 0.01 and 30, and its precision."
         return _profile(self, "delta", 0.01, 30.0, errors, diagonal)
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #24b28c55
 @dataclass(frozen=True)
 class GeneralizedGaussian(Elliptical):
-    "The power exponential: g(u) = -u^(p/2) / 2, equation (10); p = 2 is the Gaussian, p = 1 a Laplace."
+    """The power exponential: g(u) = -u^(p/2) / 2, equation (10); p = 2 is the Gaussian, p = 1 a
+    Laplace."""
 
     p: float | Tensor = 1.0  # the power of the distance, above 0
 
@@ -252,10 +296,14 @@ class GeneralizedGaussian(Elliptical):
     def log_normaliser(self, dim: int) -> float | Tensor:
         "log surface + D/p log 2 + log Gamma(D/p) - log p"
         p = _exact(self.p)
-        return _as_given(_log_surface(dim) + dim / p * math.log(2) + torch.lgamma(dim / p) - p.log(), self.p)
+        return _as_given(
+            _log_surface(dim) + dim / p * math.log(2) + torch.lgamma(dim / p) - p.log(), self.p
+        )
 
     @torch.no_grad()
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "A radius with r^p / 2 from Gamma(D/p)"
         p = _exact(self.p).expand(like.shape[:-1]).to(like.device)
         return _outward((2 * _gamma(like.shape[-1] / p, generator)) ** (1 / p), like, generator)
@@ -266,19 +314,27 @@ class GeneralizedGaussian(Elliptical):
         diagonal: bool = False,  # one precision per coordinate instead of one in all
         max_iters: int = 1000,  # rounds of equation (4)
     ) -> Float[Tensor, "..."]:
-        "Maximum-likelihood precision, () or (D,): the common scale in closed form, the rest by equation (4)."
+        """Maximum-likelihood precision, () or (D,): the common scale in closed form, the rest by
+        equation (4)."""
         squares = _observations(errors).square()
         precision, p, dim = _mean_precision(squares, diagonal), float(self.p), squares.shape[-1]
         for _ in range(max_iters):
             u = (precision * squares).sum(-1)
-            last, precision = precision, precision * (2 * dim / (p * (u ** (p / 2)).mean())) ** (2 / p)
+            last, precision = precision, precision * (2 * dim / (p * (u ** (p / 2)).mean())) ** (
+                2 / p
+            )
             if diagonal:
                 w = self.weight((precision * squares).sum(-1), dim)
-                precision = precision * (_mean_precision(w[:, None] * squares, True) / precision) ** min(1, 2 / p)
-            if bool(((precision - last).abs() <= 1e-11 * precision).all()): return _positive(precision.to(errors.dtype))
+                precision = precision * (
+                    _mean_precision(w[:, None] * squares, True) / precision
+                ) ** min(1, 2 / p)
+            if bool(((precision - last).abs() <= 1e-11 * precision).all()):
+                return _positive(precision.to(errors.dtype))
         raise RuntimeError(f"the precision still moves after {max_iters} rounds; raise max_iters")
 
-    def fit_shape(self, errors: Float[Tensor, "*batch D"], diagonal: bool = False) -> tuple["GeneralizedGaussian", Tensor]:
+    def fit_shape(
+        self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
+    ) -> tuple["GeneralizedGaussian", Tensor]:
         "The most likely p, between 0.1 and 20, and its precision."
         return _profile(self, "p", 0.1, 20.0, errors, diagonal)
 
@@ -298,7 +354,9 @@ class Logistic(Elliptical):
         "-2 log cosh(sqrt(u) / 2); its series near zero"
         near, r = _wide(u).clamp(max=0.01), _root(_wide(u))
         series = near * (-1/4 + near * (1/96 + near * (-1/1440 + near * 17/322560)))
-        return torch.where(u < 0.01, series, 2 * math.log(2) - r - 2 * (-r).exp().log1p()).to(u.dtype)
+        return torch.where(u < 0.01, series, 2 * math.log(2) - r - 2 * (-r).exp().log1p()).to(
+            u.dtype
+        )
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "tanh(sqrt(u) / 2) / sqrt(u), 1/2 at zero"
@@ -309,7 +367,9 @@ class Logistic(Elliptical):
         "log surface + log 4 + log Gamma(D) + log eta(D-1)"
         return _log_surface(dim) + math.log(4) + math.lgamma(dim) + _log_eta(dim - 1)
 
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "By rejection under a tangent"
         return _under_tangent(self, like, generator)
 
@@ -327,11 +387,19 @@ class Contaminated(Elliptical):
 
     def _logs(self, u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         "Log of each of the two terms of e^g: regular and outlier."
-        share, ratio = (_wide(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=u.device)
-                        for x in (self.share, self.ratio))
+        share, ratio = (
+            (
+                _wide(x)
+                if isinstance(x, Tensor)
+                else torch.tensor(x, dtype=torch.float64, device=u.device)
+            )
+            for x in (self.share, self.ratio)
+        )
         u = _wide(u)
         regular = torch.log1p(-share) - u / 2
-        return regular.to(u.dtype), (share.log() + dim / 2 * ratio.log() - ratio * u / 2).to(u.dtype)
+        return regular.to(u.dtype), (share.log() + dim / 2 * ratio.log() - ratio * u / 2).to(
+            u.dtype
+        )
 
     def outlier(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "The responsibility of the outliers for an error at distance u."
@@ -346,17 +414,25 @@ class Contaminated(Elliptical):
         "1 for the regular, ratio for the outliers, averaged by their responsibilities"
         regular, outlier = self._logs(u, dim)
         gap = regular - outlier
-        return (gap.sigmoid() + self.ratio * (-gap).sigmoid()).to(u.dtype)  # no difference: an outlier keeps its digits
+        # no difference: an outlier keeps its digits
+        return (gap.sigmoid() + self.ratio * (-gap).sigmoid()).to(u.dtype)
 
     def log_normaliser(self, dim: int) -> float:
         "D/2 log(2 pi): both terms of the link are normalised alike"
         return dim / 2 * math.log(2 * math.pi)
 
     @torch.no_grad()
-    def standard(self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None) -> Tensor:
+    def standard(
+        self, like: Float[Tensor, "*batch D"], generator: torch.Generator | None
+    ) -> Tensor:
         "A Gaussian, wider with probability `share`"
         z = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
-        out = torch.rand(like.shape[:-1], generator=generator, dtype=torch.float64, device=like.device) < self.share
+        out = (
+            torch.rand(
+                like.shape[:-1], generator=generator, dtype=torch.float64, device=like.device
+            )
+            < self.share
+        )
         return (z * torch.where(out, _exact(self.ratio).rsqrt(), 1.0)[..., None]).to(like.dtype)
 
     def fit_shape(

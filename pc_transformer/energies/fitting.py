@@ -22,7 +22,8 @@ _Family = TypeVar("_Family", bound=Elliptical)
 def _profile(
     family: _Family, name: str, low: float, high: float, errors: Tensor, diagonal: bool
 ) -> tuple[_Family, Tensor]:
-    "The `family` and precision with the most likely shape `name` between `low` and `high`, equation (6)."
+    """The `family` and precision with the most likely shape `name` between `low` and `high`,
+    equation (6)."""
     data = _observations(errors)
 
     def at(value: float, slope: bool = False) -> tuple[float, _Family, Tensor]:

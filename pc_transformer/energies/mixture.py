@@ -33,7 +33,11 @@ class IndependentLaplace:
     ) -> Float[Tensor, "*batch"]:
         "Log density in nats: 1/2 log|Pi| - sum_c sqrt(Pi_c) |eps_c| - D log 2."
         (wide, precision), dim = _read(error, precision), error.shape[-1]
-        log_p = _log_det(precision, dim) / 2 - (precision.sqrt() * wide.abs()).sum(-1) - dim * math.log(2)
+        log_p = (
+            _log_det(precision, dim) / 2
+            - (precision.sqrt() * wide.abs()).sum(-1)
+            - dim * math.log(2)
+        )
         return log_p.to(error.dtype)
 
     def energy(
@@ -61,17 +65,21 @@ class IndependentLaplace:
     ) -> Float[Tensor, "*batch D"]:
         "d log p / d eps = -sqrt(Pi_c) sign(eps_c); zero at zero."
         wide, precision = _read(error, precision)
-        return (-precision.sqrt() * wide.sign() + 0 * wide).to(error.dtype)  # 0 * error: a NaN stays a NaN
+        # 0 * error: a NaN stays a NaN
+        return (-precision.sqrt() * wide.sign() + 0 * wide).to(error.dtype)
 
     def sample(
         self,
         shape: tuple[int, ...],  # (..., D)
-        precision: float | Tensor = 1.0,  # Pi > 0: scalar, or broadcastable to `shape`; sets dtype and device
+        # Pi > 0: scalar, or broadcastable to `shape`; sets dtype and device
+        precision: float | Tensor = 1.0,
         generator: torch.Generator | None = None,  # None: PyTorch's global one
     ) -> Float[Tensor, "*batch D"]:
         "Errors drawn from the density: an exponential size with a random sign."
         like = precision.new_empty(shape) if isinstance(precision, Tensor) else torch.empty(shape)
-        size = torch.empty(shape, dtype=torch.float64, device=like.device).exponential_(generator=generator)
+        size = torch.empty(shape, dtype=torch.float64, device=like.device).exponential_(
+            generator=generator
+        )
         sign = torch.randint(2, shape, generator=generator, device=like.device) * 2 - 1
         return ((size * sign).to(like.dtype) * _read(like, precision)[1].rsqrt()).to(like.dtype)
 
@@ -86,30 +94,40 @@ class IndependentLaplace:
 
 # %% ../../nbs/1_model/07_mixtures.ipynb #9f21748a
 def _spread(points: Tensor, M: int, generator: torch.Generator | None) -> Tensor:
-    "M of the points (n, D), each drawn with probability proportional to its squared distance from those before."
+    """M of the points (n, D), each drawn with probability proportional to its squared distance
+    from those before."""
     chosen = points[torch.randint(len(points), (1,), generator=generator)]
     while len(chosen) < M:
         away = torch.cdist(points, chosen).amin(1).square()
-        if not bool((away > 0).any()): raise ValueError(f"cannot fit {M} components to fewer than {M} different errors")
+        if not bool((away > 0).any()):
+            raise ValueError(f"cannot fit {M} components to fewer than {M} different errors")
         chosen = torch.cat([chosen, points[torch.multinomial(away, 1, generator=generator)]])
     return chosen
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    "M Gaussian components of an error, equation (15); not elliptical. Error and precision as in `Elliptical`."
+    """M Gaussian components of an error, equation (15); not elliptical. Error and precision as
+    in `Elliptical`."""
 
-    log_mix: Float[Tensor, "M"]  # log mixing weights, normalised by a softmax; -inf switches a component off
+    # log mixing weights, normalised by a softmax; -inf switches a component off
+    log_mix: Float[Tensor, "M"]
     means: Float[Tensor, "M D"]  # in units of 1 / sqrt(Pi)
     precisions: Float[Tensor, "..."]  # (M,) or (M, D), in units of Pi
 
     def __post_init__(self) -> None:
         for name in ("log_mix", "means", "precisions"): check_tensor(name, getattr(self, name))
-        (M, D), own = self.means.shape if self.means.dim() == 2 else (0, 0), tuple(self.precisions.shape)
-        if M < 1 or D < 1: raise ValueError(f"means must have the shape (M, D), got {tuple(self.means.shape)}")
-        if self.log_mix.shape != (M,): raise ValueError(f"log_mix must have the shape {(M,)}, got {tuple(self.log_mix.shape)}")
-        if own not in ((M,), (M, D)): raise ValueError(f"precisions must have the shape {(M,)} or {(M, D)}, got {own}")
-        if not bool(self.log_mix.logsumexp(0).isfinite()): raise ValueError(f"log_mix gives no weights: {self.log_mix.tolist()}")
+        (M, D), own = self.means.shape if self.means.dim() == 2 else (0, 0), tuple(
+            self.precisions.shape
+        )
+        if M < 1 or D < 1:
+            raise ValueError(f"means must have the shape (M, D), got {tuple(self.means.shape)}")
+        if self.log_mix.shape != (M,):
+            raise ValueError(f"log_mix must have the shape {(M,)}, got {tuple(self.log_mix.shape)}")
+        if own not in ((M,), (M, D)):
+            raise ValueError(f"precisions must have the shape {(M,)} or {(M, D)}, got {own}")
+        if not bool(self.log_mix.logsumexp(0).isfinite()):
+            raise ValueError(f"log_mix gives no weights: {self.log_mix.tolist()}")
         if not bool(self.means.isfinite().all()): raise ValueError("means must be finite")
         _positive(self.precisions)
 
@@ -122,7 +140,12 @@ class GaussianMixture:
         log_mix = _wide(self.log_mix).log_softmax(0).to(dtype)
         return log_mix + _log_det(own, D) / 2 - u / 2 - D / 2 * math.log(2 * math.pi), own * apart
 
-    def _of(self, part: Callable[[Tensor, Tensor, Tensor], Tensor], error: Tensor, precision: float | Tensor) -> Tensor:
+    def _of(
+        self,
+        part: Callable[[Tensor, Tensor, Tensor], Tensor],
+        error: Tensor,
+        precision: float | Tensor,
+    ) -> Tensor:
         "`part(joint, pull, Pi)` in the dtype that computes."
         wide, precision = _read(error, precision)
         D, has = self.means.shape[1], error.shape[-1]
@@ -171,10 +194,14 @@ class GaussianMixture:
     ) -> Float[Tensor, "*batch D"]:
         "Errors drawn from the density: choose a component, then draw from it."
         like = self.means.new_empty(shape)
-        which = torch.multinomial(self.log_mix.detach().softmax(0), like[..., 0].numel(), True, generator=generator)
+        which = torch.multinomial(
+            self.log_mix.detach().softmax(0), like[..., 0].numel(), True, generator=generator
+        )
         own = self.precisions.reshape(len(self.means), -1)[which].reshape(*shape[:-1], -1)
         z = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        drawn = (self.means[which].reshape(shape) + z * own.rsqrt()) * _read(like, precision)[1].rsqrt()
+        drawn = (self.means[which].reshape(shape) + z * own.rsqrt()) * _read(like, precision)[
+            1
+        ].rsqrt()
         return drawn.to(like.dtype)
 
     @classmethod
@@ -189,13 +216,18 @@ class GaussianMixture:
         max_iters: int = 10_000,  # rounds of EM
     ) -> "GaussianMixture":
         "Maximum likelihood by EM, equation (16), under a floor for the variances."
-        for what, x in (("M", M), ("restarts", restarts), ("max_iters", max_iters)): check_whole(what, x, 1)
+        for what, x in (("M", M), ("restarts", restarts), ("max_iters", max_iters)):
+            check_whole(what, x, 1)
         points = _observations(errors)
         spread = (points - points.mean(0)).square().mean()
-        if not bool(spread.isfinite()): raise ValueError("cannot fit a mixture to errors that are missing or not finite")
-        if not bool(spread > 0): raise ValueError("cannot fit a mixture to errors that are all the same")
+        if not bool(spread.isfinite()):
+            raise ValueError("cannot fit a mixture to errors that are missing or not finite")
+        if not bool(spread > 0):
+            raise ValueError("cannot fit a mixture to errors that are all the same")
         smallest = floor * spread.item()
-        tries = [cls._climb(points, M, diagonal, generator, smallest, max_iters) for _ in range(restarts)]
+        tries = [
+            cls._climb(points, M, diagonal, generator, smallest, max_iters) for _ in range(restarts)
+        ]
         best = max(tries, key=lambda one: one.log_prob(points).sum().item())
         return cls(*(x.to(errors.dtype) for x in (best.log_mix, best.means, best.precisions)))
 
@@ -208,13 +240,16 @@ class GaussianMixture:
         for _ in range(max_iters):
             best = cls._maximise(points, r, diagonal, smallest)
             now = best.log_prob(points).mean().item()
-            if now < last - 1e-9 * max(1, abs(last)): raise RuntimeError(f"EM lowered the likelihood by {last - now:.1e}")
+            if now < last - 1e-9 * max(1, abs(last)):
+                raise RuntimeError(f"EM lowered the likelihood by {last - now:.1e}")
             if now - last <= 1e-12 * max(1, abs(now)): return best
             r, last = best.responsibilities(points), now
         raise RuntimeError(f"the likelihood still rises after {max_iters} rounds; raise max_iters")
 
     @classmethod
-    def _maximise(cls, points: Tensor, r: Tensor, diagonal: bool, smallest: float) -> "GaussianMixture":
+    def _maximise(
+        cls, points: Tensor, r: Tensor, diagonal: bool, smallest: float
+    ) -> "GaussianMixture":
         "The M-step of equation (16) for responsibilities r (n, M)."
         count = r.sum(0).clamp(min=torch.finfo(r.dtype).tiny)
         means = r.T @ points / count[:, None]

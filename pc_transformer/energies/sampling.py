@@ -28,7 +28,10 @@ def _outward(radius: Tensor, like: Tensor, generator: torch.Generator | None) ->
 
 def _touching(family: Link, like: Tensor) -> Tensor:
     "log r where r^2 w(r^2) = D, by bisection; one for each draw of the shape of `like`."
-    low, dim = torch.full(like.shape[:-1], -40.0, dtype=torch.float64, device=like.device), like.shape[-1]
+    low, dim = (
+        torch.full(like.shape[:-1], -40.0, dtype=torch.float64, device=like.device),
+        like.shape[-1],
+    )
     high = -low
     for _ in range(60):
         middle = (low + high) / 2

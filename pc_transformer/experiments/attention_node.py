@@ -34,7 +34,8 @@ Downstream = Tensor | Callable[[Tensor], Tensor]
 
 
 def tilted(scores: Float[Tensor, "... Tk"], tilt: Float[Tensor, "... Tk"]) -> tuple[Tensor, Tensor]:
-    "Responsibilities `r = softmax(scores + tilt)` and `KL(r || softmax(scores))` per query; zero for a blind one."
+    """Responsibilities `r = softmax(scores + tilt)` and `KL(r || softmax(scores))` per query;
+    zero for a blind one."""
     r, blind = responsibilities(scores + tilt), (scores == -math.inf).all(-1)
     seen = lambda s: log_sum_exp(s, -1).masked_fill(blind, 0.0)
     return r, (r * tilt).sum(-1) - seen(scores + tilt) + seen(scores)
@@ -51,10 +52,12 @@ def slope_of(downstream: Callable[[Tensor], Tensor], out: Tensor) -> tuple[Tenso
 # %% ../../nbs/6_experiments/14_attention_node.ipynb #c8ab2a90
 @dataclass(frozen=True)
 class AttentionNode:
-    """The responsibilities of attention heads as a latent node with energy (1). Raises ValueError for wrong settings."""
+    """The responsibilities of attention heads as a latent node with energy (1). Raises
+    ValueError for wrong settings."""
 
     stiffness: float = 10.0    # lambda, nats; infinity would be backprop
-    steps: int = 1             # of equation (3), from `r = p`; one full step is exact for a linear G
+    # of equation (3), from `r = p`; one full step is exact for a linear G
+    steps: int = 1
     step_size: float = 1.0     # eta in (0, 1]; halved while the energy rises
 
     def __post_init__(self):
@@ -62,12 +65,16 @@ class AttentionNode:
         check_whole("the number of steps", self.steps, 1)
         check_number("the step size", self.step_size)
         if not 0 < self.step_size <= 1:
-            raise ValueError(f"an attention node needs finite stiffness > 0, whole steps >= 1, step_size in (0, 1]: got {self}")
+            raise ValueError(
+                "an attention node needs finite stiffness > 0, whole steps >= 1, step_size in (0,"
+                f" 1]: got {self}"
+            )
 
     def energy(
         self,
         scores: Float[Tensor, "... Tq Tk"],    # minus infinity where a query must not look
-        r: Float[Tensor, "... Tq Tk"],         # on the simplex of each query; zero rows for blind queries
+        # on the simplex of each query; zero rows for blind queries
+        r: Float[Tensor, "... Tq Tk"],
     ) -> Float[Tensor, "... Tq"]:
         "Equation (1) per query, nats; infinite where `r` looks at a masked key."
         log_p = scores - log_sum_exp(scores, -1)[..., None]
@@ -78,40 +85,61 @@ class AttentionNode:
         self,
         scores: Float[Tensor, "... Tq Tk"],    # what predicts the node
         values: Float[Tensor, "... Tk dv"],
-        message: Downstream,                   # `xi (..., Tq, dv)`, for a linear G; or G itself: read-outs to one number
+        # `xi (..., Tq, dv)`, for a linear G; or G itself: read-outs to one number
+        message: Downstream,
     ) -> Float[Tensor, "... Tq Tk"]:           # responsibilities, no graph
-        "Steps of (3) that never raise lambda KL + G. Raises ValueError for a message that does not fit, SettlingError."
+        """Steps of (3) that never raise lambda KL + G. Raises ValueError for a message that does
+        not fit, SettlingError."""
         if not (isinstance(message, Tensor) or callable(message)):
-            raise TypeError(f"the message must be a tensor or a function of the read-outs, got {shown(message)}")
+            raise TypeError(
+                f"the message must be a tensor or a function of the read-outs, got {shown(message)}"
+            )
         scores, values = scores.detach(), values.detach().to(scores.dtype)
         shape = (*scores.shape[:-1], values.shape[-1])
         if isinstance(message, Tensor):
-            if message.shape != shape: raise ValueError(f"the message must have shape {shape}, but has {tuple(message.shape)}")
+            if message.shape != shape:
+                raise ValueError(
+                    f"the message must have shape {shape}, but has {tuple(message.shape)}"
+                )
             xi = message.detach()
             message = lambda out: (xi * out).sum()
         tilt, (r, kl) = torch.zeros_like(scores), tilted(scores, torch.zeros_like(scores))
         for _ in range(self.steps):
             G, slope = slope_of(message, r @ values)
             towards = -(slope @ values.mT) / self.stiffness
-            tilt, r, kl = self.descend(scores, values, message, tilt, towards, self.stiffness * kl.sum() + G)
+            tilt, r, kl = self.descend(
+                scores, values, message, tilt, towards, self.stiffness * kl.sum() + G
+            )
         return r
 
     def descend(
-        self, scores: Tensor, values: Tensor, downstream: Callable[[Tensor], Tensor], tilt: Tensor, towards: Tensor,
-        before: Tensor,                        # the energy to stay below
+        self,
+        scores: Tensor,
+        values: Tensor,
+        downstream: Callable[[Tensor], Tensor],
+        tilt: Tensor,
+        towards: Tensor,
+        before: Tensor,  # the energy to stay below
     ) -> tuple[Tensor, Tensor, Tensor]:
-        "One accepted step of (3), its step size halved until the energy does not rise beyond rounding."
-        eta, slack = self.step_size, 64 * torch.finfo(scores.dtype).eps * (1 + before.abs() + self.stiffness)
+        """One accepted step of (3), its step size halved until the energy does not rise beyond
+        rounding."""
+        eta, slack = self.step_size, 64 * torch.finfo(scores.dtype).eps * (
+            1 + before.abs() + self.stiffness
+        )
         for _ in range(60):
             trial = tilt + eta * (towards - tilt)
             r, kl = tilted(scores, trial)
             if self.stiffness * kl.sum() + downstream(r @ values).detach() <= before + slack:
                 return trial, r, kl
             eta /= 2
-        raise SettlingError(f"no step of the attention node down to {eta:.2g} lowered its energy of {before.item():.4g} nats: "
-                            "is the message finite, and G smooth?")
+        raise SettlingError(
+            f"no step of the attention node down to {eta:.2g} lowered its energy of"
+            f" {before.item():.4g} nats: is the message finite, and G smooth?"
+        )
 
-    def score_message(self, scores: Float[Tensor, "... Tq Tk"], r: Float[Tensor, "... Tq Tk"]) -> Float[Tensor, "... Tq Tk"]:
+    def score_message(
+        self, scores: Float[Tensor, "... Tq Tk"], r: Float[Tensor, "... Tq Tk"]
+    ) -> Float[Tensor, "... Tq Tk"]:
         "Equation (5): `dE/d scores = lambda (p - r)`."
         return self.stiffness * (responsibilities(scores.detach()) - r)
 
@@ -127,7 +155,8 @@ class AttentionNode:
         log_mix: float | Tensor | None = None,
         **masks: Any,                              # `mask`, `is_causal`, `window`
     ) -> dict[str, Tensor]:                        # by "q", "k", "precision" and "v"
-        "Equations (5) and (7): the slopes of lambda KL + G at fixed `r`; score and read-out are differentiated, no softmax."
+        """Equations (5) and (7): the slopes of lambda KL + G at fixed `r`; score and read-out
+        are differentiated, no softmax."""
         q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
         precision = sound(precision, full_dtype(q), True, "the precision of attention")
         log_mix = None if log_mix is None else sound(log_mix, full_dtype(q), False, "log_mix")
@@ -141,14 +170,19 @@ class AttentionNode:
 def key_scores(
     attention: PCAttention,
     x: Float[Tensor, "B T D"],          # normalised states
-) -> tuple[Tensor, Tensor]:             # scores `(B, H, T, Tk)`, values `(B, H, Tk, d)`; Tk is T, with a background T + 1
-    "Masked scores and values such that `responsibilities(scores) @ values` is the layer's read-out, for every option."
+# scores `(B, H, T, Tk)`, values `(B, H, Tk, d)`; Tk is T, with a background T + 1
+) -> tuple[Tensor, Tensor]:
+    """Masked scores and values such that `responsibilities(scores) @ values` is the layer's
+    read-out, for every option."""
     a, (q, k, v) = attention, attention.split(x)
     tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
     mixed, Lam = a.family == "mixture", a.precision_of(x)
     link = make_link("gaussian" if mixed else a.family, q, tail)
     parts = components(q, k, a.d**-0.5 if Lam is None else Lam, a.mixing_of(x, k, Lam)).each()
-    found = [masked_scores(q, c.k, link, c.precision, c.log_mix, is_causal=True, window=a.window) for c in parts]
+    found = [
+        masked_scores(q, c.k, link, c.precision, c.log_mix, is_causal=True, window=a.window)
+        for c in parts
+    ]
     s, v = log_sum_exp(torch.stack(found), 0), spread_heads(v, a.n_kv_head, a.n_head)
     if a.background is not None:
         nothing = a.background[:, :, None].to(s.dtype).expand(*s.shape[:3], 1)
@@ -164,16 +198,22 @@ def attention_gradient(
     precision: Tensor,                   # `Pi_l`: `()`, `(D,)` or `(B, T, 1)`
     count: int,                          # n, predicted tokens in the batch
     family: Elliptical = Gaussian(),     # density of node l
-) -> dict[str, Tensor]:                  # by parameter name, as `local_gradient` of `learning.learners`
-    "A layer's weight gradients through its attention node, (5) and (7). Raises ValueError for active dropout."
+# by parameter name, as `local_gradient` of `learning.learners`
+) -> dict[str, Tensor]:
+    """A layer's weight gradients through its attention node, (5) and (7). Raises ValueError for
+    active dropout."""
     a, (names, parameters) = layer.attention, zip(*layer.named_parameters(), strict=True)
     if layer.training and max(a.dropout, layer.dropout.p) > 0:
-        raise ValueError("an attention node settles without dropout: call layer.eval() or set dropout to 0")
+        raise ValueError(
+            "an attention node settles without dropout: call layer.eval() or set dropout to 0"
+        )
     message = -stiffness(error, precision, family) * error
     with torch.enable_grad():
         s, v = key_scores(a, layer.norm(below))
         xi = (message @ a.out.weight).unflatten(-1, (a.n_head, a.d)).transpose(1, 2)
         r = node.settle(s, v, xi.to(s.dtype))
         mu = a.out((r @ v).transpose(1, 2).flatten(2).to(below.dtype))
-    found = torch.autograd.grad((s, mu), parameters, (node.score_message(s, r) / count, message / count))
+    found = torch.autograd.grad(
+        (s, mu), parameters, (node.score_message(s, r) / count, message / count)
+    )
     return dict(zip(names, found, strict=True))

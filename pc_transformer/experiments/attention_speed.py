@@ -33,7 +33,8 @@ from ..training.trainer import pick_device
 
 # %% ../../nbs/5_speed/09_attention_speed.ipynb #5b9a9431
 def clock(device: torch.device) -> float:
-    "Seconds: this thread's processor time on a CPU, the wall clock of a synchronised device elsewhere."
+    """Seconds: this thread's processor time on a CPU, the wall clock of a synchronised device
+    elsewhere."""
     if device.type == "cpu": return time.thread_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -63,7 +64,8 @@ def _high_water() -> int:
 def _in_child(run: Callable[[], Any]) -> int:
     "Bytes by which the peak of this process's memory rises while `run` works for the second time."
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: every tensor gets pages of its own, and returns them
+    # M_MMAP_THRESHOLD: every tensor gets pages of its own, and returns them
+    libc.mallopt(-3, 1 << 16)
     run()  # a library's pages are loaded when they are first used: 100 MB of them
     gc.collect()
     libc.malloc_trim(0)
@@ -77,7 +79,8 @@ def peak_bytes(
     run: Callable[[], Any],
     device: torch.device = torch.device("cpu"),
 ) -> int | None:            # `None` where it cannot be measured
-    "Peak memory of one call beyond what existed before it, measured in a child process (Linux) or on the GPU."
+    """Peak memory of one call beyond what existed before it, measured in a child process (Linux)
+    or on the GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -97,23 +100,39 @@ def peak_bytes(
 
 # %% ../../nbs/5_speed/09_attention_speed.ipynb #8fcd848a
 def precisions(
-    B: int, H: int, T: int, d: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+    B: int,
+    H: int,
+    T: int,
+    d: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     "One precision of each kind, around 1/sqrt(d)."
     shapes = {"head": (1, H, 1, 1), "key": (B, H, T, 1), "diagonal": (B, H, T, d)}
-    near_one = {name: 0.8 + 0.4 * torch.rand(shape, device=device, generator=generator) for name, shape in shapes.items()}
+    near_one = {
+        name: 0.8 + 0.4 * torch.rand(shape, device=device, generator=generator)
+        for name, shape in shapes.items()
+    }
     return {name: p.div(d**0.5).to(dtype).requires_grad_() for name, p in near_one.items()}
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **_: Any) -> tuple[Tensor, None]:
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **_: Any
+) -> tuple[Tensor, None]:
     "Attention with a curved link as one would first write it."
-    u = (q.square().sum(-1, keepdim=True) + k.square().sum(-1)[..., None, :] - 2 * q @ k.mT).clamp(min=0) * precision
+    u = (q.square().sum(-1, keepdim=True) + k.square().sum(-1)[..., None, :] - 2 * q @ k.mT).clamp(
+        min=0
+    ) * precision
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     return link.link(u, q.shape[-1]).masked_fill(future, -torch.inf).softmax(-1) @ v, None
 
 
-def mixture(q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **kw: Any) -> tuple[Tensor, Tensor | None]:
-    "Two components per key, as `attend` computes them: one pass by row chunks, or two calls of a GPU's kernel merged."
+def mixture(
+    q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Two components per key, as `attend` computes them: one pass by row chunks, or two calls of
+    a GPU's kernel merged."""
     keys = Component(torch.stack([k, k + 0.5], 2), precision[:, :, None])
     return posterior_mean(q, keys, v, link, "auto", **kw)
 
@@ -148,11 +167,21 @@ CASES: dict[str, tuple[str, Any, Any, str]] = {  # name: backend, function, link
 
 
 GPU_CASES: dict[str, tuple[str, Any, Any, str]] = {
-    f"{family}{'' if kind == 'head' else ' ' + kind}, {backend}": (backend, gpu(backend), link, kind)
+    f"{family}{'' if kind == 'head' else ' ' + kind}, {backend}": (
+        backend,
+        gpu(backend),
+        link,
+        kind,
+    )
     for backend in ("flex", "triton")
-    for family, link, kind in (("gaussian", Gaussian(), "head"), ("gaussian", Gaussian(), "key"),
-                               ("gaussian", Gaussian(), "diagonal"), ("student_t", StudentT(), "head"),
-                               ("laplace", Laplace(), "head"), ("huber", Huber(), "head"))
+    for family, link, kind in (
+        ("gaussian", Gaussian(), "head"),
+        ("gaussian", Gaussian(), "key"),
+        ("gaussian", Gaussian(), "diagonal"),
+        ("student_t", StudentT(), "head"),
+        ("laplace", Laplace(), "head"),
+        ("huber", Huber(), "head"),
+    )
 }
 
 # %% ../../nbs/5_speed/09_attention_speed.ipynb #3ca54234
@@ -166,18 +195,27 @@ def measure(
     naive_up_to: int = 1024,            # longest sequence for the naive form
     memory: bool = True,
 ) -> list[dict[str, Any]]:              # one row per case
-    "Time and peak memory of all cases at one length, causal, beside `scaled_dot_product_attention`."
+    """Time and peak memory of all cases at one length, causal, beside
+    `scaled_dot_product_attention`."""
     g = torch.Generator(device).manual_seed(seed)
     normal = lambda: torch.randn(B, H, T, d, device=device, dtype=dtype, generator=g)
     q, k, v = (normal().requires_grad_() for _ in range(3))
     every, dout = precisions(B, H, T, d, device, dtype, g), normal()
     runs: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "sdpa": (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])}
-    for name, (backend, function, link, kind) in {**CASES, **(GPU_CASES if device.type == "cuda" else {})}.items():
+    for name, (backend, function, link, kind) in {
+        **CASES,
+        **(GPU_CASES if device.type == "cuda" else {}),
+    }.items():
         if backend == "naive" and T > naive_up_to: continue
-        call = lambda f=function, g=link, p=every[kind]: f(q, k, v, g, p, is_causal=True, need_lse=False)[0]
-        try: call()
-        except (ImportError, RuntimeError, ValueError) as error: print(f"{name} is left out: {error}"); continue
+        call = lambda f=function, g=link, p=every[kind]: f(
+            q, k, v, g, p, is_causal=True, need_lse=False
+        )[0]
+        try:
+            call()
+        except (ImportError, RuntimeError, ValueError) as error:
+            print(f"{name} is left out: {error}")
+            continue
         runs[name] = (call, [q, k, v, every[kind]])
 
     def forward(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -200,10 +238,19 @@ def _row(name: str, T: int, B: int, ahead: dict, both: dict, peaks: dict) -> dic
     ratio = lambda t: statistics.median(a / b for a, b in zip(t[name], t["sdpa"], strict=True))
     case = {**CASES, **GPU_CASES}.get(name)
     peak, base = peaks[name], peaks["sdpa"]
-    return {"case": name, "backend": case[0] if case else "sdpa", "precision": case[3] if case else None, "T": T, "B": B,
-            "forward_ms": 1e3 * statistics.median(ahead[name]), "step_ms": 1e3 * statistics.median(both[name]),
-            "forward_ratio": ratio(ahead), "step_ratio": ratio(both),
-            "peak_mib": None if peak is None else peak / 2**20, "peak_ratio": peak / base if peak and base else None}
+    return {
+        "case": name,
+        "backend": case[0] if case else "sdpa",
+        "precision": case[3] if case else None,
+        "T": T,
+        "B": B,
+        "forward_ms": 1e3 * statistics.median(ahead[name]),
+        "step_ms": 1e3 * statistics.median(both[name]),
+        "forward_ratio": ratio(ahead),
+        "step_ratio": ratio(both),
+        "peak_mib": None if peak is None else peak / 2**20,
+        "peak_ratio": peak / base if peak and base else None,
+    }
 
 # %% ../../nbs/5_speed/09_attention_speed.ipynb #5ca7c75b
 class Block(nn.Module):
@@ -214,7 +261,9 @@ class Block(nn.Module):
         self.H, self.attend = H, attend
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(), nn.Linear(4 * D, D, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(D, 4 * D, bias=False), nn.GELU(), nn.Linear(4 * D, D, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, T, D)`
         B, T, D = x.shape
@@ -226,7 +275,8 @@ class Block(nn.Module):
 def measure_block(
     T: int, B: int, rounds: int, device: torch.device, dtype: torch.dtype, D: int = 384, H: int = 6
 ) -> list[dict[str, Any]]:
-    "Forward and backward of a whole block for some families, beside the block with PyTorch's kernel."
+    """Forward and backward of a whole block for some families, beside the block with PyTorch's
+    kernel."""
     x = torch.randn(B, T, D, device=device, dtype=dtype)
     lam = torch.full((1, H, 1, 1), 1 / 8, device=device, dtype=dtype)
 
@@ -237,12 +287,27 @@ def measure_block(
             return function(q, k, v, link, lam, is_causal=True, need_lse=False)[0]
         return attend
 
-    attends = {"dot": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-               "gaussian": family(Gaussian()), "student_t": family(StudentT()), "laplace": family(Laplace())}
+    attends = {
+        "dot": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "gaussian": family(Gaussian()),
+        "student_t": family(StudentT()),
+        "laplace": family(Laplace()),
+    }
     blocks = {n: Block(D, H, a).to(device, dtype) for n, a in attends.items()}
-    seconds = interleaved({n: (lambda b=b: b(x).square().mean().backward()) for n, b in blocks.items()}, rounds, device)
-    return [{"case": n, "T": T, "B": B, "width": D, "step_ms": 1e3 * statistics.median(t),
-             "step_ratio": statistics.median(a / b for a, b in zip(t, seconds["dot"], strict=True))} for n, t in seconds.items()]
+    seconds = interleaved(
+        {n: lambda b=b: b(x).square().mean().backward() for n, b in blocks.items()}, rounds, device
+    )
+    return [
+        {
+            "case": n,
+            "T": T,
+            "B": B,
+            "width": D,
+            "step_ms": 1e3 * statistics.median(t),
+            "step_ratio": statistics.median(a / b for a, b in zip(t, seconds["dot"], strict=True)),
+        }
+        for n, t in seconds.items()
+    ]
 
 # %% ../../nbs/5_speed/09_attention_speed.ipynb #422d5b83
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -254,30 +319,50 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "device": device.type, "name": name,
-            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "system": platform.system(),
-            "load": os.getloadavg()[0],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "device": device.type,
+        "name": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def bench_attention(
     out_dir: str | Path = "results/attention_speed",
     quick: bool = False,             # short sequences and few rounds: a minute
-    lengths: list[int] | None = None,  # `None`: 256 to 4096 on a CPU, to 16384 on a GPU, to 2048 if quick
+    # `None`: 256 to 4096 on a CPU, to 16384 on a GPU, to 2048 if quick
+    lengths: list[int] | None = None,
     rounds: int | None = None,       # `None`: 5, or 3 if quick
     device: str = "auto",            # "auto": a GPU where there is one, and the CPU
     seed: int = 0,
     memory: bool = True,
 ) -> dict[str, Any]:                 # what was written to `results.json`
-    "Measure all families and backends against `scaled_dot_product_attention`; write results.json and speed.png."
+    """Measure all families and backends against `scaled_dot_product_attention`; write
+    results.json and speed.png."""
     if lengths == [] or rounds is not None and rounds < 1:
-        raise ValueError(f"a benchmark needs at least one length and one round, got {lengths} and {rounds}")
-    usual = {"cpu": [256, 512, 1024, 2048] + [4096] * (not quick), "cuda": [2**i for i in range(8, 12 if quick else 15)]}
+        raise ValueError(
+            f"a benchmark needs at least one length and one round, got {lengths} and {rounds}"
+        )
+    usual = {
+        "cpu": [256, 512, 1024, 2048] + [4096] * (not quick),
+        "cuda": [2**i for i in range(8, 12 if quick else 15)],
+    }
     rounds = (3 if quick else 5) if rounds is None else rounds
     wanted = (["cpu"] + ["cuda"] * torch.cuda.is_available()) if device == "auto" else [device]
     command = "make bench-attention" + (" QUICK=true" if quick else "")
-    results: dict[str, Any] = {"command": command, "seed": seed, "rounds": rounds, "heads": 6, "head_width": 64,
-                               "causal": True, "runs": []}
+    results: dict[str, Any] = {
+        "command": command,
+        "seed": seed,
+        "rounds": rounds,
+        "heads": 6,
+        "head_width": 64,
+        "causal": True,
+        "runs": [],
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -289,7 +374,9 @@ def bench_attention(
                 turns = rounds if T <= 4096 else min(rounds, 3)
                 run["attention"] += measure(T, B, 6, 64, turns, place, dtype, seed, memory=memory)
                 if T <= 2048: run["block"] += measure_block(T, B, rounds, place, dtype)
-                said = (f"{r['case']} {r['step_ratio']:.2f}" for r in run["attention"] if r["T"] == T)
+                said = (
+                    f"{r['case']} {r['step_ratio']:.2f}" for r in run["attention"] if r["T"] == T
+                )
                 print(f"{place.type} T={T}: " + ", ".join(said), flush=True)
             results["runs"].append(run)
     finally:
@@ -310,21 +397,36 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 
 def picture(results: dict[str, Any], run: int = 0, fig: Any = None) -> Any:
-    "Time of a training step and peak memory against the number of tokens, both divided by PyTorch's kernel."
+    """Time of a training step and peak memory against the number of tokens, both divided by
+    PyTorch's kernel."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     rows = results["runs"][run]["attention"]
     fig = Figure(figsize=(9.2, 3.8), layout="constrained") if fig is None else fig
     axes = fig.subplots(1, 2)
-    for ax, key, title in zip(axes, ("step_ratio", "peak_ratio"), ("time, forward and backward", "peak memory"), strict=True):
+    for ax, key, title in zip(
+        axes,
+        ("step_ratio", "peak_ratio"),
+        ("time, forward and backward", "peak memory"),
+        strict=True,
+    ):
         for m, name in enumerate(dict.fromkeys(r["case"] for r in rows if r["case"] != "sdpa")):
             line = [(r["T"], r[key]) for r in rows if r["case"] == name and r[key] is not None]
-            if line: ax.plot(*zip(*line, strict=True), marker=".", color=colormaps["tab20"](m % 20), label=name)
-        ax.axhline(1, color="black", lw=0.8); ax.set(xscale="log", yscale="log", title=f"{title} / SDPA", xlabel="tokens")
+            if line:
+                ax.plot(
+                    *zip(*line, strict=True),
+                    marker=".",
+                    color=colormaps["tab20"](m % 20),
+                    label=name
+                )
+        ax.axhline(1, color="black", lw=0.8)
+        ax.set(xscale="log", yscale="log", title=f"{title} / SDPA", xlabel="tokens")
         lengths = sorted({r["T"] for r in rows})
         ax.set_xticks(lengths, [str(t) for t in lengths], fontsize=8); ax.minorticks_off()
         low, high = ax.get_ylim()
         ticks = [t for t in (0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32) if low <= t <= high]
         ax.set_yticks(ticks, [str(t) for t in ticks])
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    axes[0].figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7
+    )
     return fig

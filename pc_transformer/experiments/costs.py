@@ -31,17 +31,25 @@ Batch = tuple[Tensor, Tensor]
 Contenders = dict[str, Callable[[], None]]      # a whole training step each, by name
 
 
-def solver_contenders(model: ModelConfig, batch: Batch, beta: float, device: torch.device) -> Contenders:
+def solver_contenders(
+    model: ModelConfig, batch: Batch, beta: float, device: torch.device
+) -> Contenders:
     "Training steps of our model taught by other solvers than the default."
     solvers = {"lean": ErrorSettling(1, beta, lean=True),
                "sweep": SweepSettling(beta), "lean sweep": SweepSettling(beta, lean=True),
                "highway, 3 rounds": HighwaySettling(3, relative_precision=beta),
                "states, 8 steps": StateSettling(8).tuned(PCTransformer(model).to(device), *batch)}
-    return {f"ours, {n}": contender(PCTransformer(model).to(device), PredictiveCoding(s), batch) for n, s in solvers.items()}
+    return {
+        f"ours, {n}": contender(PCTransformer(model).to(device), PredictiveCoding(s), batch)
+        for n, s in solvers.items()
+    }
 
 
-def compiled_contenders(model: ModelConfig, batch: Batch, learner: Learner, device: torch.device) -> Contenders:
-    "Training steps with every layer but attention under `torch.compile`; attention's kernel takes minutes to compile."
+def compiled_contenders(
+    model: ModelConfig, batch: Batch, learner: Learner, device: torch.device
+) -> Contenders:
+    """Training steps with every layer but attention under `torch.compile`; attention's kernel
+    takes minutes to compile."""
     steps = {}
     for name, teach in (("backprop", Backprop()), ("predictive coding", learner)):
         m = PCTransformer(model).to(device)
@@ -63,7 +71,11 @@ def step_costs(
     g = torch.Generator().manual_seed(0)
     x = torch.randint(c.vocab_size, (config.train.batch_size, c.block_size + 1), generator=g).to(on)
     batch = (x[:, :-1], x[:, 1:])
-    pc = PredictiveCoding(ErrorSettling(config.learner.steps, config.learner.relative_precision, config.learner.step_size))
+    pc = PredictiveCoding(
+        ErrorSettling(
+            config.learner.steps, config.learner.relative_precision, config.learner.step_size
+        )
+    )
     dot, gauss = (replace(c, attention=f, precision_init=None) for f in ("dot", "gaussian"))
     contenders = {
         "plain PyTorch GPT": plain_contender(PlainGPT(c).to(on), batch),
@@ -72,18 +84,31 @@ def step_costs(
         "GPT, predictive coding": contender(PCTransformer(dot).to(on), pc, batch),
         "ours, predictive coding": contender(PCTransformer(gauss).to(on), pc, batch),
     }
-    contenders |= solver_contenders(gauss, batch, config.learner.relative_precision, on) if solvers else {}
+    contenders |= (
+        solver_contenders(gauss, batch, config.learner.relative_precision, on) if solvers else {}
+    )
     contenders |= compiled_contenders(gauss, batch, pc, on) if compiled else {}
     for step in contenders.values():
         step()
         step()
     times = [{name: seconds(step, on) for name, step in contenders.items()} for _ in range(rounds)]
     peaks = {name: peak_bytes(step, on) for name, step in contenders.items()}
-    resident = {name: 12 * PCTransformer(dot if "GPT" in name else gauss).n_parameters for name in contenders}
+    resident = {
+        name: 12 * PCTransformer(dot if "GPT" in name else gauss).n_parameters
+        for name in contenders
+    }
     return {
-        "milliseconds": {name: 1e3 * statistics.median(t[name] for t in times) for name in contenders},
-        "peak_bytes": peaks, "resident_bytes": resident, "rounds": rounds,
-        **{f"{a} / {b}": ratio(times, peaks, resident, a, b) for a, b in (*RATIOS, *SOLVER_RATIOS) if a in peaks},
+        "milliseconds": {
+            name: 1e3 * statistics.median(t[name] for t in times) for name in contenders
+        },
+        "peak_bytes": peaks,
+        "resident_bytes": resident,
+        "rounds": rounds,
+        **{
+            f"{a} / {b}": ratio(times, peaks, resident, a, b)
+            for a, b in (*RATIOS, *SOLVER_RATIOS)
+            if a in peaks
+        },
     }
 
 
@@ -93,22 +118,45 @@ RATIOS = (
 )
 
 
-SOLVER_RATIOS = tuple((f"ours, {n}", "ours, backprop") for n in (
-    "lean", "sweep", "lean sweep", "highway, 3 rounds", "states, 8 steps", "backprop, compiled", "predictive coding, compiled"))
+SOLVER_RATIOS = tuple(
+    (f"ours, {n}", "ours, backprop")
+    for n in (
+        "lean",
+        "sweep",
+        "lean sweep",
+        "highway, 3 rounds",
+        "states, 8 steps",
+        "backprop, compiled",
+        "predictive coding, compiled",
+    )
+)
 
 # %% ../../nbs/6_experiments/04_costs.ipynb #02e8468a
 def cost_table(
     results: dict[str, Any],
-    costs: dict[str, Any] | None = None,     # of `step_costs`; `None`: those measured along with the results
+    # of `step_costs`; `None`: those measured along with the results
+    costs: dict[str, Any] | None = None,
 ) -> str:
     "Ratios of step time and peak memory, and where predictive coding sits, as Markdown."
-    rows = ["| ratio of | step time | peak memory of a step | with parameters and optimiser |", "|---|" + 3 * "---:|"]
+    rows = [
+        "| ratio of | step time | peak memory of a step | with parameters and optimiser |",
+        "|---|" + 3 * "---:|",
+    ]
     for a, b in RATIOS:
         r = (costs or results["costs"])[f"{a} / {b}"]
-        rows.append(f"| {a} / {b} | {r['time']:.2f} | {r['memory']:.2f} | {r['memory_with_resident']:.2f} |")
-    if entries := [e for r in results["runs"] if r["variant"] == "ours, predictive coding" for e in r["record"]]:
+        rows.append(
+            f"| {a} / {b} | {r['time']:.2f} | {r['memory']:.2f} | {r['memory_with_resident']:.2f} |"
+        )
+    if entries := [
+        e for r in results["runs"] if r["variant"] == "ours, predictive coding" for e in r["record"]
+    ]:
         cosine, residual = min(e["cosine"] for e in entries), max(e["residual"] for e in entries)
         where = f"over {len(entries)} evaluations of all seeds, each on the first training batch,"
-        rows += ["", f"Where predictive coding sits: {where} the smallest gradient cosine to backprop is {cosine:.5f} "
-                 f"and the largest relaxation residual {residual:.3f}."]
+        rows += [
+            "",
+            (
+                f"Where predictive coding sits: {where} the smallest gradient cosine to backprop is"
+                f" {cosine:.5f} and the largest relaxation residual {residual:.3f}."
+            ),
+        ]
     return "\n".join(rows)

@@ -35,7 +35,8 @@ class EvidenceTrainer(Trainer):
     "A trainer whose model reads a settled past; `log_beta` learns with a rate of its own."
 
     def settle_on_evidence(self, relative_precision: float, learning_rate: float) -> None:
-        "Go on with a settled past. The precision is kept apart from the model's parameters, and learned by Adam."
+        """Go on with a settled past. The precision is kept apart from the model's parameters,
+        and learned by Adam."""
         self.evidence = EvidenceTransformer(self.model, relative_precision).to(self.device)
         self.precision_optimizer = torch.optim.Adam([self.evidence.log_beta], lr=learning_rate)
 
@@ -65,7 +66,8 @@ def read_losses(
 def gains(
     evidence: EvidenceTransformer, windows: Tensor, targets: Tensor, steps: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    "By number of steps: mean loss, and its difference to no step with the standard error over windows, nats per token."
+    """By number of steps: mean loss, and its difference to no step with the standard error over
+    windows, nats per token."""
     found, base = {}, None
     for k in sorted({0, *steps}):
         changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size)
@@ -74,11 +76,17 @@ def gains(
         base = losses if base is None else base
         apart = losses - base
         error = apart.std().item() / math.sqrt(len(apart)) if k else 0.0
-        found[str(k)] = {"loss": losses.mean().item(), "difference": apart.mean().item(), "standard_error": error}
+        found[str(k)] = {
+            "loss": losses.mean().item(),
+            "difference": apart.mean().item(),
+            "standard_error": error,
+        }
     return found
 
 
-def some_windows(ids: Int[Tensor, " N"], block_size: int, count: int) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
+def some_windows(
+    ids: Int[Tensor, " N"], block_size: int, count: int
+) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
     "Windows spread evenly over a text, and their targets. Raises ValueError for a text too short."
     most = (len(ids) - 1) // block_size
     if not is_int(count) or not 1 <= count <= most:
@@ -101,7 +109,8 @@ def go_on(
     t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:
-        t.backward = lambda: Trainer.backward(t)            # pyright: ignore[reportAttributeAccessIssue]
+        # pyright: ignore[reportAttributeAccessIssue]
+        t.backward = lambda: Trainer.backward(t)
         t.evidence = EvidenceTransformer(t.model, 100.0, steps=0).to(device)
     else:
         t.settle_on_evidence(relative_precision, 10 * config.train.learning_rate)
@@ -112,7 +121,8 @@ def go_on(
 
 
 def evidence_study(
-    config: RunConfig,                      # of the further training; its model must be the saved ones'
+    # of the further training; its model must be the saved ones'
+    config: RunConfig,
     data: TextData,
     out: Path,
     models: Sequence[Path],                 # folders of trained models, one a seed
@@ -121,7 +131,8 @@ def evidence_study(
     windows: int = 384,
     device: str = "auto",
 ) -> dict[str, Any]:
-    "Go on with every model, plainly and with evidence, read validation text with both; write `out/results.json`."
+    """Go on with every model, plainly and with evidence, read validation text with both; write
+    `out/results.json`."""
     place, where = out / "results.json", pick_device(device)
     settings = {"windows": windows, "relative_precision": relative_precision, "models": len(models)}
     results: dict[str, Any] = {**about_run(config, where), **settings, "runs": []}
@@ -133,7 +144,10 @@ def evidence_study(
             again = replace(config, **{"train.seed": 100 + seed})
             found, about = go_on(again, data, saved, beta, where)
             tests = {"trained": found}
-            if not beta: tests = {f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED}
+            if not beta:
+                tests = {
+                    f"beta {b:g}": EvidenceTransformer(found.model, b).to(where) for b in UNTRAINED
+                }
             for name, each in tests.items():
                 few = steps if beta else steps[:1]
                 run = {"seed": seed, "training": how, "settling": name, **about}
@@ -141,9 +155,13 @@ def evidence_study(
                 run["10 % replaced"] = gains(each, hurt.to(where), y.to(where), few)
                 results["runs"].append(run)
                 loss, moved = run["clean"]["0"]["loss"], run["clean"][str(few[0])]["difference"]
-                print(f"seed {seed}, {how}, {name}: {loss:.4f}, {few[0]} steps {moved:+.4f}", flush=True)
+                print(
+                    f"seed {seed}, {how}, {name}: {loss:.4f}, {few[0]} steps {moved:+.4f}",
+                    flush=True,
+                )
             write_text(place, json.dumps(results, indent=1))
     return results
 
 
-UNTRAINED = (1000.0, 100.0, 10.0)            # stiffness at which a model is read that has not learned to settle
+# stiffness at which a model is read that has not learned to settle
+UNTRAINED = (1000.0, 100.0, 10.0)

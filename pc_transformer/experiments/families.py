@@ -47,7 +47,9 @@ def evaluate_damaged(
     with evaluating(model) as still:
         for tokens, targets in windows(ids, block_size, batch_size):
             logits = still(damage(tokens, vocab_size, fraction, generator).to(device))
-            total += F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum"
+            ).item()
             count += targets.numel()
     return total / count
 
@@ -66,11 +68,18 @@ DAMAGE = (0.05, 0.1, 0.2)
 
 
 SET_HERE = (
-    "model.attention", "model.precision_init", "model.vocab_size", "learner.algorithm", "train.seed", "train.eval_interval")
+    "model.attention",
+    "model.precision_init",
+    "model.vocab_size",
+    "learner.algorithm",
+    "train.seed",
+    "train.eval_interval",
+)
 
 
 def changes_of(config: RunConfig) -> dict[str, Any]:
-    "Settings, by dotted name, in which a configuration differs from the default, besides those that the study sets."
+    """Settings, by dotted name, in which a configuration differs from the default, besides those
+    that the study sets."""
     usual = flat(to_dict(RunConfig()))
     return {k: v for k, v in flat(to_dict(config)).items() if v != usual[k] and k not in SET_HERE}
 
@@ -78,16 +87,21 @@ def changes_of(config: RunConfig) -> dict[str, Any]:
 def run_name(family: str, sharpness: float | None, seed: int, changes: dict[str, Any]) -> str:
     "What a run is called: everything that sets it apart from the others of the study."
     more = "".join(f", {k.split('.')[-1]} {v}" for k, v in sorted(changes.items()))
-    return f"{family}{more}, sharpness {'of 1/sqrt(d)' if sharpness is None else f'{sharpness:g}'}, seed {seed}"
+    return (
+        f"{family}{more}, sharpness {'of 1/sqrt(d)' if sharpness is None else f'{sharpness:g}'},"
+        f" seed {seed}"
+    )
 
 
 def run_config(family: str, sharpness: float | None, seed: int, base: RunConfig) -> RunConfig:
-    "A family's run; `sharpness` in nats sets the initial precision, `None` keeps nanoGPT's fixed 1/sqrt(d)."
+    """A family's run; `sharpness` in nats sets the initial precision, `None` keeps nanoGPT's
+    fixed 1/sqrt(d)."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose from {', '.join(map(repr, FAMILIES))}")
     c = replace(base, **{**FAMILIES[family], "train.seed": seed, "learner.algorithm": "backprop"})
     if sharpness is None:
-        if c.model.attention != "dot": raise ValueError(f"only dot products have a fixed scale: give {family} a sharpness")
+        if c.model.attention != "dot":
+            raise ValueError(f"only dot products have a fixed scale: give {family} a sharpness")
         return replace(c, **{"model.precision_init": None})
     m, tail = c.model, {}
     if m.attention in TAILS: tail = {TAILS[m.attention][0]: m.tail or TAILS[m.attention][1]}
@@ -96,7 +110,8 @@ def run_config(family: str, sharpness: float | None, seed: int, base: RunConfig)
 
 # %% ../../nbs/6_experiments/06_precision_and_tails.ipynb #c1b4d262
 class DamagedTrainer(Trainer):
-    "A trainer whose context is damaged, anew and reproducibly in every step; targets and evaluation stay clean."
+    """A trainer whose context is damaged, anew and reproducibly in every step; targets and
+    evaluation stay clean."""
 
     fraction = 0.0
 
@@ -106,8 +121,11 @@ class DamagedTrainer(Trainer):
         return damage(tokens, self.config.model.vocab_size, self.fraction, draw), targets
 
 # %% ../../nbs/6_experiments/06_precision_and_tails.ipynb #05483bd5
-def run_one(config: RunConfig, data: TextData, train_damage: float = 0.0, device: str = "auto") -> dict[str, Any]:
-    "Train one model and measure it on clean and on damaged context. Raises Interrupted when asked to stop."
+def run_one(
+    config: RunConfig, data: TextData, train_damage: float = 0.0, device: str = "auto"
+) -> dict[str, Any]:
+    """Train one model and measure it on clean and on damaged context. Raises Interrupted when
+    asked to stop."""
     t, c = start(config, data, device), config.model
     if train_damage:
         t = DamagedTrainer(config, data.train_ids, data.valid_ids, t.device)
@@ -119,24 +137,40 @@ def run_one(config: RunConfig, data: TextData, train_damage: float = 0.0, device
             if t.step % config.train.eval_interval == 0 or t.step == config.train.iters:
                 t.measure()
             if stopped():
-                raise Interrupted(f"stopped after step {t.step} of {config.train.iters}: of this run nothing was written")
-    damaged = {str(f): evaluate_damaged(t.model, t.valid_ids, c.block_size, c.vocab_size, f) for f in DAMAGE}
-    return {"valid_loss": t.record[-1]["valid_loss"], "damaged": damaged, "parameters": t.model.n_parameters,
-            "tokens": t.step * config.train.batch_size * c.block_size, "seconds": sum(times),
-            "median_step_ms": 1e3 * statistics.median(times),
-            "record": [{k: e[k] for k in ("step", "valid_loss")} for e in t.record], "learned": learned(t)}
+                raise Interrupted(
+                    f"stopped after step {t.step} of {config.train.iters}: of this run nothing was"
+                    " written"
+                )
+    damaged = {
+        str(f): evaluate_damaged(t.model, t.valid_ids, c.block_size, c.vocab_size, f)
+        for f in DAMAGE
+    }
+    return {
+        "valid_loss": t.record[-1]["valid_loss"],
+        "damaged": damaged,
+        "parameters": t.model.n_parameters,
+        "tokens": t.step * config.train.batch_size * c.block_size,
+        "seconds": sum(times),
+        "median_step_ms": 1e3 * statistics.median(times),
+        "record": [{k: e[k] for k in ("step", "valid_loss")} for e in t.record],
+        "learned": learned(t),
+    }
 
 
 def learned(t: Trainer) -> dict[str, list[float]]:
-    "What attention learned besides its weights: precisions, degrees of freedom and the like, flattened over heads."
+    """What attention learned besides its weights: precisions, degrees of freedom and the like,
+    flattened over heads."""
     small = ("log_precision", "log_tail", "log_mix", "background")
-    return {n: p.detach().flatten().tolist() for n, p in t.model.named_parameters() if n.endswith(small)}
+    return {
+        n: p.detach().flatten().tolist() for n, p in t.model.named_parameters() if n.endswith(small)
+    }
 
 # %% ../../nbs/6_experiments/06_precision_and_tails.ipynb #1062c1bf
 def study(
     config: RunConfig,
     data: TextData,
-    out: Path,                                   # folder of results.json; runs already in it are kept and not repeated
+    # folder of results.json; runs already in it are kept and not repeated
+    out: Path,
     families: Iterable[str] = tuple(FAMILIES),
     sharpness: Sequence[float | None] = (0.5,),  # nats; `None`: nanoGPT's fixed scale
     seeds: Sequence[int] = (1, 2, 3),
@@ -144,25 +178,48 @@ def study(
     device: str = "auto",
 ) -> dict[str, Any]:
     "Every family at every sharpness with every seed; the file is rewritten, whole, after each run."
-    changes, place = changes_of(config) | ({"train_damage": train_damage} if train_damage else {}), out / "results.json"
-    first = {**about_run(config, pick_device(device)), "baselines": baselines(data.train_text, data.valid_text), "runs": {}}
+    changes, place = (
+        changes_of(config) | ({"train_damage": train_damage} if train_damage else {}),
+        out / "results.json",
+    )
+    first = {
+        **about_run(config, pick_device(device)),
+        "baselines": baselines(data.train_text, data.valid_text),
+        "runs": {},
+    }
     stored = lambda: read_json(place, *first) if place.exists() else first
     for seed, s, family in product(seeds, sharpness, families):
         if (name := run_name(family, s, seed, changes)) in stored()["runs"]:
             continue
         c = run_config(family, s, seed, config)
-        about = {"family": family, "sharpness": s, "seed": seed, "changes": changes, "precision_init": c.model.precision_init}
+        about = {
+            "family": family,
+            "sharpness": s,
+            "seed": seed,
+            "changes": changes,
+            "precision_init": c.model.precision_init,
+        }
         run = {**about, **run_one(c, data, train_damage, device)}
         results = stored()                       # read again: another process may have added to it
         results["runs"][name] = run
         write_text(place, json.dumps(results, indent=1))
-        print(f"{name}: {run['valid_loss']:.4f}, damaged " + ", ".join(f"{v:.4f}" for v in run["damaged"].values()), flush=True)
+        print(
+            f"{name}: {run['valid_loss']:.4f}, damaged "
+            + ", ".join(f"{v:.4f}" for v in run["damaged"].values()),
+            flush=True,
+        )
     return stored()
 
 # %% ../../nbs/6_experiments/06_precision_and_tails.ipynb #db1375e0
-def select(runs: Iterable[dict[str, Any]], family: str, sharpness: float | None, **changes: Any) -> list[dict[str, Any]]:
+def select(
+    runs: Iterable[dict[str, Any]], family: str, sharpness: float | None, **changes: Any
+) -> list[dict[str, Any]]:
     "Runs of one kind, one for each seed, in the order of their seeds."
-    kind = [r for r in runs if (r["family"], r["sharpness"], r["changes"]) == (family, sharpness, changes)]
+    kind = [
+        r
+        for r in runs
+        if (r["family"], r["sharpness"], r["changes"]) == (family, sharpness, changes)
+    ]
     return sorted(kind, key=lambda r: r["seed"])
 
 
@@ -171,10 +228,15 @@ def loss_at(run: dict[str, Any], fraction: float) -> float:
     return run["damaged"][str(fraction)] if fraction else run["valid_loss"]
 
 
-def best_sharpness(runs: Sequence[dict[str, Any]], family: str, fraction: float = 0.0, seeds: int = 3) -> float:
-    "The sharpness at which a family's mean loss is lowest, among those run with at least so many seeds. Raises ValueError."
+def best_sharpness(
+    runs: Sequence[dict[str, Any]], family: str, fraction: float = 0.0, seeds: int = 3
+) -> float:
+    """The sharpness at which a family's mean loss is lowest, among those run with at least so
+    many seeds. Raises ValueError."""
     means = {}
-    for s in sorted({r["sharpness"] for r in runs if r["family"] == family and r["sharpness"] is not None}):
+    for s in sorted(
+        {r["sharpness"] for r in runs if r["family"] == family and r["sharpness"] is not None}
+    ):
         if len(found := select(runs, family, s)) >= seeds:
             means[s] = statistics.mean(loss_at(r, fraction) for r in found)
     if not means:

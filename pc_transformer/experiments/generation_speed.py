@@ -32,8 +32,12 @@ BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=3
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "dot": {}, "gaussian": {"attention": "gaussian"}, "gaussian, per key": {"attention": "gaussian", "precision": "key"},
-    "student_t": {"attention": "student_t"}, "laplace": {"attention": "laplace"}, "mixture of 2": {"attention": "mixture"},
+    "dot": {},
+    "gaussian": {"attention": "gaussian"},
+    "gaussian, per key": {"attention": "gaussian", "precision": "key"},
+    "student_t": {"attention": "student_t"},
+    "laplace": {"attention": "laplace"},
+    "mixture of 2": {"attention": "mixture"},
 }
 
 
@@ -56,18 +60,29 @@ def contenders(
     "What takes turns: each writes `new` tokens after one, drawn from the 40 likeliest."
     prompt, few = torch.zeros(batch, 1, dtype=torch.int64), min(40, config.vocab_size)
     run = lambda m, **kw: lambda: generate(m, prompt, new, top_k=few, seed=0, **kw)
-    models = {name: PCTransformer(replace(config, **changes)).eval() for name, changes in families.items()}
+    models = {
+        name: PCTransformer(replace(config, **changes)).eval() for name, changes in families.items()
+    }
     runs: dict[str, Callable[[], Any]] = {name: run(m) for name, m in models.items()}
     runs[NO_COPIES] = run(models["dot"], copy_weights=False)
     if no_cache: runs[NO_CACHE] = run(PCTransformer(config).eval(), cache=False)
     if (other := gpt2(config)) is not None:
-        runs[GPT2] = lambda: other.generate(prompt, max_new_tokens=new, do_sample=True, top_k=few, use_cache=True,
-                                            attention_mask=torch.ones_like(prompt))
+        runs[GPT2] = lambda: other.generate(
+            prompt,
+            max_new_tokens=new,
+            do_sample=True,
+            top_k=few,
+            use_cache=True,
+            attention_mask=torch.ones_like(prompt),
+        )
     return runs
 
 
-def measure(config: ModelConfig, batch: int, new: int, rounds: int, no_cache: bool = True) -> list[dict[str, Any]]:
-    "Milliseconds per token and row of each contender, and its ratio to cached `dot`: medians over interleaved rounds."
+def measure(
+    config: ModelConfig, batch: int, new: int, rounds: int, no_cache: bool = True
+) -> list[dict[str, Any]]:
+    """Milliseconds per token and row of each contender, and its ratio to cached `dot`: medians
+    over interleaved rounds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,12 +90,24 @@ def measure(config: ModelConfig, batch: int, new: int, rounds: int, no_cache: bo
     finally:
         torch.set_num_threads(threads)
     ratio = lambda t: statistics.median(a / b for a, b in zip(t, seconds["dot"], strict=True))
-    return [{"case": name, "batch": batch, "new": new, "ms_per_step": 1e3 * statistics.median(t) / new,
-             "tokens_per_s": batch * new / statistics.median(t), "over_dot": ratio(t)} for name, t in seconds.items()]
+    return [
+        {
+            "case": name,
+            "batch": batch,
+            "new": new,
+            "ms_per_step": 1e3 * statistics.median(t) / new,
+            "tokens_per_s": batch * new / statistics.median(t),
+            "over_dot": ratio(t),
+        }
+        for name, t in seconds.items()
+    ]
 
 
-def by_position(config: ModelConfig, length: int, rounds: int, bins: int = 16) -> list[dict[str, Any]]:
-    "Milliseconds of a decode step against its position, in `bins` groups of positions; medians over rounds."
+def by_position(
+    config: ModelConfig, length: int, rounds: int, bins: int = 16
+) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step against its position, in `bins` groups of positions; medians
+    over rounds."""
     out, width, token = [], length // bins, torch.zeros(1, 1, dtype=torch.int64)
     device = torch.device("cpu")
     for name in ("dot", "gaussian", "student_t"):
@@ -99,24 +126,37 @@ def by_position(config: ModelConfig, length: int, rounds: int, bins: int = 16) -
     return out
 
 
-def products(config: ModelConfig) -> dict[str, tuple[int, int, int]]:  # (in, out, how often in a step)
+# (in, out, how often in a step)
+def products(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     "The matrix products of a step, and for comparison the logits of GPT-2's vocabulary."
     D, L, Hk = config.d_model, config.n_layer, config.n_kv_head or config.n_head
-    return {"query, key, value": (D, D + 2 * Hk * config.d_head, L), "attention's output": (D, D, L), "up": (D, 4 * D, L),
-            "down": (4 * D, D, L), "logits": (D, config.vocab_size, 1), "logits of 50257": (D, 50257, 0)}
+    return {
+        "query, key, value": (D, D + 2 * Hk * config.d_head, L),
+        "attention's output": (D, D, L),
+        "up": (D, 4 * D, L),
+        "down": (4 * D, D, L),
+        "logits": (D, config.vocab_size, 1),
+        "logits of 50257": (D, 50257, 0),
+    }
 
 
 def by_layout(config: ModelConfig, batch: int, rounds: int) -> list[dict[str, Any]]:
-    "Microseconds of each product with its weight read from memory in each order; medians over rounds in turn."
+    """Microseconds of each product with its weight read from memory in each order; medians over
+    rounds in turn."""
     out = []
     for name, (i, o, times) in products(config).items():
-        many = min(1000, 2 + 2**24 // (i * o))                                             # 64 MB: no cache holds them
+        # 64 MB: no cache holds them
+        many = min(1000, 2 + 2**24 // (i * o))
         x, weights = torch.randn(batch, 1, i), [torch.randn(o, i) for _ in range(many)]
-        ways: dict[str, list[Any]] = {"as it lies": [lambda x, W=W: F.linear(x, W) for W in weights],
-                                      "turned": [turned(W, None) for W in weights]}
+        ways: dict[str, list[Any]] = {
+            "as it lies": [lambda x, W=W: F.linear(x, W) for W in weights],
+            "turned": [turned(W, None) for W in weights],
+        }
         if has_blocks(): ways["blocks"] = [blocked(W, None, batch) for W in weights]
         with torch.inference_mode():
-            seconds = interleaved({way: lambda fs=fs, x=x: [f(x) for f in fs] for way, fs in ways.items()}, rounds)
+            seconds = interleaved(
+                {way: lambda fs=fs, x=x: [f(x) for f in fs] for way, fs in ways.items()}, rounds
+            )
         us = {way: 1e6 * statistics.median(t) / many for way, t in seconds.items()}
         out.append({"product": name, "in": i, "out": o, "times": times, "batch": batch, "us": us})
     return out
@@ -129,18 +169,29 @@ def bandwidth(rounds: int, size: int = 2**26) -> float:  # GB/s
 
 
 def compiled(config: ModelConfig, rounds: int, backend: str = "inductor") -> dict[str, Any]:
-    "Milliseconds of a step of one row as it is and through `torch.compile`, and seconds until the latter is ready."
-    cache, token = KVCache.allocate(PCTransformer(config).eval()), torch.zeros(1, 1, dtype=torch.int64)
+    """Milliseconds of a step of one row as it is and through `torch.compile`, and seconds until
+    the latter is ready."""
+    cache, token = KVCache.allocate(PCTransformer(config).eval()), torch.zeros(
+        1, 1, dtype=torch.int64
+    )
     cache.copy_weights()
-    steps = {"eager": decode_at, "compiled": torch.compile(decode_at, fullgraph=True, backend=backend)}
+    steps = {
+        "eager": decode_at,
+        "compiled": torch.compile(decode_at, fullgraph=True, backend=backend),
+    }
     write = lambda step, n: [step(cache, token, i) for i in range(1, n)]
     with torch.inference_mode():
         start = time.perf_counter()
         first = write(steps["compiled"], 5)[-1]
         ready = time.perf_counter() - start
         torch.testing.assert_close(first, decode_at(cache, token, 4), rtol=0, atol=1e-5)
-        seconds = interleaved({k: lambda f=f: write(f, config.block_size) for k, f in steps.items()}, rounds)
-    return {"ready_s": ready, **{k: 1e3 * statistics.median(t) / (config.block_size - 1) for k, t in seconds.items()}}
+        seconds = interleaved(
+            {k: lambda f=f: write(f, config.block_size) for k, f in steps.items()}, rounds
+        )
+    return {
+        "ready_s": ready,
+        **{k: 1e3 * statistics.median(t) / (config.block_size - 1) for k, t in seconds.items()},
+    }
 
 
 def bench_generation(
@@ -152,17 +203,30 @@ def bench_generation(
     config: ModelConfig = BABY,
     backend: str = "inductor",   # of `torch.compile`
 ) -> dict[str, Any]:             # what was written to results.json
-    "Measure generation with every family; write results.json. Raises ValueError for sizes that mean nothing."
+    """Measure generation with every family; write results.json. Raises ValueError for sizes that
+    mean nothing."""
     if rounds < 1 or not 1 <= new < config.block_size or length < 16:
-        raise ValueError(f"bench-generation needs rounds >= 1, 1 <= new < {config.block_size} and length >= 16, "
-                         f"got {rounds}, {new} and {length}")
+        raise ValueError(
+            f"bench-generation needs rounds >= 1, 1 <= new < {config.block_size} and length >= 16, "
+            f"got {rounds}, {new} and {length}"
+        )
     from importlib.metadata import version
-    results: dict[str, Any] = {"command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}",
-                               "seed": 0, "rounds": rounds, "config": to_dict(config),
-                               **about(torch.device("cpu"), torch.float32), "threads": 1, "clock": "CPU seconds of the thread"}
+    results: dict[str, Any] = {
+        "command": f"pct bench-generation --rounds {rounds} --new {new} --length {length}",
+        "seed": 0,
+        "rounds": rounds,
+        "config": to_dict(config),
+        **about(torch.device("cpu"), torch.float32),
+        "threads": 1,
+        "clock": "CPU seconds of the thread",
+    }
     found = find_spec("transformers") is not None
-    results["versions"]["transformers"] = version("transformers") if found else "not installed: GPT-2 was not measured"
-    results["generate"] = [row for b in batches or [1, 16] for row in measure(config, b, new, rounds, no_cache=b == 1)]
+    results["versions"]["transformers"] = (
+        version("transformers") if found else "not installed: GPT-2 was not measured"
+    )
+    results["generate"] = [
+        row for b in batches or [1, 16] for row in measure(config, b, new, rounds, no_cache=b == 1)
+    ]
     results["by_position"] = by_position(config, length, rounds)
     results["layouts"] = [row for b in batches or [1, 16] for row in by_layout(config, b, rounds)]
     results |= {"gb_per_s": bandwidth(rounds), "compiled": compiled(config, rounds, backend)}

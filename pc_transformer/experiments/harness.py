@@ -27,9 +27,14 @@ def verdict(
     a: Sequence[float],      # losses of one kind, one for each seed
     b: Sequence[float],      # losses of the other, same seeds
 ) -> tuple[float, str]:      # mean of a - b, and what to say of it
-    "Whether `a` is below `b` by more than the spread of both: `better`, `worse`, `no clear difference`, `too few seeds`."
+    """Whether `a` is below `b` by more than the spread of both: `better`, `worse`, `no clear
+    difference`, `too few seeds`."""
     apart = [x - y for x, y in zip(a, b, strict=True)]
     noise = max(max(abs(x - statistics.mean(l)) for x in l) for l in (a, b))
-    clear = len(apart) >= 3 and abs(statistics.mean(apart)) > noise and (max(apart) < 0 or min(apart) > 0)
+    clear = (
+        len(apart) >= 3
+        and abs(statistics.mean(apart)) > noise
+        and (max(apart) < 0 or min(apart) > 0)
+    )
     word = ("better" if statistics.mean(apart) < 0 else "worse") if clear else "no clear difference"
     return statistics.mean(apart), word if len(apart) >= 3 else "too few seeds"

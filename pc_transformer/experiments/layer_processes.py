@@ -36,8 +36,10 @@ from pc_transformer.settling.free_energy import (
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #3f7d21f6
-AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2, "reach": 2,     # while training; everything else is one number
-        "error": 1, "log": 1, "weights": 1}                      # to the parent, about or after training, as plain bytes
+# while training; everything else is one number
+AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2, "reach": 2,
+        # to the parent, about or after training, as plain bytes
+        "error": 1, "log": 1, "weights": 1}
 
 
 KINDS = "numbers, tokens (B, T) and states and messages (B, T, {D}) may"
@@ -51,7 +53,12 @@ def encode(
     "What is sent through a pipe. Raises TypeError for anything that is not allowed to cross."
     axes = AXES.get(what, 0)
     states = value.is_floating_point() and value.shape[-1:] == (D,)
-    kinds = (value.dtype == torch.float64, value.dtype == torch.uint8, value.dtype == torch.int64, states)
+    kinds = (
+        value.dtype == torch.float64,
+        value.dtype == torch.uint8,
+        value.dtype == torch.int64,
+        states,
+    )
     if value.dim() != axes or not kinds[axes]:
         about = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
         raise TypeError(f"{about} may not cross as {what!r}: only {KINDS.format(D=D)}")
@@ -85,7 +92,8 @@ class Crossing(NamedTuple):
 
 @dataclass
 class Wire:
-    "One end of a pipe. Raises TypeError for what may not cross, HungUp when nobody is there any more."
+    """One end of a pipe. Raises TypeError for what may not cross, HungUp when nobody is there
+    any more."""
 
     end: Connection
     sender: str
@@ -97,7 +105,10 @@ class Wire:
 
     def send(self, what: str, value: Tensor | float) -> None:
         if self.only and what not in self.only:
-            raise TypeError(f"{what!r} may not go from {self.sender} to {self.receiver}: only {', '.join(self.only)} may")
+            raise TypeError(
+                f"{what!r} may not go from {self.sender} to {self.receiver}: only"
+                f" {', '.join(self.only)} may"
+            )
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         data = encode(what, value, self.D)
         try:
@@ -110,7 +121,8 @@ class Wire:
         "The next name and tensor."
         try:
             if self.life is not None and self.end not in wait([self.end, self.life]):
-                raise HungUp                # the parent says nothing while its children talk: it is gone
+                # the parent says nothing while its children talk: it is gone
+                raise HungUp
             return decode(self.end.recv_bytes())
         except (EOFError, OSError):
             raise HungUp from None
@@ -119,7 +131,9 @@ class Wire:
         "The next tensor, which has this name."
         name, value = self.receive()
         if name != what:
-            raise ProcessError(f"{self.receiver} sent {name!r} where {self.sender} waited for {what!r}")
+            raise ProcessError(
+                f"{self.receiver} sent {name!r} where {self.sender} waited for {what!r}"
+            )
         return value
 
     def crossings(self) -> list[Crossing]:
@@ -152,7 +166,8 @@ class Node:
         self.read = self.below.expect("state").requires_grad_()
 
     def up(self, eta: float | None = None, again: bool = False) -> None:
-        "Predict and send the state up; without a step size: the first, feed-forward pass. Again: half the step before."
+        """Predict and send the state up; without a step size: the first, feed-forward pass.
+        Again: half the step before."""
         self.listen()
         self.mu = self.f(self.read)
         mu = self.mu.detach()
@@ -163,7 +178,9 @@ class Node:
         else:
             (self.trial,) = step_errors([self.error], [self.delta], [self.precision], eta)
         self.above.send("state", (mu + self.trial).to(mu.dtype))
-        self.parent.send("energy", self.precision * self.trial.square().sum(dtype=torch.float64) / 2)
+        self.parent.send(
+            "energy", self.precision * self.trial.square().sum(dtype=torch.float64) / 2
+        )
 
     def stiff(self, state: Tensor) -> Tensor:
         "`Pi_l`, equation (3) of `settling.free_energy`. Raises SettlingError, naming the node."
@@ -191,12 +208,16 @@ class Node:
         self.parent.send("done", 1.0)
 
     def weights(self) -> dict[str, Tensor]:
-        return {f"predictors.{self.l}.{n}": p.detach().contiguous() for n, p in self.f.named_parameters()}
+        return {
+            f"predictors.{self.l}.{n}": p.detach().contiguous()
+            for n, p in self.f.named_parameters()
+        }
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #76287912
 @dataclass
 class Ends(Node):
-    "Node 0 and the output, which share the token table: `above` leads to node 1, `below` to node N."
+    """Node 0 and the output, which share the token table: `above` leads to node 1, `below` to
+    node N."""
 
     output: nn.Module = field(kw_only=True)
     tokens: Tensor = field(init=False)
@@ -210,7 +231,8 @@ class Ends(Node):
     def up(self, eta: float | None = None, again: bool = False) -> None:
         super().up(eta, again)
         self.top = self.below.expect("state").requires_grad_()
-        self.judged = output_energy(self, self.top, self.targets)     # pyright: ignore[reportArgumentType]
+        # pyright: ignore[reportArgumentType]
+        self.judged = output_energy(self, self.top, self.targets)
         self.parent.send("output", self.judged)
 
     def down(self) -> None:
@@ -225,7 +247,9 @@ class Ends(Node):
 
     def weights(self) -> dict[str, Tensor]:
         own = {id(p) for p in self.f.parameters()}
-        rest = {f"output.{n}": p.detach() for n, p in self.output.named_parameters() if id(p) not in own}
+        rest = {
+            f"output.{n}": p.detach() for n, p in self.output.named_parameters() if id(p) not in own
+        }
         return super().weights() | rest
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #6f9e1d7c
@@ -238,7 +262,11 @@ def build(l: int, ends: Sequence[Connection]) -> Node:
     above = Wire(ends[2], me, "above", D, beside, ends[0])
     parts = nn.ModuleList([f] if output is None else [f, output])
     rule = optimizer([p for p in parts.parameters() if p.requires_grad])
-    return Node(l, f, rule, below, above, parent) if output is None else Ends(l, f, rule, below, above, parent, output=output)
+    return (
+        Node(l, f, rule, below, above, parent)
+        if output is None
+        else Ends(l, f, rule, below, above, parent, output=output)
+    )
 
 
 def obey(node: Node, word: str, number: float) -> None:
@@ -249,7 +277,9 @@ def obey(node: Node, word: str, number: float) -> None:
         if isinstance(node, Ends):
             node.tokens, node.targets = node.parent.expect("tokens"), node.parent.expect("targets")
         node.up()
-        node.parent.send("resting", normalisers([node.mu.detach()], [node.precision], live=node.reach)[0])
+        node.parent.send(
+            "resting", normalisers([node.mu.detach()], [node.precision], live=node.reach)[0]
+        )
     elif word in ("down", "again"):
         if word == "down":
             node.down()
@@ -315,24 +345,40 @@ def check_split(model: Chain, solver: ErrorSettling) -> None:
         raise TypeError(f"layers in processes follow an ErrorSettling, not a {kind}")
     if not all(hasattr(model, part) for part in ("predictors", "output")):
         kind = type(model).__name__
-        raise TypeError(f"a process for each layer needs a model with predictors and output, not a {kind}")
+        raise TypeError(
+            f"a process for each layer needs a model with predictors and output, not a {kind}"
+        )
     if os.name != "posix":
-        raise ValueError("a process for each layer needs a POSIX system: pipes are inherited by number")
+        raise ValueError(
+            "a process for each layer needs a POSIX system: pipes are inherited by number"
+        )
     if len(model.predictors) < 2:
         raise ValueError("a process for each layer needs at least two predictors")
-    others = [name for name in vars(PLAIN) if name not in DIALS and getattr(solver, name) != getattr(PLAIN, name)]
+    others = [
+        name
+        for name in vars(PLAIN)
+        if name not in DIALS and getattr(solver, name) != getattr(PLAIN, name)
+    ]
     if others:
         dials = ", ".join(DIALS)
-        raise ValueError(f"layers in processes follow the plain ErrorSettling: only {dials} may be set, not {others[0]}")
-    drops = [m for f in model.predictors for m in f.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        raise ValueError(
+            f"layers in processes follow the plain ErrorSettling: only {dials} may be set, not"
+            f" {others[0]}"
+        )
+    drops = [
+        m for f in model.predictors for m in f.modules() if isinstance(m, nn.Dropout) and m.p > 0
+    ]
     if drops:
-        raise ValueError("layers in processes cannot drop out: masks would be drawn apart; set dropout to 0")
+        raise ValueError(
+            "layers in processes cannot drop out: masks would be drawn apart; set dropout to 0"
+        )
     if any(p.device.type != "cpu" for f in model.predictors for p in f.parameters()):
         raise ValueError("layers in processes live on the CPU; move the model there first")
 
 
 class LayerProcesses:
-    """Trains a model with one process for each layer (the two ends share one). Use it in a `with` block.
+    """Trains a model with one process for each layer (the two ends share one). Use it in a
+    `with` block.
 
     The model given is where the weights start; it stays as it is. Raises TypeError or ValueError
     for what cannot be split, ProcessError when a process fails, ends or is late, SettlingError as
@@ -342,7 +388,8 @@ class LayerProcesses:
     def __init__(
         self,
         model: Chain,
-        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],   # makes each process its own; must be importable
+        # makes each process its own; must be importable
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         solver: ErrorSettling = ErrorSettling(),   # may be replaced between steps
         timeout: float = 60.0,                     # seconds to wait for an answer
         start_timeout: float = 600.0,              # seconds to start: each process imports PyTorch
@@ -435,9 +482,15 @@ class LayerProcesses:
         patience = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + patience
         while missing:
-            ready = wait([self.wires[l].end for l in missing], max(deadline - time.monotonic(), 0.0))
+            ready = wait(
+                [self.wires[l].end for l in missing], max(deadline - time.monotonic(), 0.0)
+            )
             if not ready:
-                late = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
+                late = (
+                    f"node {missing[0]}"
+                    if len(missing) == 1
+                    else f"nodes {', '.join(map(str, missing))}"
+                )
                 raise ProcessError(f"no answer from {late} within {patience:g} s")
             for l in [l for l in missing if self.wires[l].end in ready]:
                 found[l] = self.hear(l, what)
@@ -464,7 +517,8 @@ class LayerProcesses:
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],    # -100: predicts nothing
     ) -> Report:
-        "Settle on a batch and learn: `PredictiveCoding(self.solver).backward`, then a step of every process's optimiser."
+        """Settle on a batch and learn: `PredictiveCoding(self.solver).backward`, then a step of
+        every process's optimiser."""
         if any(p.poll() is not None for p in self.processes) and self.wires[0].end.closed:
             raise ProcessError("the processes have ended: start new ones")
         count = check_batch(self.model, tokens, targets)
@@ -481,14 +535,18 @@ class LayerProcesses:
             resting = torch.stack([*self.gather("resting"), torch.zeros((), dtype=torch.float64)])
             loss = trace[0][-1].item()
             if not trace[0].isfinite().all():
-                raise SettlingError(f"the energy of the output is {loss}: its weights or logits overflowed")
+                raise SettlingError(
+                    f"the energy of the output is {loss}: its weights or logits overflowed"
+                )
             for _ in range(self.solver.steps):
                 energies, eta = self.descend(trace[-1])
                 trace.append(energies)
                 sizes.append(eta)
             self.tell("learn", 1.0)
             self.gather("done")
-        return Report(loss / count, ((torch.stack(trace) + resting) / count).sum(-1).tolist(), None, sizes)
+        return Report(
+            loss / count, ((torch.stack(trace) + resting) / count).sum(-1).tolist(), None, sizes
+        )
 
     def descend(self, before: Tensor) -> tuple[Tensor, float]:
         "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
@@ -504,7 +562,8 @@ class LayerProcesses:
             word, eta = "again", eta / 2
 
     def weights(self) -> dict[str, Tensor]:
-        "All parameters, by their names in the model: asked for, after training; the only time that weights leave a process."
+        """All parameters, by their names in the model: asked for, after training; the only time
+        that weights leave a process."""
         with self.or_end():
             self.tell("fetch", 1.0)
             parts = [safetensors.torch.load(bytes(x.tolist())) for x in self.gather("weights")]
@@ -516,7 +575,9 @@ class LayerProcesses:
             self.tell("books", 1.0)
             lines = [line for x in self.gather("log") for line in json.loads(bytes(x.tolist()))]
         L = len(self.wires)
-        where = lambda l, way: str({"above": f"node {(l + 1) % L}", "below": f"node {(l - 1) % L}"}.get(way, way))
+        where = lambda l, way: str(
+            {"above": f"node {(l + 1) % L}", "below": f"node {(l - 1) % L}"}.get(way, way)
+        )
         told = [Crossing(who, where(int(who[5:]), to), *rest) for who, to, *rest in lines]
         told += [c for wire in self.wires for c in wire.crossings()]
         return [c._replace(shape=tuple(c.shape)) for c in told]
@@ -531,6 +592,13 @@ def launch(l: int, ends: Sequence[Connection]) -> "subprocess.Popen[bytes]":
     "Start node l's process with three pipes: parent, below, above."
     fds = [end.fileno() for end in ends]
     here = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-c", START, str(l), *map(str, fds)]     # a session of its own: Ctrl-C goes to the parent alone
-    return subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    environment = os.environ | {
+        "PYTHONPATH": here,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    # a session of its own: Ctrl-C goes to the parent alone
+    command = [sys.executable, "-c", START, str(l), *map(str, fds)]
+    return subprocess.Popen(
+        command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    )

@@ -44,8 +44,11 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         return torch.cuda.max_memory_allocated(device) - held
     gc.collect()     # garbage of before must not be freed, and counted, within
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler announces itself on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # the profiler announces itself on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -69,18 +72,29 @@ def optimizer_step(model: nn.Module, fill_gradients: Callable[[], Any]) -> Calla
     return step
 
 
-def contender(model: PCTransformer, learner: Learner, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def contender(
+    model: PCTransformer, learner: Learner, batch: tuple[Tensor, Tensor]
+) -> Callable[[], None]:
     "A training step of one of our models with one of our learners."
     return optimizer_step(model, lambda: learner.backward(model, *batch))
 
 
 def plain_contender(model: PlainGPT, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     "A training step of the plain model with autograd."
-    return optimizer_step(model, lambda: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).backward())
+    return optimizer_step(
+        model, lambda: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).backward()
+    )
 
 
-def ratio(times: Sequence[dict[str, float]], peaks: dict[str, int], resident: dict[str, int], a: str, b: str) -> dict[str, float]:
-    "Median over rounds of time a / time b, and peak memory a / b without and with what is always held."
+def ratio(
+    times: Sequence[dict[str, float]],
+    peaks: dict[str, int],
+    resident: dict[str, int],
+    a: str,
+    b: str,
+) -> dict[str, float]:
+    """Median over rounds of time a / time b, and peak memory a / b without and with what is
+    always held."""
     return {
         "time": statistics.median(t[a] / t[b] for t in times),
         "memory": peaks[a] / peaks[b],
@@ -105,4 +119,6 @@ def about_run(config: RunConfig, device: torch.device) -> dict[str, Any]:
 def spread(values: Sequence[float], digits: int = 3) -> str:
     "Mean and, for more than one value, the largest distance from it."
     mean = statistics.mean(values)
-    return f"{mean:.{digits}f}" + (f" ± {max(abs(v - mean) for v in values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:.{digits}f}" + (
+        f" ± {max(abs(v - mean) for v in values):.{digits}f}" if len(values) > 1 else ""
+    )

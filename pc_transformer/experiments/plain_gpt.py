@@ -24,7 +24,10 @@ class PlainBlock(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         B, T, D = s.shape
-        q, k, v = (x.view(B, T, self.H, D // self.H).transpose(1, 2) for x in self.qkv(self.ln1(s)).split(D, dim=2))
+        q, k, v = (
+            x.view(B, T, self.H, D // self.H).transpose(1, 2)
+            for x in self.qkv(self.ln1(s)).split(D, dim=2)
+        )
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         s = s + self.out(a.transpose(1, 2).contiguous().view(B, T, D))
         return s + self.down(F.gelu(self.up(self.ln2(s))))
@@ -35,7 +38,9 @@ class PlainGPT(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.token, self.position = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.block_size, c.d_model)
+        self.token, self.position = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(
+            c.block_size, c.d_model
+        )
         self.blocks = nn.Sequential(*(PlainBlock(c.d_model, c.n_head) for _ in range(c.n_layer)))
         self.norm = nn.LayerNorm(c.d_model, bias=False)
 

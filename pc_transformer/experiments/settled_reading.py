@@ -56,19 +56,31 @@ class Settled(nn.Module):
 STEPS, FRACTIONS = (0, 1, 2, 4), (0.0, 0.1)
 
 
-def settled_losses(model: PCTransformer, ids: Int[Tensor, " N"], seed: int = 0) -> dict[str, dict[str, float]]:
-    "Loss of a whole split by damaged part of the context and by steps, nats per token; the damage is the same for all steps."
+def settled_losses(
+    model: PCTransformer, ids: Int[Tensor, " N"], seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Loss of a whole split by damaged part of the context and by steps, nats per token; the
+    damage is the same for all steps."""
     c = model.config
-    loss = lambda n, part: evaluate_damaged(Settled(model, n), ids, c.block_size, c.vocab_size, part, seed)
+    loss = lambda n, part: evaluate_damaged(
+        Settled(model, n), ids, c.block_size, c.vocab_size, part, seed
+    )
     return {str(part): {str(n): loss(n, part) for n in STEPS} for part in FRACTIONS}
 
 # %% ../../nbs/6_experiments/12_settled_reading.ipynb #4a9e9cfb
-def query_looks(model: PCTransformer, tokens: Int[Tensor, "N T"]) -> dict[str, dict[str, list[float]]]:
-    "Means over heads and tokens, a list over layers, by steps: energy and entropy in nats, share of unchanged best keys."
-    out: dict[str, dict[str, list[float]]] = {str(n): {"energy": [], "entropy": [], "same best key": []} for n in STEPS}
+def query_looks(
+    model: PCTransformer, tokens: Int[Tensor, "N T"]
+) -> dict[str, dict[str, list[float]]]:
+    """Means over heads and tokens, a list over layers, by steps: energy and entropy in nats,
+    share of unchanged best keys."""
+    out: dict[str, dict[str, list[float]]] = {
+        str(n): {"energy": [], "entropy": [], "same best key": []} for n in STEPS
+    }
     with evaluating(model) as still:
         states = node_states(still, tokens)
-        for f, s in zip([f for f in still.predictors if isinstance(f, AttentionLayer)], states[::2]):
+        for f, s in zip(
+            [f for f in still.predictors if isinstance(f, AttentionLayer)], states[::2]
+        ):
             a, x, best = f.attention, f.norm(s), torch.zeros(())
             q, k, v, options = attention_call(a, x)
             for n in STEPS:
@@ -76,7 +88,8 @@ def query_looks(model: PCTransformer, tokens: Int[Tensor, "N T"]) -> dict[str, d
                 best = r.argmax(-1) if n == 0 else best
                 same = (r.argmax(-1) == best).double().mean()
                 row = (head_energies(a, x, n).mean(), torch.special.entr(r).sum(-1).mean(), same)
-                for name, value in zip(out[str(n)], row, strict=True): out[str(n)][name].append(value.item())
+                for name, value in zip(out[str(n)], row, strict=True):
+                    out[str(n)][name].append(value.item())
     return out
 
 # %% ../../nbs/6_experiments/12_settled_reading.ipynb #c5bda966
@@ -96,8 +109,11 @@ class Reading:
         return self.logits.flatten(0, 1), self.targets.flatten(), self.drivers[driver].flatten()
 
 
-def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Tensor, "N T"]) -> Reading:
-    "Read windows as `generate` does, with the energies of `inference.cache`. Raises ValueError for dot products."
+def read_text(
+    model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Tensor, "N T"]
+) -> Reading:
+    """Read windows as `generate` does, with the energies of `inference.cache`. Raises ValueError
+    for dot products."""
     parts = []
     with evaluating(model) as still:
         layers = [f for f in still.predictors if isinstance(f, AttentionLayer)]
@@ -105,9 +121,14 @@ def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Ten
             cache = KVCache.allocate(still, len(x), x.shape[1])
             z = extend(still, x, cache, energies=True).double()
             assert cache.energy is not None
-            heads = [head_energies(f.attention, f.norm(s)).mean(1) for f, s in zip(layers, node_states(still, x)[::2])]
+            heads = [
+                head_energies(f.attention, f.norm(s)).mean(1)
+                for f, s in zip(layers, node_states(still, x)[::2])
+            ]
             place = torch.arange(1, x.shape[1] + 1).log().expand(len(x), -1)
-            parts.append((z, cache.energy, torch.stack(heads).mean(0), place, entropy(z.log_softmax(-1))))
+            parts.append(
+                (z, cache.energy, torch.stack(heads).mean(0), place, entropy(z.log_softmax(-1)))
+            )
     z, *drivers = (torch.cat(p).cpu().double() for p in zip(*parts))
     return Reading(z, targets.cpu(), dict(zip(DRIVERS, drivers, strict=True)))
 
@@ -115,18 +136,26 @@ def read_text(model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Ten
 SLOPES = (-0.4, -0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2, 0.4)
 
 
-def log_choices(how: SamplingConfig, logits: Float[Tensor, "n V"], driver: Float[Tensor, " n"]) -> Float[Tensor, "n V"]:
+def log_choices(
+    how: SamplingConfig, logits: Float[Tensor, "n V"], driver: Float[Tensor, " n"]
+) -> Float[Tensor, "n V"]:
     "Log-probabilities of `inference.generate`'s rule, equation (2)."
     return how.choices(logits, energy=driver).log()
 
 
 def tune(
-    logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"], driver: Float[Tensor, " n"], slopes: Sequence[float] = SLOPES,
-) -> dict[float, tuple[SamplingConfig, float]]:       # by slope: the rule, and its loss on this text
+    logits: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    driver: Float[Tensor, " n"],
+    slopes: Sequence[float] = SLOPES,
+    # by slope: the rule, and its loss on this text
+) -> dict[float, tuple[SamplingConfig, float]]:
     "The best temperature for each slope; mean and spread of the driver are those of this text."
     out: dict[float, tuple[SamplingConfig, float]] = {}
     for a in slopes:
-        how = SamplingConfig(energy_slope=a, energy_mean=driver.mean().item(), energy_std=driver.std().item())
+        how = SamplingConfig(
+            energy_slope=a, energy_mean=driver.mean().item(), energy_std=driver.std().item()
+        )
         log_p = log_choices(how, logits, driver)
         tau = fit_temperature(log_p, targets)
         out[a] = (replace(how, temperature=tau), scaled_nll(log_p, targets, 1 / tau))
@@ -139,9 +168,14 @@ def best_of(rules: dict[float, tuple[SamplingConfig, float]]) -> SamplingConfig:
 
 # %% ../../nbs/6_experiments/12_settled_reading.ipynb #3d6a9a02
 def paired_difference(
-    a: Float[Tensor, "n V"], b: Float[Tensor, "n V"], targets: Int[Tensor, "N T"], draws: int, seed: int,
+    a: Float[Tensor, "n V"],
+    b: Float[Tensor, "n V"],
+    targets: Int[Tensor, "N T"],
+    draws: int,
+    seed: int,
 ) -> dict[str, Any]:
-    "Loss by log-probabilities `a` minus loss by `b`, nats per token, with an interval over windows; negative: `a` is better."
+    """Loss by log-probabilities `a` minus loss by `b`, nats per token, with an interval over
+    windows; negative: `a` is better."""
     at = targets.flatten()[:, None]
     by_window = (b.gather(-1, at) - a.gather(-1, at)).view(targets.shape).mean(1)
     interval = bootstrap_interval(lambda x: x.mean().item(), by_window, draws=draws, seed=seed)
@@ -149,7 +183,12 @@ def paired_difference(
 
 
 def judge_rule(
-    how: SamplingConfig, fixed: SamplingConfig, tests: dict[str, Reading], driver: str, draws: int, seed: int,
+    how: SamplingConfig,
+    fixed: SamplingConfig,
+    tests: dict[str, Reading],
+    driver: str,
+    draws: int,
+    seed: int,
 ) -> dict[str, Any]:
     "A chosen rule on other text: calibration, and its loss against one temperature for all."
     out: dict[str, Any] = {"slope": how.energy_slope, "temperature": how.temperature}
@@ -158,7 +197,9 @@ def judge_rule(
         z, y, e = test.flat(driver)
         log_p, plain = log_choices(how, z, e), log_choices(fixed, z, e)
         numbers = {k: v for k, v in calibration(log_p, y).items() if k != "reliability"}
-        out[name] = numbers | {"against one temperature": paired_difference(log_p, plain, test.targets, draws, seed)}
+        out[name] = numbers | {
+            "against one temperature": paired_difference(log_p, plain, test.targets, draws, seed)
+        }
     return out
 
 # %% ../../nbs/6_experiments/12_settled_reading.ipynb #4cc8f6de
@@ -168,60 +209,97 @@ AFTER = ("energy", "energy per key")
 def temperature_study(
     model: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int,
 ) -> dict[str, Any]:
-    "One fixed temperature and every driver of equation (2), chosen on the first half of a text and judged on the second."
-    T, V, half, device = model.config.block_size, model.config.vocab_size, len(ids) // 2, next(model.parameters()).device
-    first, second = (even_windows(part, T + 1, windows).to(device) for part in (ids[:half], ids[half:]))
+    """One fixed temperature and every driver of equation (2), chosen on the first half of a text
+    and judged on the second."""
+    T, V, half, device = (
+        model.config.block_size,
+        model.config.vocab_size,
+        len(ids) // 2,
+        next(model.parameters()).device,
+    )
+    first, second = (
+        even_windows(part, T + 1, windows).to(device) for part in (ids[:half], ids[half:])
+    )
     fit = read_text(model, first[:, :-1], first[:, 1:])
     hurt = damage(second[:, :-1], V, 0.1, torch.Generator().manual_seed(seed))
-    tests = {"clean": read_text(model, second[:, :-1], second[:, 1:]), "10 % replaced": read_text(model, hurt, second[:, 1:])}
+    tests = {
+        "clean": read_text(model, second[:, :-1], second[:, 1:]),
+        "10 % replaced": read_text(model, hurt, second[:, 1:]),
+    }
     out: dict[str, Any] = {"predictions": fit.targets.numel(), "curves": {}, "rules": {}}
     fixed = last = SamplingConfig()
     for driver in DRIVERS:
         rules = tune(*fit.flat(driver))
         fixed, last = rules[0.0][0], best_of(rules)
-        out["curves"][driver] = {str(a): {"fit": loss} | curve_losses(how, tests, driver) for a, (how, loss) in rules.items()}
+        out["curves"][driver] = {
+            str(a): {"fit": loss} | curve_losses(how, tests, driver)
+            for a, (how, loss) in rules.items()
+        }
         out["rules"][driver] = judge_rule(last, fixed, tests, driver, draws, seed)
     one = SamplingConfig()
     out["rules"] |= {"temperature 1": judge_rule(one, fixed, tests, "entropy", draws, seed),
                      "one temperature": judge_rule(fixed, fixed, tests, "entropy", draws, seed)}
-    calm = lambda r: Reading(log_choices(last, *r.flat("entropy")[::2]).view_as(r.logits), r.targets, r.drivers)
+    calm = lambda r: Reading(
+        log_choices(last, *r.flat("entropy")[::2]).view_as(r.logits), r.targets, r.drivers
+    )
     after, tests = calm(fit), {name: calm(r) for name, r in tests.items()}
     for driver in AFTER:
         rules = tune(*after.flat(driver))
         name = f"{driver}, after entropy"
-        out["rules"][name] = judge_rule(best_of(rules), SamplingConfig(), tests, driver, draws, seed)
+        out["rules"][name] = judge_rule(
+            best_of(rules), SamplingConfig(), tests, driver, draws, seed
+        )
     return out
 
 
 def curve_losses(how: SamplingConfig, tests: dict[str, Reading], driver: str) -> dict[str, float]:
     "Loss of a rule on each text."
-    return {name: scaled_nll(log_choices(how, *r.flat(driver)[::2]), r.targets.flatten(), 1.0) for name, r in tests.items()}
+    return {
+        name: scaled_nll(log_choices(how, *r.flat(driver)[::2]), r.targets.flatten(), 1.0)
+        for name, r in tests.items()
+    }
 
 # %% ../../nbs/6_experiments/12_settled_reading.ipynb #249adf36
 def settled_study(
-    models: Sequence[str | Path],       # folders of saved models of one vocabulary and context, such as three seeds
+    # folders of saved models of one vocabulary and context, such as three seeds
+    models: Sequence[str | Path],
     data: TextData,                     # the corpus they were trained on
     out: str | Path,                    # folder for results.json
-    windows: int = 400,                 # of each half, for temperatures; losses are of the whole split
+    # of each half, for temperatures; losses are of the whole split
+    windows: int = 400,
     draws: int = 200,                   # of the bootstrap
     seed: int = 0,                      # of damage and bootstrap
     device: str = "auto",
 ) -> dict[str, Any]:
-    "Both questions for saved models, written to `out` after each. Raises ValueError, CheckpointError, FileNotFoundError."
+    """Both questions for saved models, written to `out` after each. Raises ValueError,
+    CheckpointError, FileNotFoundError."""
     on, nets = pick_device(device), check_models([Path(m) for m in models], data)
-    results: dict[str, Any] = {k: v for k, v in about_run(RunConfig(model=nets[0].config), on).items() if k != "config"}
+    results: dict[str, Any] = {
+        k: v for k, v in about_run(RunConfig(model=nets[0].config), on).items() if k != "config"
+    }
     results |= {"seed": seed, "windows": windows, "bootstrap_draws": draws, "models": [],
                 "baselines": baselines(data.train_text, data.valid_text)}
     for folder, net in zip(models, nets, strict=True):
-        about = {"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), "parameters": net.n_parameters}
-        results["models"].append(about | study_one(net.to(on), data.valid_ids, windows, draws, seed))
+        about = {
+            "folder": "/".join(Path(folder).parts[-2:]),
+            "config": to_dict(net.config),
+            "parameters": net.n_parameters,
+        }
+        results["models"].append(
+            about | study_one(net.to(on), data.valid_ids, windows, draws, seed)
+        )
         write_text(Path(out) / "results.json", json.dumps(results, indent=1))
     return results
 
 
-def study_one(net: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int) -> dict[str, Any]:
-    "Everything that is measured of one model, and the seconds it took; `dot` is read as the Gaussian that it equals."
-    own, device = convert(net, "gaussian") if net.config.attention == "dot" else net, net.output.weight.device
+def study_one(
+    net: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int
+) -> dict[str, Any]:
+    """Everything that is measured of one model, and the seconds it took; `dot` is read as the
+    Gaussian that it equals."""
+    own, device = (
+        convert(net, "gaussian") if net.config.attention == "dot" else net
+    ), net.output.weight.device
     out: dict[str, Any] = {}
     def measure() -> None:
         out["temperature"] = temperature_study(own, ids, windows, draws, seed)
@@ -234,9 +312,14 @@ def table(results: dict[str, Any]) -> str:
     "Both answers in numbers, one line for each model."
     lines = []
     for m in results["models"]:
-        lines.append(f"{m['folder']}: loss by settling steps " + ", ".join(f"{n}: {x:.4f}" for n, x in m["loss"]["0.0"].items()))
+        lines.append(
+            f"{m['folder']}: loss by settling steps "
+            + ", ".join(f"{n}: {x:.4f}" for n, x in m["loss"]["0.0"].items())
+        )
         for name, r in m["temperature"]["rules"].items():
             moved = r["clean"]["against one temperature"]["difference"]
-            lines.append(f"  {name:29} slope {r['slope']:+.3f}, temperature {r['temperature']:.3f}, "
-                         f"loss {r['clean']['nll']:.4f} ({moved:+.4f})")
+            lines.append(
+                f"  {name:29} slope {r['slope']:+.3f}, temperature {r['temperature']:.3f}, "
+                f"loss {r['clean']['nll']:.4f} ({moved:+.4f})"
+            )
     return "\n".join(lines)

@@ -41,18 +41,27 @@ from ..training.trainer import Trainer, pick_device
 class RobustBackprop:
     """Backprop through a loss that is made for wrong targets.
 
-    Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and the forward correction,
-    which is told the share of wrong targets (Patrini et al. 2017). Raises ValueError for more than one of them.
+    Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and
+    the forward correction,
+    which is told the share of wrong targets (Patrini et al. 2017). Raises ValueError for more
+    than one of them.
     """
 
     label_smoothing: float = 0.0    # part of the target that all tokens share, in [0, 1)
     generalised: float = 0.0        # q of `(1 - p^q) / q`, in [0, 1]; 0 is the cross-entropy
-    corrected: float = 0.0          # share of targets known to be replaced by any other token, in [0, 1)
+    # share of targets known to be replaced by any other token, in [0, 1)
+    corrected: float = 0.0
 
     def __post_init__(self):
         used = [x for x in (self.label_smoothing, self.generalised, self.corrected) if x]
-        if len(used) > 1 or not all(0 <= x <= 1 for x in used) or 1 in (self.label_smoothing, self.corrected):
-            raise ValueError(f"one of label_smoothing < 1, generalised <= 1 or corrected < 1, got {self}")
+        if (
+            len(used) > 1
+            or not all(0 <= x <= 1 for x in used)
+            or 1 in (self.label_smoothing, self.corrected)
+        ):
+            raise ValueError(
+                f"one of label_smoothing < 1, generalised <= 1 or corrected < 1, got {self}"
+            )
 
     def loss(self, logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Tensor:
         "Mean over the targets."
@@ -65,7 +74,11 @@ class RobustBackprop:
         return -((1 - self.corrected) * p + wrong * (1 - p)).log().mean()
 
     def backward(
-        self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure: bool = False,
+        self,
+        model: PCTransformer,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure: bool = False,
     ) -> Report:
         "Adds to `p.grad`; the loss reported is the cross-entropy, as every learner's."
         logits = model(tokens).flatten(0, 1)
@@ -83,7 +96,8 @@ NOT_SETTINGS = DATA_CHANGES + LOSS_CHANGES      # of a run's configuration
 
 
 class InOrder(Batches):
-    "Windows in the order of the text, each after the one before; from the beginning again when no whole window is left."
+    """Windows in the order of the text, each after the one before; from the beginning again when
+    no whole window is left."""
 
     def starts(self, step: int) -> Int64[Tensor, " B"]:
         n = (len(self.data) - 1) // self.block_size                  # whole windows in the text
@@ -91,7 +105,8 @@ class InOrder(Batches):
 
 
 class AlteredTrainer(Trainer):
-    "A trainer whose training data is altered, as a function of seed and step; evaluation is on the data as it is."
+    """A trainer whose training data is altered, as a function of seed and step; evaluation is on
+    the data as it is."""
 
     label_noise = 0.0      # part of the targets that is replaced by another token
     input_noise = 0.0      # part of what is read that is replaced
@@ -99,15 +114,28 @@ class AlteredTrainer(Trainer):
     robust: RobustBackprop | None = None    # instead of the configured learner
 
     def alter(
-        self, label_noise: float = 0.0, input_noise: float = 0.0, in_order: bool = False, foreign_start: float = 0.0,
-        **loss: float,                      # settings of `RobustBackprop`
+        self,
+        label_noise: float = 0.0,
+        input_noise: float = 0.0,
+        in_order: bool = False,
+        foreign_start: float = 0.0,
+        **loss: float,  # settings of `RobustBackprop`
     ) -> None:
         if loss and self.config.learner.algorithm != "backprop":
-            raise ValueError(f"another loss ({', '.join(loss)}) is learned by backprop: predictive coding has its own energy")
+            raise ValueError(
+                f"another loss ({', '.join(loss)}) is learned by backprop: predictive coding has"
+                " its own energy"
+            )
         self.robust = RobustBackprop(**loss) if loss else None
         if not 0 <= foreign_start <= 1:
-            raise ValueError(f"foreign_start is a part of the steps, in [0, 1], got {foreign_start}")
-        self.label_noise, self.input_noise, self.foreign_start = label_noise, input_noise, foreign_start
+            raise ValueError(
+                f"foreign_start is a part of the steps, in [0, 1], got {foreign_start}"
+            )
+        self.label_noise, self.input_noise, self.foreign_start = (
+            label_noise,
+            input_noise,
+            foreign_start,
+        )
         if in_order:
             self.batches = InOrder(**vars(self.batches))
 
@@ -119,13 +147,18 @@ class AlteredTrainer(Trainer):
         tokens, targets = super().batch(step)
         seed, vocab = self.config.train.seed, self.config.model.vocab_size
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        now = max(step, self.step)      # a late look at an early batch reads it as the run does by then
+        # a late look at an early batch reads it as the run does by then
+        now = max(step, self.step)
         if now < self.foreign_start * self.config.train.iters:
-            written = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
+            written = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed)).to(
+                tokens.device
+            )
             tokens, targets = written[tokens], written[targets]
         if self.input_noise:
             tokens = damage(tokens, vocab, self.input_noise, draw)
-        return tokens, damage(targets, vocab, self.label_noise, draw) if self.label_noise else targets
+        return tokens, (
+            damage(targets, vocab, self.label_noise, draw) if self.label_noise else targets
+        )
 
 
 def part_step(steps: int) -> float:
@@ -134,38 +167,65 @@ def part_step(steps: int) -> float:
 
 
 def settle_config(changes: Mapping[str, Any], base: RunConfig) -> RunConfig:
-    "The run that some changes make of a base; several steps of error settling get a smaller step unless one is given."
+    """The run that some changes make of a base; several steps of error settling get a smaller
+    step unless one is given."""
     c = replace(base, **{k: v for k, v in changes.items() if k not in NOT_SETTINGS})
     most = max(c.learner.steps, c.learner.steps_end or 1)
-    if "learner.step_size" in changes or c.learner.algorithm == "backprop" or c.learner.solver != "error":
+    if (
+        "learner.step_size" in changes
+        or c.learner.algorithm == "backprop"
+        or c.learner.solver != "error"
+    ):
         return c
-    return replace(c, **{"learner.step_size": part_step(most) if min(most, c.learner.steps_end or most) > 1 else 1.0})
+    return replace(
+        c,
+        **{
+            "learner.step_size": (
+                part_step(most) if min(most, c.learner.steps_end or most) > 1 else 1.0
+            )
+        }
+    )
 
 # %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #ab58eaad
 @torch.no_grad()
-def predictions(model: nn.Module, ids: Int[Tensor, " N"], block_size: int) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
-    "Logits and targets of every token of a text but the first, in windows that do not overlap, on the CPU."
+def predictions(
+    model: nn.Module, ids: Int[Tensor, " N"], block_size: int
+) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
+    """Logits and targets of every token of a text but the first, in windows that do not overlap,
+    on the CPU."""
     device = next(model.parameters()).device
     with evaluating(model) as still:
-        found = [(still(x.to(device)).flatten(0, 1).cpu(), y.flatten()) for x, y in windows(ids, block_size, 64)]
+        found = [
+            (still(x.to(device)).flatten(0, 1).cpu(), y.flatten())
+            for x, y in windows(ids, block_size, 64)
+        ]
     logits, targets = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(targets)
 
 
 def judge_halves(model: nn.Module, ids: Int[Tensor, " N"], block_size: int) -> dict[str, float]:
-    "Choose and calibrate on the first half of a text, judge on the second; losses in nats per token."
-    first, second = (predictions(model, half, block_size) for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]))
+    """Choose and calibrate on the first half of a text, judge on the second; losses in nats per
+    token."""
+    first, second = (
+        predictions(model, half, block_size)
+        for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :])
+    )
     temperature = fit_temperature(*first)
     return {
-        "choosing_loss": scaled_nll(*first, 1.0), "choosing_calibrated": scaled_nll(*first, 1 / temperature),
-        "temperature": temperature, "loss": scaled_nll(*second, 1.0),
+        "choosing_loss": scaled_nll(*first, 1.0),
+        "choosing_calibrated": scaled_nll(*first, 1 / temperature),
+        "temperature": temperature,
+        "loss": scaled_nll(*second, 1.0),
         "calibrated_loss": scaled_nll(*second, 1 / temperature),
         "accuracy": (second[0].argmax(-1) == second[1]).double().mean().item(),
     }
 
 # %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #571393c4
-def run_one(config: RunConfig, data: TextData, altered: Mapping[str, Any], device: str = "auto") -> dict[str, Any]:
-    "Train one model; raises Interrupted when asked to stop. A settling error ends the run and is kept as a result."
+def run_one(
+    config: RunConfig, data: TextData, altered: Mapping[str, Any], device: str = "auto"
+) -> dict[str, Any]:
+    """Train one model; raises Interrupted when asked to stop. A settling error ends the run and
+    is kept as a result."""
     t = AlteredTrainer(config, data.train_ids, data.valid_ids, pick_device(device))
     t.alter(**altered)
     times: list[float] = []
@@ -177,34 +237,60 @@ def run_one(config: RunConfig, data: TextData, altered: Mapping[str, Any], devic
                 times.append(seconds(t.advance, t.device))
                 if t.step % every == 0 or t.step == config.train.iters:
                     t.measure()
-                    look = make_learner(config.learner, t.step / config.train.iters, t.optimizer.zero_grad)
+                    look = make_learner(
+                        config.learner, t.step / config.train.iters, t.optimizer.zero_grad
+                    )
                     parts.append(gradient_cosine(look, t.model, *t.batch(0)))
                 if stopped():
-                    raise Interrupted(f"stopped after step {t.step} of {config.train.iters}: of this run nothing was written")
+                    raise Interrupted(
+                        f"stopped after step {t.step} of {config.train.iters}: of this run nothing"
+                        " was written"
+                    )
         except (SettlingError, FloatingPointError) as what:
             error = f"step {t.step}: {what}"
-    record = [{k: v for k, v in r.items() if k != "energy"} | {"cosines": p} for r, p in zip(t.record, parts, strict=True)]
+    record = [
+        {k: v for k, v in r.items() if k != "energy"} | {"cosines": p}
+        for r, p in zip(t.record, parts, strict=True)
+    ]
     return {
-        "valid_loss": None if error else record[-1]["valid_loss"], "error": error, "parameters": t.model.n_parameters,
-        "tokens": t.step * config.train.batch_size * config.model.block_size, "seconds": sum(times),
-        "median_step_ms": 1e3 * statistics.median(times) if times else None, "record": record,
+        "valid_loss": None if error else record[-1]["valid_loss"],
+        "error": error,
+        "parameters": t.model.n_parameters,
+        "tokens": t.step * config.train.batch_size * config.model.block_size,
+        "seconds": sum(times),
+        "median_step_ms": 1e3 * statistics.median(times) if times else None,
+        "record": record,
         "halves": None if error else judge_halves(t.model, t.valid_ids, config.model.block_size),
     }
 
 
-def settle_study(config: RunConfig, data: TextData, out: Path, grid: Mapping[str, Any], device: str = "auto") -> dict[str, Any]:
-    "Every combination of a grid; runs that `out/results.json` holds are kept, the file is rewritten, whole, after each run."
+def settle_study(
+    config: RunConfig, data: TextData, out: Path, grid: Mapping[str, Any], device: str = "auto"
+) -> dict[str, Any]:
+    """Every combination of a grid; runs that `out/results.json` holds are kept, the file is
+    rewritten, whole, after each run."""
     place = out / "results.json"
-    first = {**about_run(config, pick_device(device)), "baselines": baselines(data.train_text, data.valid_text), "runs": {}}
+    first = {
+        **about_run(config, pick_device(device)),
+        "baselines": baselines(data.train_text, data.valid_text),
+        "runs": {},
+    }
     stored = lambda: read_json(place, *first) if place.exists() else first
     usual = flat(to_dict(RunConfig()))
-    shared = {k: v for k, v in flat(to_dict(config)).items() if v != usual[k] and k not in ("model.vocab_size", "data")}
+    shared = {
+        k: v
+        for k, v in flat(to_dict(config)).items()
+        if v != usual[k] and k not in ("model.vocab_size", "data")
+    }
     for changes in expand(grid):
         changes = shared | changes
         if (name := run_name(changes)) in stored()["runs"]:
             continue
         c = settle_config(changes, config)
-        run = {"changes": changes, **run_one(c, data, {k: changes[k] for k in NOT_SETTINGS if k in changes}, device)}
+        run = {
+            "changes": changes,
+            **run_one(c, data, {k: changes[k] for k in NOT_SETTINGS if k in changes}, device),
+        }
         results = stored()                       # read again: another process may have added to it
         results["runs"][name] = run
         write_text(place, json.dumps(results, indent=1))
@@ -212,10 +298,20 @@ def settle_study(config: RunConfig, data: TextData, out: Path, grid: Mapping[str
     return stored()
 
 # %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #3d4da315
-def select(runs: Iterable[Mapping[str, Any]], iters: int = 2000, **settings: Any) -> dict[int, Mapping[str, Any]]:
+def select(
+    runs: Iterable[Mapping[str, Any]], iters: int = 2000, **settings: Any
+) -> dict[int, Mapping[str, Any]]:
     "Runs of one kind by seed; settings by the last part of their name, all others as usual."
     usual = {k.split(".")[-1]: v for k, v in flat(to_dict(RunConfig())).items()}
     def kind(r: Mapping[str, Any]) -> dict[str, Any]:
-        return usual | {k.split(".")[-1]: v for k, v in r["changes"].items() if k not in ("train.seed", "train.eval_interval")}
+        return usual | {
+            k.split(".")[-1]: v
+            for k, v in r["changes"].items()
+            if k not in ("train.seed", "train.eval_interval")
+        }
     wanted = {**usual, "iters": iters, **settings}
-    return {r["changes"]["train.seed"]: r for r in sorted(runs, key=lambda r: r["changes"]["train.seed"]) if kind(r) == wanted}
+    return {
+        r["changes"]["train.seed"]: r
+        for r in sorted(runs, key=lambda r: r["changes"]["train.seed"])
+        if kind(r) == wanted
+    }

@@ -35,22 +35,53 @@ def draw_case(seed: int) -> dict[str, Any]:
         "seed": seed,
         "n_layer": round(24 ** u()),
         "d_model": pick([16, 32, 64, 128, 256]),
-        "attention": pick(["dot", "gaussian", "student_t", "laplace", "mixture", "huber", "logistic", "contaminated"]),
-        "solver": pick(["errors", "errors", "centred", "fused", "lean", "states", "momentum", "adam", "highway", "sweep"]),
+        "attention": pick(
+            [
+                "dot",
+                "gaussian",
+                "student_t",
+                "laplace",
+                "mixture",
+                "huber",
+                "logistic",
+                "contaminated",
+            ]
+        ),
+        "solver": pick(
+            [
+                "errors",
+                "errors",
+                "centred",
+                "fused",
+                "lean",
+                "states",
+                "momentum",
+                "adam",
+                "highway",
+                "sweep",
+            ]
+        ),
         "energy": pick(list(ENERGIES)),
         "per": pick(["node", "coordinate", "token"]),
         "steps": pick([1, 2, 4, 8]),
         "relative_precision": 10 ** u(-2, 4),
-        "step_size": 10 ** u(0, 2),            # of states, in units of the bound; a tenth to one of errors' full step
+        # of states, in units of the bound; a tenth to one of errors' full step
+        "step_size": 10 ** u(0, 2),
         "weights": 10 ** u(-1, 1),
     }
-    only = {"energy": "gaussian", "per": "node"} if case["solver"] in ("highway", "sweep") else {}    # they have no other
+    # they have no other
+    only = {"energy": "gaussian", "per": "node"} if case["solver"] in ("highway", "sweep") else {}
     return case | only
 
 
 def case_solver(case: Mapping[str, Any]) -> Solver:
     "The solver of a case."
-    beta, family, kind, steps = case["relative_precision"], ENERGIES[case["energy"]], case["solver"], case["steps"]
+    beta, family, kind, steps = (
+        case["relative_precision"],
+        ENERGIES[case["energy"]],
+        case["solver"],
+        case["steps"],
+    )
     if kind in ("states", "momentum", "adam"):
         method = "gradient" if kind == "states" else kind
         return StateSettling(steps, beta, case["step_size"], method, family=family, per=case["per"])
@@ -60,7 +91,13 @@ def case_solver(case: Mapping[str, Any]) -> Solver:
         return SweepSettling(beta)
     eta = 1.0 if steps == 1 else max(0.1, case["step_size"] / 100)
     nudge = -0.5 if kind == "centred" else 1.0
-    options = {"lean": kind == "lean", "fused": kind == "fused", "nudge": nudge, "family": family, "per": case["per"]}
+    options = {
+        "lean": kind == "lean",
+        "fused": kind == "fused",
+        "nudge": nudge,
+        "family": family,
+        "per": case["per"],
+    }
     return ErrorSettling(steps, beta, eta, **options)
 
 
@@ -71,41 +108,60 @@ def teacher(case: Mapping[str, Any]) -> Solver:
 
 
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
-    "What became of a case: `settled` and how far, `refused` with a sentence, or `failed` with what went wrong."
+    """What became of a case: `settled` and how far, `refused` with a sentence, or `failed` with
+    what went wrong."""
     config = ModelConfig(16, 12, case["n_layer"], 4, case["d_model"], case["attention"])
     model = PCTransformer(config, case["seed"])
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() >= 2:
                 p.mul_(case["weights"])
-    tokens, targets = torch.randint(16, (2, 2, 12), generator=torch.Generator().manual_seed(case["seed"]))
+    tokens, targets = torch.randint(
+        16, (2, 2, 12), generator=torch.Generator().manual_seed(case["seed"])
+    )
     try:
         settled = case_solver(case)(model, tokens, targets)
-        PredictiveCoding(teacher(case), case["solver"] == "centred").backward(model, tokens, targets)
+        PredictiveCoding(teacher(case), case["solver"] == "centred").backward(
+            model, tokens, targets
+        )
     except SettlingError as error:
         return {"outcome": "refused", "why": str(error)}
     taught = all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
-    moved = settled.node_energy - settled.node_energy[0]      # differences first: normalisers are large and constant
+    # differences first: normalisers are large and constant
+    moved = settled.node_energy - settled.node_energy[0]
     size = settled.node_energy[:, -1].abs().max() + moved.abs().sum(-1).max()
     rise = float((moved.sum(-1).diff() / size).max()) if len(moved) > 1 else 0.0
-    finite = taught and bool(settled.node_energy.isfinite().all()) and all(bool(s.isfinite().all()) for s in settled.states)
+    finite = (
+        taught
+        and bool(settled.node_energy.isfinite().all())
+        and all(bool(s.isfinite().all()) for s in settled.states)
+    )
     good = finite and rise <= 1e-5
-    why = "" if good else f"the energy rose by {rise:.1e} of itself" if finite else "a number is not finite"
+    why = (
+        ""
+        if good
+        else f"the energy rose by {rise:.1e} of itself" if finite else "a number is not finite"
+    )
     return {"outcome": "settled" if good else "failed", "why": why, "residual": settled.residual}
 
 
 def stress(n: int, out: Path, first_seed: int = 0) -> dict[str, Any]:
-    "Try `n` random cases and write `out/results.json`: counts, residuals, and every case that was refused or failed."
+    """Try `n` random cases and write `out/results.json`: counts, residuals, and every case that
+    was refused or failed."""
     cases = [draw_case(first_seed + i) for i in range(n)]
     found = []
     for i, case in enumerate(cases):
         found.append({**case, **try_case(case)})
         if (i + 1) % 100 == 0:
-            print(f"{i + 1} of {n}: {sum(f['outcome'] == 'failed' for f in found)} failed", flush=True)
+            print(
+                f"{i + 1} of {n}: {sum(f['outcome'] == 'failed' for f in found)} failed", flush=True
+            )
     ends = ("settled", "refused", "failed")
     count = lambda key: {v: {o: sum(f["outcome"] == o for f in found if f[key] == v) for o in ends}
                          for v in sorted({f[key] for f in found}, key=str)}
-    left = lambda solver: [f["residual"] for f in found if f["solver"] == solver and f.get("residual") is not None]
+    left = lambda solver: [
+        f["residual"] for f in found if f["solver"] == solver and f.get("residual") is not None
+    ]
     about = {k: v for k, v in about_run(RunConfig(), torch.device("cpu")).items() if k != "config"}
     results = {**about, "n": n, "first_seed": first_seed,
                **{f"by_{k}": count(k) for k in ("solver", "attention", "energy", "per")},

@@ -34,15 +34,31 @@ from ..training.trainer import Trainer, pick_device, start
 
 # %% ../../nbs/6_experiments/05_tinyshakespeare.ipynb #b3ab57cb
 VARIANTS: dict[str, dict[str, Any]] = {
-    "GPT, backprop": {"model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": None},
+    "GPT, backprop": {
+        "model.attention": "dot",
+        "learner.algorithm": "backprop",
+        "model.precision_init": None,
+    },
     "ours, backprop": {"model.attention": "gaussian", "learner.algorithm": "backprop"},
-    "ours, predictive coding": {"model.attention": "gaussian", "learner.algorithm": "predictive_coding"},
+    "ours, predictive coding": {
+        "model.attention": "gaussian",
+        "learner.algorithm": "predictive_coding",
+    },
     "ours from 1/sqrt(d), backprop": {
-        "model.attention": "gaussian", "learner.algorithm": "backprop", "model.precision_init": "soft"},
+        "model.attention": "gaussian",
+        "learner.algorithm": "backprop",
+        "model.precision_init": "soft",
+    },
     "GPT with learned scale, backprop": {
-        "model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": "soft"},
+        "model.attention": "dot",
+        "learner.algorithm": "backprop",
+        "model.precision_init": "soft",
+    },
     "GPT with learned scale from sharp, backprop": {
-        "model.attention": "dot", "learner.algorithm": "backprop", "model.precision_init": "sharp"},
+        "model.attention": "dot",
+        "learner.algorithm": "backprop",
+        "model.precision_init": "sharp",
+    },
 }
 
 
@@ -54,19 +70,36 @@ def variant_config(name: str, base: RunConfig) -> RunConfig:
     if name not in VARIANTS:
         raise ValueError(f"unknown variant {name!r}: choose from {', '.join(map(repr, VARIANTS))}")
     d = base.model.d_head
-    start = {"soft": 1 / math.sqrt(d), "sharp": initial_precision("gaussian", base.model.d_model, d)}
-    return replace(base, **{k: start.get(v, v) if k == "model.precision_init" else v for k, v in VARIANTS[name].items()})
+    start = {
+        "soft": 1 / math.sqrt(d),
+        "sharp": initial_precision("gaussian", base.model.d_model, d),
+    }
+    return replace(
+        base,
+        **{
+            k: start.get(v, v) if k == "model.precision_init" else v
+            for k, v in VARIANTS[name].items()
+        }
+    )
 
 # %% ../../nbs/6_experiments/05_tinyshakespeare.ipynb #2c505fd5
 def run_lockstep(trainers: dict[str, Trainer], progress: bool = True) -> dict[str, list[float]]:
-    "Advance all trainers to their end on the same batches; seconds of every step. Raises Interrupted when stopped."
+    """Advance all trainers to their end on the same batches; seconds of every step. Raises
+    Interrupted when stopped."""
     from tqdm.auto import tqdm
 
     iters = next(iter(trainers.values())).config.train.iters
     times: dict[str, list[float]] = {name: [] for name in trainers}
     with graceful_stop() as stopped:
-        look: dict[str, Any] = {"total": iters, "file": sys.stderr, "disable": not progress, "mininterval": 0.5}
-        bars = {name: tqdm(desc=f"{name:>24}", position=i, **look) for i, name in enumerate(trainers)}
+        look: dict[str, Any] = {
+            "total": iters,
+            "file": sys.stderr,
+            "disable": not progress,
+            "mininterval": 0.5,
+        }
+        bars = {
+            name: tqdm(desc=f"{name:>24}", position=i, **look) for i, name in enumerate(trainers)
+        }
         for step in range(iters + 1):
             for name, t in trainers.items():
                 if step % t.config.train.eval_interval == 0 or step == iters:
@@ -78,7 +111,9 @@ def run_lockstep(trainers: dict[str, Trainer], progress: bool = True) -> dict[st
             if stopped():
                 for bar in bars.values():
                     bar.close()
-                raise Interrupted(f"stopped after step {step + 1} of {iters}: of this seed nothing was written")
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {iters}: of this seed nothing was written"
+                )
         for bar in bars.values():
             bar.close()
     return times
@@ -87,12 +122,17 @@ def run_lockstep(trainers: dict[str, Trainer], progress: bool = True) -> dict[st
 def settling_traces(
     model: PCTransformer, batch: tuple[Tensor, Tensor], betas: Sequence[float], steps: int = 8
 ) -> dict[str, Any]:
-    "Energy against settling steps on one batch, for several relative precisions: nats per token relative to the start."
+    """Energy against settling steps on one batch, for several relative precisions: nats per
+    token relative to the start."""
     traces = {}
     for beta in betas:
         settled = ErrorSettling(steps=steps, relative_precision=beta)(model, *batch)
         energy = (settled.energy - settled.energy[0]).tolist()
-        traces[f"{beta:g}"] = {"energy": energy, "residual": settled.residual, "step_sizes": settled.step_sizes}
+        traces[f"{beta:g}"] = {
+            "energy": energy,
+            "residual": settled.residual,
+            "step_sizes": settled.step_sizes,
+        }
     return traces
 
 
@@ -102,34 +142,47 @@ def outcome(name: str, seed: int, t: Trainer, times: list[float], data: TextData
     loss = t.record[-1]["valid_loss"]
     size, named = len(data.valid_text[1:].encode()), list(t.model.named_parameters())
     return {
-        "variant": name, "seed": seed, "valid_loss": loss,
+        "variant": name,
+        "seed": seed,
+        "valid_loss": loss,
         "bits_per_byte": bits_per_byte(loss, len(data.valid_ids) - 1, size),
         "tokens": t.step * c.train.batch_size * c.model.block_size,
         "parameters": t.model.n_parameters,
-        "seconds": sum(times), "median_step_ms": 1e3 * statistics.median(times),
-        "record": t.record, "config": to_dict(c),
-        "attention_precision": [p.exp().flatten().tolist() for n, p in named if n.endswith("log_precision")],
+        "seconds": sum(times),
+        "median_step_ms": 1e3 * statistics.median(times),
+        "record": t.record,
+        "config": to_dict(c),
+        "attention_precision": [
+            p.exp().flatten().tolist() for n, p in named if n.endswith("log_precision")
+        ],
     }
 
 
 def compare(
     config: RunConfig,
     data: TextData,
-    out: Path,                               # folder for results.json, curves.png, samples.txt and the models
+    # folder for results.json, curves.png, samples.txt and the models
+    out: Path,
     seeds: Sequence[int] = (1,),
     variants: Sequence[str] = DEMO,
     device: str = "auto",
     progress: bool = True,
     keep_models: bool = True,                # save the models of the first seed
 ) -> dict[str, Any]:
-    "Train variants on the same batches, measure, write everything under `out`, and return the results."
+    """Train variants on the same batches, measure, write everything under `out`, and return the
+    results."""
     on = pick_device(device)
     results: dict[str, Any] = {**about_run(config, on), "seeds": list(seeds), "runs": []}
     results["baselines"] = baselines(data.train_text, data.valid_text)
     for seed in seeds:
-        trainers = {v: start(replace(variant_config(v, config), **{"train.seed": seed}), data, device) for v in variants}
+        trainers = {
+            v: start(replace(variant_config(v, config), **{"train.seed": seed}), data, device)
+            for v in variants
+        }
         times = run_lockstep(trainers, progress)
-        results["runs"] += [outcome(name, seed, t, times[name], data) for name, t in trainers.items()]
+        results["runs"] += [
+            outcome(name, seed, t, times[name], data) for name, t in trainers.items()
+        ]
         if seed == seeds[0]:
             results |= first_seed(trainers, data, out, keep_models)
         write_text(out / "results.json", json.dumps(results, indent=1))
@@ -138,12 +191,20 @@ def compare(
     return results
 
 
-def first_seed(trainers: dict[str, Trainer], data: TextData, out: Path, keep_models: bool) -> dict[str, Any]:
+def first_seed(
+    trainers: dict[str, Trainer], data: TextData, out: Path, keep_models: bool
+) -> dict[str, Any]:
     "Samples, settling traces and saved models, from the first seed's trainers."
     options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
     prompt = opening(data.tokenizer)
-    samples = {name: generate_text(t.model, data.tokenizer, prompt, 300, **options) for name, t in trainers.items()}
-    write_text(out / "samples.txt", "\n\n".join(f"=== {name}\n{text}" for name, text in samples.items()) + "\n")
+    samples = {
+        name: generate_text(t.model, data.tokenizer, prompt, 300, **options)
+        for name, t in trainers.items()
+    }
+    write_text(
+        out / "samples.txt",
+        "\n\n".join(f"=== {name}\n{text}" for name, text in samples.items()) + "\n",
+    )
     extra: dict[str, Any] = {"samples": samples}
     for name, t in trainers.items():
         if isinstance(t.learner, PredictiveCoding):
@@ -156,14 +217,18 @@ def first_seed(trainers: dict[str, Trainer], data: TextData, out: Path, keep_mod
 
 # %% ../../nbs/6_experiments/05_tinyshakespeare.ipynb #b9b35048
 def table(results: dict[str, Any]) -> str:
-    "The comparison as a Markdown table: baselines first, then each variant (mean ± largest deviation over seeds)."
+    """The comparison as a Markdown table: baselines first, then each variant (mean ± largest
+    deviation over seeds)."""
     heads = ("model", "valid. loss (nats/char)", "bits/byte", "tokens", "parameters", "seeds")
     rows = ["| " + " | ".join(heads) + " |", "|---|" + 5 * "---:|"]
     for name, b in results["baselines"].items():
         rows.append(f"| {name} | {b['nats_per_char']:.3f} | {b['bits_per_byte']:.3f} | | | |")
     for name in dict.fromkeys(r["variant"] for r in results["runs"]):
         runs = [r for r in results["runs"] if r["variant"] == name]
-        cells = [spread([r["valid_loss"] for r in runs]), spread([r["bits_per_byte"] for r in runs])]
+        cells = [
+            spread([r["valid_loss"] for r in runs]),
+            spread([r["bits_per_byte"] for r in runs]),
+        ]
         cells += [f"{runs[0]['tokens']:,}", f"{runs[0]['parameters']:,}", str(len(runs))]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -176,19 +241,29 @@ def plot(results: dict[str, Any], path: Path | None = None):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), width_ratios=(3, 2))
     for i, name in enumerate(dict.fromkeys(r["variant"] for r in results["runs"])):
         curves = [r["record"] for r in results["runs"] if r["variant"] == name]
-        steps, losses = [e["step"] for e in curves[0]], [[e["valid_loss"] for e in c] for c in curves]
+        steps, losses = [e["step"] for e in curves[0]], [
+            [e["valid_loss"] for e in c] for c in curves
+        ]
         mean = [statistics.mean(v) for v in zip(*losses, strict=True)]
         low, high = ([f(v) for v in zip(*losses, strict=True)] for f in (min, max))
         left.plot(steps, mean, "--" if "predictive" in name else "-", color=f"C{i}", label=name)
         left.fill_between(steps, low, high, color=f"C{i}", alpha=0.2)
     for name, b in results["baselines"].items():
         left.axhline(b["nats_per_char"], color="gray", lw=0.8, ls=":")
-        at: dict[str, Any] = {"va": "bottom", "ha": "right", "transform": left.get_yaxis_transform()}
+        at: dict[str, Any] = {
+            "va": "bottom",
+            "ha": "right",
+            "transform": left.get_yaxis_transform(),
+        }
         left.text(0.99, b["nats_per_char"], name, fontsize=8, color="gray", **at)
-    left.set(xlabel="training step", ylabel="validation loss (nats per character)", ylim=(None, 4.4)); left.legend(fontsize=8)
+    left.set(
+        xlabel="training step", ylabel="validation loss (nats per character)", ylim=(None, 4.4)
+    )
+    left.legend(fontsize=8)
     for beta, trace in results.get("settling", {}).items():
         right.plot(trace["energy"], "o-", ms=3, label=f"β = {beta}")
-    right.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)"); right.legend(fontsize=8)
+    right.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)")
+    right.legend(fontsize=8)
     figure.tight_layout()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,30 +55,45 @@ def shuffle_words(text: str, generator: torch.Generator) -> str:
     return "".join(parts)
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #3360e932
-WIKITEXT = Corpus("wikitext-2/valid.txt", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-                  "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt")
+WIKITEXT = Corpus(
+    "wikitext-2/valid.txt",
+    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",
+)
 
 
 def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> Int[Tensor, " N"]:
-    "Another text's known characters; None: WikiText-2 from the cache folders, checked. Raises FileNotFoundError, ValueError."
+    """Another text's known characters; None: WikiText-2 from the cache folders, checked. Raises
+    FileNotFoundError, ValueError."""
     if path is None:
         cached = [p for f in cache_folders() if (p := f / WIKITEXT.file).is_file()]
         if not cached:
             places = ", ".join(map(str, cache_folders()))
-            raise FileNotFoundError(f"there is no {WIKITEXT.file} in {places}: put {WIKITEXT.url} there, or name another text")
+            raise FileNotFoundError(
+                f"there is no {WIKITEXT.file} in {places}: put {WIKITEXT.url} there, or name"
+                " another text"
+            )
         path = verify(cached[0], WIKITEXT, str(cached[0]), "put the published file there")
     known = set(tokenizer.vocabulary)
     return tokenizer.encode("".join(c for c in read_text(path) if c in known))
 
 
 def even_windows(ids: Int[Tensor, " N"], length: int, count: int) -> Int[Tensor, "n T"]:
-    "At most `count` windows that do not overlap, spread evenly. Raises ValueError when not two fit."
+    """At most `count` windows that do not overlap, spread evenly. Raises ValueError when not two
+    fit."""
     if not is_int(length) or length < 1 or not is_int(count):
-        raise ValueError(f"windows have a whole length >= 1 and number, got {length!r} and {count!r}")
+        raise ValueError(
+            f"windows have a whole length >= 1 and number, got {length!r} and {count!r}"
+        )
     if count < 2 or len(ids) < 2 * length:
-        raise ValueError(f"at least two windows of {length} tokens are needed, but {count} of {len(ids)} tokens were asked for")
+        raise ValueError(
+            f"at least two windows of {length} tokens are needed, but {count} of {len(ids)} tokens"
+            " were asked for"
+        )
     n = min(count, len(ids) // length)
-    return torch.stack([ids[i : i + length] for i in np.linspace(0, len(ids) - length, n).astype(int)])
+    return torch.stack(
+        [ids[i : i + length] for i in np.linspace(0, len(ids) - length, n).astype(int)]
+    )
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #f41dd9e5
 DAMAGES = ("replaced characters", "shuffled words", "random characters", "foreign text")
@@ -91,11 +106,16 @@ def damage(
     foreign: Int[Tensor, " M"],            # another text
     generator: torch.Generator,
     share: float = 0.1,                    # of replaced characters
-) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:        # damaged windows, and which tokens are strange
-    "A damaged version of each window. Raises ValueError for an unknown kind or too little foreign text."
-    if kind == "replaced characters": return replace_characters(clean, tokenizer.vocab_size, share, generator)
+# damaged windows, and which tokens are strange
+) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """A damaged version of each window. Raises ValueError for an unknown kind or too little
+    foreign text."""
+    if kind == "replaced characters":
+        return replace_characters(clean, tokenizer.vocab_size, share, generator)
     if kind == "shuffled words":
-        new = torch.stack([tokenizer.encode(shuffle_words(tokenizer.decode(row), generator)) for row in clean])
+        new = torch.stack(
+            [tokenizer.encode(shuffle_words(tokenizer.decode(row), generator)) for row in clean]
+        )
     elif kind == "random characters": new = torch.randint(tokenizer.vocab_size, clean.shape, generator=generator)
     elif kind == "foreign text":
         new = even_windows(foreign, clean.shape[1], len(clean))
@@ -108,8 +128,11 @@ def damage(
 LEVELS = ("window", "token")
 
 
-def at_level(clean: dict[str, Tensor], damaged: dict[str, Tensor], where: Tensor, level: str) -> tuple[Tensor, Tensor]:
-    "Scores `(N, n, F)` and labels `(N, n)`: window means, clean and damaged; or the tokens of damaged text, replaced or not."
+def at_level(
+    clean: dict[str, Tensor], damaged: dict[str, Tensor], where: Tensor, level: str
+) -> tuple[Tensor, Tensor]:
+    """Scores `(N, n, F)` and labels `(N, n)`: window means, clean and damaged; or the tokens of
+    damaged text, replaced or not."""
     a, b = (torch.stack([s[n] for n in SCORES], -1) for s in (clean, damaged))
     if level == "token": return b, where
     both = torch.stack([a.mean(1), b.mean(1)], 1)
@@ -120,80 +143,130 @@ def judge(
     fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],     # as `at_level` gives them
     draws: int, seed: int,
 ) -> dict[str, Any]:
-    "AUROC and interval of each score and of the combination, and the combination's gain over likelihood alone."
+    """AUROC and interval of each score and of the combination, and the combination's gain over
+    likelihood alone."""
     use = [SCORES.index(n) for n in ("surprisal", "attention energy", "state energy")]
     combine = fit_logistic(fit[0][..., use].flatten(0, 1), fit[1].flatten())
     x, y = test
     columns = {n: x[..., i] for i, n in enumerate(SCORES)} | {"combination": combine(x[..., use])}
     options: dict[str, Any] = {"draws": draws, "seed": seed}
-    found: dict[str, Any] = {n: {"auroc": auroc(s, y), "interval": bootstrap_interval(auroc, s, y, **options)}
-                             for n, s in columns.items()}
+    found: dict[str, Any] = {
+        n: {"auroc": auroc(s, y), "interval": bootstrap_interval(auroc, s, y, **options)}
+        for n, s in columns.items()
+    }
     gain = lambda c, s, y: auroc(c, y) - auroc(s, y)
     parts = (columns["combination"], columns["surprisal"], y)
-    found["gain over surprisal"] = {"auroc": gain(*parts), "interval": bootstrap_interval(gain, *parts, **options)}
-    return found | {"weights": dict(zip((SCORES[i] for i in use), combine.weight.tolist(), strict=True))}
+    found["gain over surprisal"] = {
+        "auroc": gain(*parts),
+        "interval": bootstrap_interval(gain, *parts, **options),
+    }
+    return found | {
+        "weights": dict(zip((SCORES[i] for i in use), combine.weight.tolist(), strict=True))
+    }
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #0fdc4577
-def flat_predictions(model: PCTransformer, windows: Int[Tensor, "N T"]) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
+def flat_predictions(
+    model: PCTransformer, windows: Int[Tensor, "N T"]
+) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
     "Target-free logits and the tokens that came, of all windows, on the CPU."
-    with evaluating(model) as still: z = torch.cat([still(x[:, :-1]).cpu() for x in windows.split(64)])
+    with evaluating(model) as still:
+        z = torch.cat([still(x[:, :-1]).cpu() for x in windows.split(64)])
     return z.flatten(0, 1), windows[:, 1:].flatten().cpu()
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #0286cc05
 def study_one(
-    model: PCTransformer, data: TextData, foreign: Int[Tensor, " M"], windows: int, draws: int, seed: int
+    model: PCTransformer,
+    data: TextData,
+    foreign: Int[Tensor, " M"],
+    windows: int,
+    draws: int,
+    seed: int,
 ) -> dict[str, Any]:
     "Calibration and detection of one model."
-    T, device, half = model.config.block_size, next(model.parameters()).device, len(data.valid_ids) // 2
+    T, device, half = (
+        model.config.block_size,
+        next(model.parameters()).device,
+        len(data.valid_ids) // 2,
+    )
     parts = data.valid_ids[:half], data.valid_ids[half:]
-    (fit_z, fit_t), (z, t) = (flat_predictions(model, even_windows(p, T + 1, len(p)).to(device)) for p in parts)
+    (fit_z, fit_t), (z, t) = (
+        flat_predictions(model, even_windows(p, T + 1, len(p)).to(device)) for p in parts
+    )
     tau = fit_temperature(fit_z, fit_t)
-    out: dict[str, Any] = {"temperature": tau, "before": calibration(z, t), "after": calibration(z / tau, t), "detection": {}}
+    out: dict[str, Any] = {
+        "temperature": tau,
+        "before": calibration(z, t),
+        "after": calibration(z / tau, t),
+        "detection": {},
+    }
     own = convert(model, "gaussian") if model.config.attention == "dot" else model
     known = StateGaussians.fit(own, even_windows(data.train_ids, T, 4 * windows).to(device))
     clean = [even_windows(p, T, windows) for p in parts]
     calm = [token_scores(own, w.to(device), known) for w in clean]
     for i, kind in enumerate(DAMAGES):
         g = torch.Generator().manual_seed(seed * len(DAMAGES) + i)
-        strange = [damage(kind, w, data.tokenizer, text, g) for w, text in zip(clean, foreign.chunk(2), strict=True)]
+        strange = [
+            damage(kind, w, data.tokenizer, text, g)
+            for w, text in zip(clean, foreign.chunk(2), strict=True)
+        ]
         scores = [token_scores(own, w.to(device), known) for w, _ in strange]
-        sets = [(c, s, where[:, 1:]) for c, s, (_, where) in zip(calm, scores, strange, strict=True)]
+        sets = [
+            (c, s, where[:, 1:]) for c, s, (_, where) in zip(calm, scores, strange, strict=True)
+        ]
         levels = LEVELS if kind == "replaced characters" else LEVELS[:1]
-        out["detection"][kind] = {lv: judge(at_level(*sets[0], lv), at_level(*sets[1], lv), draws, seed) for lv in levels}
+        out["detection"][kind] = {
+            lv: judge(at_level(*sets[0], lv), at_level(*sets[1], lv), draws, seed) for lv in levels
+        }
     return out
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #0b2f8bd8
 def study_ensemble(
-    models: Sequence[PCTransformer], data: TextData, foreign: Int[Tensor, " M"], windows: int, draws: int, seed: int
+    models: Sequence[PCTransformer],
+    data: TextData,
+    foreign: Int[Tensor, " M"],
+    windows: int,
+    draws: int,
+    seed: int,
 ) -> dict[str, Any]:
     "Epistemic and total uncertainty of several models as scores of a window, on the test half."
     T, device = models[0].config.block_size, next(models[0].parameters()).device
     ids = data.valid_ids[len(data.valid_ids) // 2 :]
     parts = lambda w: [decompose(ensemble_log_probs(models, x.to(device))) for x in w.split(64)]
-    means = lambda w: {n: torch.cat([getattr(d, n).mean(1).cpu() for d in parts(w)]) for n in ("epistemic", "total", "aleatoric")}
+    means = lambda w: {
+        n: torch.cat([getattr(d, n).mean(1).cpu() for d in parts(w)])
+        for n in ("epistemic", "total", "aleatoric")
+    }
     clean = even_windows(ids, T, windows)
     calm, out = means(clean), {}
     out["clean, nats per token"] = {n: s.mean().item() for n, s in calm.items()}
     for i, kind in enumerate(DAMAGES):
         g = torch.Generator().manual_seed(seed * len(DAMAGES) + i)
         strange = means(damage(kind, clean, data.tokenizer, foreign.chunk(2)[1], g)[0])
-        out[kind] = {n: {"auroc": auroc_pair(calm[n], s), "nats_per_token": s.mean().item(),
-                         "interval": bootstrap_interval(auroc_pair, calm[n], s, draws=draws, seed=seed)}
-                     for n, s in strange.items()}
+        out[kind] = {
+            n: {
+                "auroc": auroc_pair(calm[n], s),
+                "nats_per_token": s.mean().item(),
+                "interval": bootstrap_interval(auroc_pair, calm[n], s, draws=draws, seed=seed),
+            }
+            for n, s in strange.items()
+        }
     return out
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #0a496bf8
 def uncertainty_study(
-    models: Sequence[str | Path],          # folders of saved models of one vocabulary and context, such as three seeds
+    # folders of saved models of one vocabulary and context, such as three seeds
+    models: Sequence[str | Path],
     data: TextData,                        # the corpus they were trained on
     out: str | Path,                       # folder for results.json
-    foreign: str | Path | None = None,     # a text of another kind; `None`: WikiText-2 from the cache
+    # a text of another kind; `None`: WikiText-2 from the cache
+    foreign: str | Path | None = None,
     windows: int = 200,                    # of each half, for detection
     draws: int = 200,                      # of the bootstrap
     seed: int = 0,                         # of damage and bootstrap
     device: str = "auto",
 ) -> dict[str, Any]:
-    "Calibration and detection for saved models, written to `out`. Raises ValueError, CheckpointError, FileNotFoundError."
+    """Calibration and detection for saved models, written to `out`. Raises ValueError,
+    CheckpointError, FileNotFoundError."""
     from pc_transformer.config import RunConfig
     from pc_transformer.experiments.meters import about_run
 
@@ -202,10 +275,17 @@ def uncertainty_study(
     text = foreign_tokens(data.tokenizer, foreign)
     about = about_run(RunConfig(model=nets[0].config), on)
     results: dict[str, Any] = {k: v for k, v in about.items() if k != "config"} | {
-        "seed": seed, "windows": windows, "bootstrap_draws": draws, "foreign": str(foreign or WIKITEXT.file), "models": []}
+        "seed": seed,
+        "windows": windows,
+        "bootstrap_draws": draws,
+        "foreign": str(foreign or WIKITEXT.file),
+        "models": [],
+    }
     for folder, net in zip(models, nets, strict=True):
         found = study_one(net.to(on), data, text, windows, draws, seed)
-        results["models"].append({"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), **found})
+        results["models"].append(
+            {"folder": "/".join(Path(folder).parts[-2:]), "config": to_dict(net.config), **found}
+        )
     results["summary"] = summary(results["models"])
     if len(nets) > 1: results["ensemble"] = study_ensemble(nets, data, text, windows, draws, seed)
     write_text(Path(out) / "results.json", json.dumps(results, indent=1))
@@ -213,7 +293,8 @@ def uncertainty_study(
 
 
 def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]:
-    "Load models. Raises ValueError for none, for a foreign vocabulary and for contexts of different lengths."
+    """Load models. Raises ValueError for none, for a foreign vocabulary and for contexts of
+    different lengths."""
     if not folders: raise ValueError("no models were given: name the folders of saved models")
     pairs = [load_pair(f) for f in folders]
     nets = [net.eval() for net, _ in pairs]
@@ -221,7 +302,10 @@ def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]
         if tokenizer != data.tokenizer:
             raise ValueError(f"{f} was trained with another vocabulary than this text has")
         if net.config.block_size != nets[0].config.block_size:
-            raise ValueError(f"{f} has a context of {net.config.block_size}, {folders[0]} one of {nets[0].config.block_size}")
+            raise ValueError(
+                f"{f} has a context of {net.config.block_size}, {folders[0]} one of"
+                f" {nets[0].config.block_size}"
+            )
     return nets
 
 # %% ../../nbs/6_experiments/09_uncertainty_study.ipynb #6e7afa98
@@ -235,10 +319,15 @@ def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return over(lambda m: m["detection"][kind][level][name]["auroc"])
 
     numbers = ("nll", "brier", "ece_equal_width", "ece_equal_mass", "aurc")
-    out: dict[str, Any] = {w: {n: over(lambda m, w=w, n=n: m[w][n]) for n in numbers} for w in ("before", "after")}
+    out: dict[str, Any] = {
+        w: {n: over(lambda m, w=w, n=n: m[w][n]) for n in numbers} for w in ("before", "after")
+    }
     out["temperature"] = over(lambda m: m["temperature"])
-    out["auroc"] = {f"{kind}, {level}": {n: of(kind, level, n) for n in found if n != "weights"}
-                    for kind, levels in models[0]["detection"].items() for level, found in levels.items()}
+    out["auroc"] = {
+        f"{kind}, {level}": {n: of(kind, level, n) for n in found if n != "weights"}
+        for kind, levels in models[0]["detection"].items()
+        for level, found in levels.items()
+    }
     return out
 
 
@@ -246,9 +335,15 @@ def table(results: dict[str, Any]) -> str:
     "The study in words: means over models, spread in brackets."
     say = lambda r: f"{r['mean']:.3f} [{r['min']:.3f}, {r['max']:.3f}]"
     s = results["summary"]
-    lines = [f"{len(results['models'])} models, mean [least, greatest]; temperature {say(s['temperature'])}"]
+    lines = [
+        f"{len(results['models'])} models, mean [least, greatest]; temperature"
+        f" {say(s['temperature'])}"
+    ]
     for w in ("before", "after"):
-        lines.append(f"ECE {w} {say(s[w]['ece_equal_width'])}, equal mass {say(s[w]['ece_equal_mass'])}, NLL {say(s[w]['nll'])}")
+        lines.append(
+            f"ECE {w} {say(s[w]['ece_equal_width'])}, equal mass {say(s[w]['ece_equal_mass'])}, NLL"
+            f" {say(s[w]['nll'])}"
+        )
     for where, found in s["auroc"].items():
         lines += [f"AUROC, {where}:"] + [f"  {n:20} {say(r)}" for n, r in found.items()]
     return "\n".join(lines)

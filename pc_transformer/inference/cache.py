@@ -28,7 +28,9 @@ from ..model.transformer import PCTransformer
 StoreAs = Literal["float64", "float32", "bfloat16", "int8"]
 
 
-DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float64", "float32", "bfloat16", "float16", "int8")}
+DTYPES: dict[str, torch.dtype] = {
+    n: getattr(torch, n) for n in ("float64", "float32", "bfloat16", "float16", "int8")
+}
 
 
 def cache_bytes(
@@ -47,7 +49,8 @@ def cache_bytes(
 
 # %% ../../nbs/3_inference/03_cache.ipynb #6badb5b1
 def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d)`, scale `(*b, 1)`
-    "Equation (4): eight bits and one scale for each vector; the error of a coordinate is at most half the scale."
+    """Equation (4): eight bits and one scale for each vector; the error of a coordinate is at
+    most half the scale."""
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
@@ -55,7 +58,8 @@ def quantise(x: Float[Tensor, "*b d"]) -> tuple[Tensor, Tensor]:  # int8 `(*b, d
 def cacheable(model: nn.Module) -> bool:
     """Whether a model is the chain of `model.transformer` and nothing else: a forward pass that is
     replaced or hooked a cache would miss."""
-    if not isinstance(model, PCTransformer) or type(model).forward is not PCTransformer.forward: return False
+    if not isinstance(model, PCTransformer) or type(model).forward is not PCTransformer.forward:
+        return False
     plain = type(model.predictors[0]) is Embedding and all(
         type(f) in (AttentionLayer, FeedForwardLayer) for f in list(model.predictors)[1:])
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -66,20 +70,26 @@ def cacheable(model: nn.Module) -> bool:
 def check_allocation(model: nn.Module, batch: int, length: int | None, dtype: str | None) -> None:
     "Raise TypeError or ValueError, one sentence, for a cache that cannot be."
     if not cacheable(model):
-        raise TypeError(f"a cache needs a plain PCTransformer, whose pass it repeats, not this {type(model).__name__}")
+        raise TypeError(
+            "a cache needs a plain PCTransformer, whose pass it repeats, not this"
+            f" {type(model).__name__}"
+        )
     assert isinstance(model, PCTransformer)
     most = model.config.block_size
     length = most if length is None else length
     for what, x in (("batch", batch), ("length", length)): check_whole(what, x, 1)
     if length > most:
-        raise ValueError(f"a cache of {length} tokens is longer than the context of {most} (block_size)")
+        raise ValueError(
+            f"a cache of {length} tokens is longer than the context of {most} (block_size)"
+        )
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise ValueError(f"a cache cannot store {dtype!r}: choose from {', '.join(DTYPES)}")
 
 
 @dataclass(eq=False)
 class KVCache:
-    "Keys, values and columns of all layers of one model; rows with lengths of their own. Made by `allocate`."
+    """Keys, values and columns of all layers of one model; rows with lengths of their own. Made
+    by `allocate`."""
 
     model: PCTransformer
     k: Tensor                                    # `(L, B, Hk, N, d)`
@@ -89,22 +99,29 @@ class KVCache:
     readers: list[Reader]                        # one a layer
     snapshot: Snapshot                           # of the weights that the keys were made with
     lengths: list[int] = field(default_factory=list)
-    energy: Tensor | None = None                 # `(B, T)`: attention energies of the newest tokens, if asked for
-    copies: dict[nn.Module, Copied] = field(default_factory=dict)   # linear maps with their weights in another order
+    # `(B, T)`: attention energies of the newest tokens, if asked for
+    energy: Tensor | None = None
+    # linear maps with their weights in another order
+    copies: dict[nn.Module, Copied] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers: list[Any] = list(self.model.predictors)
         self.quick = all(r.quick for r in self.readers) and self.k.dtype == self.readers[0].dtype
-        self.views = [(self.k[i], self.v[i], {n: c[i] for n, c in self.column.items()}) for i in range(len(self.readers))]
+        self.views = [
+            (self.k[i], self.v[i], {n: c[i] for n, c in self.column.items()})
+            for i in range(len(self.readers))
+        ]
 
     @classmethod
     def allocate(
         cls, model: PCTransformer,
         batch: int = 1,                          # B, rows
         length: int | None = None,               # N, slots in a row; `None`: block_size
-        dtype: str | None = None,                # of keys and values: "bfloat16", "int8", ...; `None`: the model's
+        # of keys and values: "bfloat16", "int8", ...; `None`: the model's
+        dtype: str | None = None,
     ) -> "KVCache":
-        "An empty cache. Raises TypeError, ValueError, and MemoryError with the bytes that were wanted."
+        """An empty cache. Raises TypeError, ValueError, and MemoryError with the bytes that were
+        wanted."""
         check_allocation(model, batch, length, dtype)
         weight = model.output.weight
         own = str(weight.dtype).removeprefix("torch.")
@@ -119,7 +136,9 @@ class KVCache:
             column = {name: new(*rows, readers[0].M, length) for name in readers[0].columns}
         except (RuntimeError, MemoryError) as error:
             wanted = cache_bytes(c, batch, length, dtype, own)
-            raise MemoryError(f"no memory for a cache of {wanted:,} bytes ({batch} rows of {length} tokens)") from error
+            raise MemoryError(
+                f"no memory for a cache of {wanted:,} bytes ({batch} rows of {length} tokens)"
+            ) from error
         return cls(model, k, v, scales, column, readers, Snapshot(model), [0] * batch)
 
     @property
@@ -139,22 +158,35 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        "Bytes that are allocated: equation (3), and the copies of weights, which a `select`ed cache shares."
+        """Bytes that are allocated: equation (3), and the copies of weights, which a `select`ed
+        cache shares."""
         return sum(x.nbytes for x in [*self.tensors(), *self.copies.values()])
 
     def tensors(self) -> list[Tensor]:
         "All that is stored."
-        return [self.k, self.v, *([] if self.scales is None else [self.scales]), *self.column.values()]
+        return [
+            self.k,
+            self.v,
+            *([] if self.scales is None else [self.scales]),
+            *self.column.values(),
+        ]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, x: Tensor, slots: slice | tuple[Tensor, Tensor]) -> None:
-        "Store new keys and values `(B, Hk, T, d)` and their columns; slots are a slice, or rows `(B, 1)` and places `(B, T)`."
+    def write(
+        self, layer: int, k: Tensor, v: Tensor, x: Tensor, slots: slice | tuple[Tensor, Tensor]
+    ) -> None:
+        """Store new keys and values `(B, Hk, T, d)` and their columns; slots are a slice, or
+        rows `(B, 1)` and places `(B, T)`."""
         for n, (store, new) in enumerate(((self.k, k), (self.v, v))):
             if self.scales is not None:
                 new, scale = quantise(new.to(self.scales.dtype))
                 put(self.scales[n, layer], scale, slots)
             put(store[layer], new, slots)
         if not self.column: return
-        kept = k if self.k.dtype == self.readers[layer].dtype else get(self.keys(layer, self.capacity), slots)
+        kept = (
+            k
+            if self.k.dtype == self.readers[layer].dtype
+            else get(self.keys(layer, self.capacity), slots)
+        )
         for name, new in describe(self.readers[layer], x, kept).items():
             put(self.column[name][layer].mT, new.mT, slots)
 
@@ -172,38 +204,54 @@ class KVCache:
         return found if self.scales is None else found * self.scales[which, layer, :, :, start:stop]
 
     def check_precision(self, before: Sequence[int]) -> None:
-        "Raise ValueError if the precision of a key newer than the first `before` of each row is not positive and finite."
+        """Raise ValueError if the precision of a key newer than the first `before` of each row
+        is not positive and finite."""
         start, new = min(before), self.column["lam"][..., min(before):self.length]
         if min(self.lengths) < self.length or max(before) > start:
-            first, stop = (torch.tensor(n, device=new.device)[:, None] for n in (before, self.lengths))
+            first, stop = (
+                torch.tensor(n, device=new.device)[:, None] for n in (before, self.lengths)
+            )
             j = torch.arange(start, self.length, device=new.device)
             new = new.masked_fill(~((first <= j) & (j < stop))[:, None, None], 1.0)
         sound(new, new.dtype, True, f"the precision of {self.model.config.attention} attention")
 
     def current(self, parts: bool = True) -> bool:
-        "Whether the model's weights are those that the keys were made with, as far as `Snapshot.holds` sees."
+        """Whether the model's weights are those that the keys were made with, as far as
+        `Snapshot.holds` sees."""
         return self.snapshot.holds(parts)
 
     def clear(self) -> None:
-        "Empty, with readers and copies as they are: `restart` for a caller who knows that the weights are `current`."
+        """Empty, with readers and copies as they are: `restart` for a caller who knows that the
+        weights are `current`."""
         self.lengths = [0] * self.batch
 
     def restart(self) -> None:
-        "Empty, and ready for the model's present weights: readers and copies are made anew, so no change before is missed."
+        """Empty, and ready for the model's present weights: readers and copies are made anew, so
+        no change before is missed."""
         self.clear()
-        self.readers = [Reader(f.attention) for f in self.model.predictors if isinstance(f, AttentionLayer)]
+        self.readers = [
+            Reader(f.attention) for f in self.model.predictors if isinstance(f, AttentionLayer)
+        ]
         self.snapshot = Snapshot(self.model)
         self.__post_init__()
         if self.copies: self.copy_weights()
 
     def copy_weights(self) -> None:
-        """Let steps of one token read copies of the weights, up to their bytes again; `restart` renews them.
+        """Let steps of one token read copies of the weights, up to their bytes again; `restart`
+        renews them.
 
-        `extend` refuses to go on when `current` sees a change: of versions, objects, addresses, or of `PROBES` numbers of each
-        parameter. Not seen is a change that PyTorch does not count (in `.data`, by a fused optimiser, or of a tensor made in
-        `inference_mode`) and that leaves those numbers as they were: until `restart`, steps then read old copies and old keys.
+        `extend` refuses to go on when `current` sees a change: of versions, objects, addresses,
+        or of `PROBES` numbers of each
+        parameter. Not seen is a change that PyTorch does not count (in `.data`, by a fused
+        optimiser, or of a tensor made in
+        `inference_mode`) and that leaves those numbers as they were: until `restart`, steps then
+        read old copies and old keys.
         """
-        maps = [m for m in self.model.modules() if isinstance(m, nn.Linear | Output) and type(m) in (nn.Linear, Output)]
+        maps = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, nn.Linear | Output) and type(m) in (nn.Linear, Output)
+        ]
         self.copies = {m: quick for m in maps if (quick := copied(m, self.batch)) is not None}
 
     def via(self, map: nn.Module, T: int = 1) -> Product:
@@ -211,10 +259,17 @@ class KVCache:
         return self.copies.get(map, map) if T == 1 else map
 
     def __getstate__(self) -> dict[str, Any]:
-        "What a pickle keeps: the model and what is stored, nothing derived. Raises ValueError for keys of other weights."
+        """What a pickle keeps: the model and what is stored, nothing derived. Raises ValueError
+        for keys of other weights."""
         if not self.current():
-            raise ValueError("the model's weights have changed since the cache was made: restart it before you save it")
-        kept = {name: getattr(self, name) for name in ("model", "k", "v", "scales", "column", "lengths", "energy")}
+            raise ValueError(
+                "the model's weights have changed since the cache was made: restart it before you"
+                " save it"
+            )
+        kept = {
+            name: getattr(self, name)
+            for name in ("model", "k", "v", "scales", "column", "lengths", "energy")
+        }
         return kept | {"copied": bool(self.copies)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -226,9 +281,11 @@ class KVCache:
         if copied: self.copy_weights()
 
     def trim(self, length: int) -> None:
-        "Forget the newest tokens of rows that are longer than `length`. Raises ValueError or TypeError."
+        """Forget the newest tokens of rows that are longer than `length`. Raises ValueError or
+        TypeError."""
         check_whole("length", length, 0)
-        if length > self.length: raise ValueError(f"cannot trim a cache of {self.length} tokens to {length}")
+        if length > self.length:
+            raise ValueError(f"cannot trim a cache of {self.length} tokens to {length}")
         self.lengths = [min(n, length) for n in self.lengths]
 
     def select(self, rows: Sequence[int]) -> "KVCache":
@@ -237,16 +294,31 @@ class KVCache:
         rows = list(rows)
         for r in rows: check_whole("a row", r, 0)
         if not rows or not all(r < self.batch for r in rows):
-            raise ValueError(f"rows must lie in 0..{self.batch - 1} and there must be one, got {rows}")
+            raise ValueError(
+                f"rows must lie in 0..{self.batch - 1} and there must be one, got {rows}"
+            )
         at = torch.tensor(list(rows), device=self.k.device)
         pick = lambda x, axis: x.index_select(axis, at)
         column = {name: pick(x, 1) for name, x in self.column.items()}
-        scales, energy = (None if x is None else pick(x, axis) for x, axis in ((self.scales, 2), (self.energy, 0)))
-        return KVCache(self.model, pick(self.k, 1), pick(self.v, 1), scales, column, self.readers, self.snapshot,
-                       [self.lengths[r] for r in rows], energy, self.copies)
+        scales, energy = (
+            None if x is None else pick(x, axis) for x, axis in ((self.scales, 2), (self.energy, 0))
+        )
+        return KVCache(
+            self.model,
+            pick(self.k, 1),
+            pick(self.v, 1),
+            scales,
+            column,
+            self.readers,
+            self.snapshot,
+            [self.lengths[r] for r in rows],
+            energy,
+            self.copies,
+        )
 
     def expand(self, n: int) -> "KVCache":
-        "A new cache in which every row stands `n` times: one prompt, many continuations. Raises ValueError."
+        """A new cache in which every row stands `n` times: one prompt, many continuations.
+        Raises ValueError."""
         check_whole("the number of copies", n, 1)
         return self.select([r for r in range(self.batch) for _ in range(n)])
 
@@ -256,20 +328,36 @@ class KVCache:
         keys: Float[Tensor, "B Hk P d"] | None = None,    # new keys; `None`: as they are
         values: Float[Tensor, "B Hk P d"] | None = None,
     ) -> None:
-        "Replace keys and values of past tokens; columns follow, precision and mixing weights of the tokens stay."
+        """Replace keys and values of past tokens; columns follow, precision and mixing weights
+        of the tokens stay."""
         check_whole("layer", layer, 0)
-        if layer >= len(self.readers): raise ValueError(f"layer must lie in 0..{len(self.readers) - 1}, got {layer}")
-        if not (isinstance(positions, Tensor) and positions.dtype == torch.int64 and positions.dim() == 1):
-            raise TypeError(f"positions to revise must be one row of int64 slots, got {shown(positions)}")
+        if layer >= len(self.readers):
+            raise ValueError(f"layer must lie in 0..{len(self.readers) - 1}, got {layer}")
+        if not (
+            isinstance(positions, Tensor)
+            and positions.dtype == torch.int64
+            and positions.dim() == 1
+        ):
+            raise TypeError(
+                f"positions to revise must be one row of int64 slots, got {shown(positions)}"
+            )
         P, reader = positions.numel(), self.readers[layer]
         if P and not 0 <= int(positions.min()) <= int(positions.max()) < min(self.lengths):
-            raise ValueError(f"positions to revise must lie in 0..{min(self.lengths) - 1}, the tokens that every row has seen")
+            raise ValueError(
+                f"positions to revise must lie in 0..{min(self.lengths) - 1}, the tokens that every"
+                " row has seen"
+            )
         before = self.keys(layer, self.length)[:, :, positions]
         for new in (keys, values):
             if new is None: continue
             if not (isinstance(new, Tensor) and new.is_floating_point()):
-                raise TypeError(f"revise needs keys and values of a floating dtype, got {shown(new)}")
-            if new.shape != before.shape: raise ValueError(f"revise needs shape {tuple(before.shape)}, got {tuple(new.shape)}")
+                raise TypeError(
+                    f"revise needs keys and values of a floating dtype, got {shown(new)}"
+                )
+            if new.shape != before.shape:
+                raise ValueError(
+                    f"revise needs shape {tuple(before.shape)}, got {tuple(new.shape)}"
+                )
         for n, (store, new) in enumerate(((self.k, keys), (self.v, values))):
             if new is None: continue
             if self.scales is not None:
@@ -277,7 +365,9 @@ class KVCache:
                 self.scales[n, layer][:, :, positions] = scale
             store[layer][:, :, positions] = new.to(store.dtype)
         lam = self.column["lam"][layer][..., positions] if reader.own else None
-        change = square(reader, self.keys(layer, self.length)[:, :, positions], lam) - square(reader, before, lam)
+        change = square(reader, self.keys(layer, self.length)[:, :, positions], lam) - square(
+            reader, before, lam
+        )
         if "kappa" in self.column: self.column["kappa"][layer][..., positions] += change
         if "bias" in self.column and reader.link != "dot":
             self.column["bias"][layer][..., positions] += bias_slope(reader) * change
@@ -291,4 +381,8 @@ def put(store: Tensor, new: Tensor, slots: slice | tuple[Tensor, Tensor]) -> Non
 
 def get(store: Tensor, slots: slice | tuple[Tensor, Tensor]) -> Tensor:
     "Read `(B, Hk, T, ...)` back."
-    return store[:, :, slots] if isinstance(slots, slice) else store[slots[0], :, slots[1]].transpose(1, 2)
+    return (
+        store[:, :, slots]
+        if isinstance(slots, slice)
+        else store[slots[0], :, slots[1]].transpose(1, 2)
+    )

@@ -36,7 +36,10 @@ def auroc(
     x, y = scores.flatten().double(), strange.flatten().bool()
     n1, n0 = int(y.sum()), int((~y).sum())
     if scores.shape != strange.shape or not (n1 and n0):
-        raise ValueError(f"AUROC needs both classes and one score each: {tuple(scores.shape)} scores, {n1} strange, {n0} not")
+        raise ValueError(
+            f"AUROC needs both classes and one score each: {tuple(scores.shape)} scores, {n1}"
+            f" strange, {n0} not"
+        )
     if x.isnan().any():
         raise ValueError(f"{int(x.isnan().sum())} of {len(x)} scores are NaN")
     return ((midranks(x)[y].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)).item()
@@ -49,21 +52,30 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    "Percentile interval (Efron 1979) over independent observations. Raises ValueError for fewer than two of them."
+    """Percentile interval (Efron 1979) over independent observations. Raises ValueError for
+    fewer than two of them."""
     n = len(parts[0])
     fine = is_int(draws) and draws >= 2 and is_real(level) and 0 < level < 1
     if n < 2 or any(len(p) != n for p in parts) or not fine:
-        raise ValueError(f"a bootstrap needs two or more observations, as many in each part, two draws and a level "
-                         f"in (0, 1); got {[len(p) for p in parts]}, {draws}, {level}")
+        raise ValueError(
+            "a bootstrap needs two or more observations, as many in each part, two draws and a"
+            f" level in (0, 1); got {[len(p) for p in parts]}, {draws}, {level}"
+        )
     generator = torch.Generator().manual_seed(check_seed(seed))
-    found = [statistic(*(p[i] for p in parts)) for i in (torch.randint(n, (n,), generator=generator) for _ in range(draws))]
+    found = [
+        statistic(*(p[i] for p in parts))
+        for i in (torch.randint(n, (n,), generator=generator) for _ in range(draws))
+    ]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def auroc_pair(clean: Tensor, damaged: Tensor) -> float:
     "AUROC of damaged against clean scores."
-    return auroc(torch.cat([clean.flatten(), damaged.flatten()]), torch.arange(clean.numel() + damaged.numel()) >= clean.numel())
+    return auroc(
+        torch.cat([clean.flatten(), damaged.flatten()]),
+        torch.arange(clean.numel() + damaged.numel()) >= clean.numel(),
+    )
 
 # %% ../../nbs/3_inference/08_calibration.ipynb #5a99acb6
 @dataclass(frozen=True)
@@ -82,12 +94,16 @@ class Logistic:
 def fit_logistic(
     x: Float[Tensor, "N F"],     # scores
     y: Bool[Tensor, " N"],       # strange or not
-    ridge: float = 1e-3,         # weight of |w|^2 / 2 beside the mean loss; keeps separable data finite
+    # weight of |w|^2 / 2 beside the mean loss; keeps separable data finite
+    ridge: float = 1e-3,
 ) -> Logistic:
-    "Newton's method on the mean log loss plus ridge, which is convex. Raises ValueError when a score never varies."
+    """Newton's method on the mean log loss plus ridge, which is convex. Raises ValueError when a
+    score never varies."""
     mean, scale = x.double().mean(0), x.double().std(0)
     if not (scale > 0).all():
-        raise ValueError(f"score {int((scale <= 0).nonzero()[0])} of {len(scale)} never varies: leave it out")
+        raise ValueError(
+            f"score {int((scale <= 0).nonzero()[0])} of {len(scale)} never varies: leave it out"
+        )
     X = torch.cat([(x.double() - mean) / scale, torch.ones(len(x), 1, dtype=torch.float64)], 1)
     w, decay = X.new_zeros(X.shape[1]), torch.diag(X.new_tensor([ridge] * len(mean) + [1e-9]))
     for _ in range(50):
@@ -109,7 +125,9 @@ class Reliability:
     @property
     def ece(self) -> float:
         "Equation (5)."
-        return ((self.count * (self.accuracy - self.confidence).abs()).sum() / self.count.sum()).item()
+        return (
+            (self.count * (self.accuracy - self.confidence).abs()).sum() / self.count.sum()
+        ).item()
 
 
 def reliability(
@@ -118,11 +136,16 @@ def reliability(
     bins: int = 15,
     equal_mass: bool = False,              # groups of equal size instead of equal width
 ) -> Reliability:
-    "Group predictions by their confidence. Raises ValueError for other shapes or confidences outside [0, 1]."
-    if not is_int(bins) or bins < 1: raise ValueError(f"bins must be a whole number >= 1, got {bins!r}")
+    """Group predictions by their confidence. Raises ValueError for other shapes or confidences
+    outside [0, 1]."""
+    if not is_int(bins) or bins < 1:
+        raise ValueError(f"bins must be a whole number >= 1, got {bins!r}")
     c = confidence.double()
     if c.dim() != 1 or c.shape != correct.shape or not len(c) or not ((c >= 0) & (c <= 1)).all():
-        raise ValueError(f"confidences in [0, 1] and as many answers are needed, got {tuple(c.shape)} and {tuple(correct.shape)}")
+        raise ValueError(
+            f"confidences in [0, 1] and as many answers are needed, got {tuple(c.shape)} and"
+            f" {tuple(correct.shape)}"
+        )
     rank = torch.argsort(torch.argsort(c, stable=True), stable=True)
     group = rank * bins // len(c) if equal_mass else (c * bins).long().clamp(max=bins - 1)
     count = torch.bincount(group, minlength=bins)
@@ -131,7 +154,9 @@ def reliability(
     return Reliability(mean(c), mean(correct), count[some])
 
 
-def confidence_and_correct(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> tuple[Tensor, Tensor]:
+def confidence_and_correct(
+    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
+) -> tuple[Tensor, Tensor]:
     "Probability of the most probable token, and whether it came."
     best = logits.double().softmax(-1).max(-1)
     return best.values, best.indices == targets
@@ -144,7 +169,8 @@ def brier(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> float:
 
 
 def plot_reliability(r: Reliability, ax: Any, label: str = "") -> None:
-    "Accuracy against confidence on a matplotlib axis; the diagonal is calibrated, areas show how many."
+    """Accuracy against confidence on a matplotlib axis; the diagonal is calibrated, areas show
+    how many."""
     ax.plot([0, 1], [0, 1], ":", color="grey", lw=1)
     (line,) = ax.plot(r.confidence, r.accuracy, "-", lw=1, label=label)
     ax.scatter(r.confidence, r.accuracy, 4 + 120 * r.count / r.count.sum(), color=line.get_color())
@@ -163,19 +189,26 @@ def scaled_nll(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], beta: f
 def fit_temperature(
     logits: Float[Tensor, "N V"],          # of held-out text, not of training text
     targets: Int[Tensor, " N"],
-) -> float:                                # tau in [1e-3, 1e3]; the loss at it is never above that at 1
-    "Newton's method on the convex loss (6), steps halved until it falls. Raises ValueError when logits are not finite."
+# tau in [1e-3, 1e3]; the loss at it is never above that at 1
+) -> float:
+    """Newton's method on the convex loss (6), steps halved until it falls. Raises ValueError
+    when logits are not finite."""
     if not logits.isfinite().all() or not len(logits):
-        raise ValueError(f"temperature needs finite logits of one prediction or more, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"temperature needs finite logits of one prediction or more, got {tuple(logits.shape)}"
+        )
     z, beta = logits.double(), 1.0
     loss, true = scaled_nll(z, targets, 1.0), z.gather(-1, targets[:, None])[:, 0]
     for _ in range(100):
         p = (beta * z).softmax(-1)
         mean = (p * z).sum(-1)
-        slope, curve = (mean - true).mean().item(), (p * (z - mean[:, None]).square()).sum(-1).mean().item()
+        slope, curve = (mean - true).mean().item(), (p * (z - mean[:, None]).square()).sum(
+            -1
+        ).mean().item()
         step = -slope / curve if curve > 0 else -math.copysign(math.inf, slope) if slope else 0.0
         step = min(max(step, -beta / 2), beta)                  # at most half or double
-        while (new := scaled_nll(z, targets, beta + step)) > loss and abs(step) > 1e-12 * beta: step /= 2
+        while (new := scaled_nll(z, targets, beta + step)) > loss and abs(step) > 1e-12 * beta:
+            step /= 2
         if new >= loss or not BETAS[0] <= beta + step <= BETAS[1]: break
         beta, loss, done = beta + step, new, abs(step) < 1e-9 * beta
         if done: break
@@ -188,8 +221,12 @@ def risk_coverage(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:       # coverage i / N, and the risk there
     "Mean loss of the surest part, for every size of that part. Raises ValueError for other shapes."
     if confidence.dim() != 1 or confidence.shape != loss.shape or not len(loss):
-        raise ValueError(f"one confidence and one loss each are needed, got {tuple(confidence.shape)} and {tuple(loss.shape)}")
-    _, tie, count = torch.unique(-confidence.double(), return_inverse=True, return_counts=True)      # surest first
+        raise ValueError(
+            f"one confidence and one loss each are needed, got {tuple(confidence.shape)} and"
+            f" {tuple(loss.shape)}"
+        )
+    # surest first
+    _, tie, count = torch.unique(-confidence.double(), return_inverse=True, return_counts=True)
     shared = (torch.bincount(tie, loss.double()) / count).repeat_interleave(count)
     i = torch.arange(1, len(loss) + 1, dtype=torch.float64)
     return i / len(loss), shared.cumsum(0) / i
@@ -201,11 +238,24 @@ def aurc(confidence: Float[Tensor, " N"], loss: Float[Tensor, " N"]) -> float:
 
 # %% ../../nbs/3_inference/08_calibration.ipynb #2086309a
 def calibration(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> dict[str, Any]:
-    "Loss, Brier score, both ECEs, the reliability diagram, and selective prediction, for a results file."
+    """Loss, Brier score, both ECEs, the reliability diagram, and selective prediction, for a
+    results file."""
     confidence, correct = confidence_and_correct(logits, targets)
     wide, even = (reliability(confidence, correct, equal_mass=mass) for mass in (False, True))
     coverage, risk = risk_coverage(confidence, (~correct).double())
-    diagram = {"confidence": wide.confidence.tolist(), "accuracy": wide.accuracy.tolist(), "count": wide.count.tolist()}
-    return {"nll": scaled_nll(logits, targets, 1.0), "brier": brier(logits, targets), "ece_equal_width": wide.ece,
-            "ece_equal_mass": even.ece, "accuracy": correct.double().mean().item(), "predictions": len(targets),
-            "aurc": risk.mean().item(), "risk_at_half_coverage": risk[(len(risk) - 1) // 2].item(), "reliability": diagram}
+    diagram = {
+        "confidence": wide.confidence.tolist(),
+        "accuracy": wide.accuracy.tolist(),
+        "count": wide.count.tolist(),
+    }
+    return {
+        "nll": scaled_nll(logits, targets, 1.0),
+        "brier": brier(logits, targets),
+        "ece_equal_width": wide.ece,
+        "ece_equal_mass": even.ece,
+        "accuracy": correct.double().mean().item(),
+        "predictions": len(targets),
+        "aurc": risk.mean().item(),
+        "risk_at_half_coverage": risk[(len(risk) - 1) // 2].item(),
+        "reliability": diagram,
+    }

@@ -25,16 +25,34 @@ from ..model.layers import FeedForwardLayer
 from ..model.transformer import PCTransformer, check_tokens
 
 # %% ../../nbs/3_inference/05_decode.ipynb #8cf51775
-def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Sequence[int] | None, settle_steps: int) -> None:
+def check_extend(
+    model: nn.Module,
+    tokens: Tensor,
+    cache: KVCache,
+    counts: Sequence[int] | None,
+    settle_steps: int,
+) -> None:
     "Raise one clear sentence for tokens that this cache cannot take."
     if cache.model is not model:
         same = isinstance(model, PCTransformer) and model.config == cache.model.config
-        raise ValueError("the cache belongs to another model" + (" with the same configuration" if same else
-                         f": it holds {cache.model.config.attention} keys of {cache.model.config.n_layer} layers, width "
-                         f"{cache.model.config.d_model}") + "; allocate one for this model")
+        raise ValueError(
+            "the cache belongs to another model"
+            + (
+                " with the same configuration"
+                if same
+                else (
+                    f": it holds {cache.model.config.attention} keys of"
+                    f" {cache.model.config.n_layer} layers, width {cache.model.config.d_model}"
+                )
+            )
+            + "; allocate one for this model"
+        )
     if not cache.current():
-        raise ValueError("the model's weights have changed since the cache was made: allocate a new one")
-    if not isinstance(tokens, Tensor): raise TypeError(f"tokens must be a tensor of shape (batch, time), got {shown(tokens)}")
+        raise ValueError(
+            "the model's weights have changed since the cache was made: allocate a new one"
+        )
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a tensor of shape (batch, time), got {shown(tokens)}")
     check_tokens(tokens, cache.model.config)
     if tokens.shape[0] != cache.batch:
         raise ValueError(f"the cache has {cache.batch} rows, but tokens have {tokens.shape[0]}")
@@ -45,22 +63,30 @@ def check_extend(model: nn.Module, tokens: Tensor, cache: KVCache, counts: Seque
     if counts is None: return
     for n in counts: check_whole("a count", n, 0)
     if not (len(counts) == cache.batch and all(1 <= n <= tokens.shape[1] for n in counts)):
-        raise ValueError(f"counts must be {cache.batch} numbers from 1 to {tokens.shape[1]}, got {list(counts)}")
+        raise ValueError(
+            f"counts must be {cache.batch} numbers from 1 to {tokens.shape[1]}, got {list(counts)}"
+        )
 
 
 def extend(
     model: PCTransformer,
     tokens: Int64[Tensor, "B T"],                # what follows the tokens in the cache
     cache: KVCache,
-    counts: Sequence[int] | None = None,         # how many tokens of each row are real, the rest (on the right) is padding
-    settle_steps: int = 0,                       # majorise-minimise steps of every query, `attention.attend` equation (3)
+    # how many tokens of each row are real, the rest (on the right) is padding
+    counts: Sequence[int] | None = None,
+    # majorise-minimise steps of every query, `attention.attend` equation (3)
+    settle_steps: int = 0,
     last: bool = False,                          # logits of each row's last token only
-    energies: bool = False,                      # also leave the attention energies in `cache.energy`
+    # also leave the attention energies in `cache.energy`
+    energies: bool = False,
 ) -> Float[Tensor, "B T V"]:                     # with `last` `(B, 1, V)`
-    """Logits of new tokens, whose keys and values enter the cache: prefill and decode. Dropout is off.
+    """Logits of new tokens, whose keys and values enter the cache: prefill and decode. Dropout
+    is off.
 
-    Raises ValueError or TypeError, one sentence, for a cache of another model or other weights, a full cache, a wrong batch,
-    wrong tokens, and, as `attend` does, for a token whose precision is none; the cache stays as long as it was.
+    Raises ValueError or TypeError, one sentence, for a cache of another model or other weights,
+    a full cache, a wrong batch,
+    wrong tokens, and, as `attend` does, for a token whose precision is none; the cache stays as
+    long as it was.
     """
     counts = counts.tolist() if isinstance(counts, Tensor) else counts
     check_extend(model, tokens, cache, counts, settle_steps)
@@ -76,34 +102,47 @@ def extend(
 
 
 def one_more(
-    reader: Reader, x: Float[Tensor, "B 1 D"], qkv: Float[Tensor, "B 1 E"], k: Tensor, v: Tensor, column: Mapping[str, Tensor],
-    n: int, first: int,
+    reader: Reader,
+    x: Float[Tensor, "B 1 D"],
+    qkv: Float[Tensor, "B 1 E"],
+    k: Tensor,
+    v: Tensor,
+    column: Mapping[str, Tensor],
+    n: int,
+    first: int,
 ) -> Float[Tensor, "B 1 D"]:
-    "One token's attention for the common case: one component, equal priors. As few operations as will do."
+    """One token's attention for the common case: one component, equal priors. As few operations
+    as will do."""
     a, H, Hk, stop = reader.attention, reader.Hk * reader.G, reader.Hk, n + 1
     q, key, value = qkv.view(len(x), H + 2 * Hk, reader.d).split([H, Hk, Hk], 1)
     if a.qk_norm: q, key = F.rms_norm(q, (reader.d,)), F.rms_norm(key, (reader.d,))
     k.select(2, n).copy_(key); v.select(2, n).copy_(value)
-    for name, new in describe_one(reader, x, key).items(): column[name].select(3, n).select(2, 0).copy_(new)
+    for name, new in describe_one(reader, x, key).items():
+        column[name].select(3, n).select(2, 0).copy_(new)
     q, K, V = q.view(len(x), Hk, reader.G, reader.d), k[:, :, first:stop], v[:, :, first:stop]
     at = {name: c[:, :, :, first:stop] for name, c in column.items()}
     return (quick_scores(reader, q, K, at).softmax(-1) @ V).view(len(x), 1, -1)
 
 
-def quick_scores(reader: Reader, q: Float[Tensor, "B Hk G d"], K: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+def quick_scores(
+    reader: Reader, q: Float[Tensor, "B Hk G d"], K: Tensor, at: Mapping[str, Tensor]
+) -> Tensor:
     "`cached_scores` of one token in place, for one component."
     u = (q if reader.own and reader.straight else q * reader.q_factor) @ K.mT
     if reader.own or not reader.straight: u.add_(weighted_square(q, reader.rho)[..., None])
     if reader.own: u.mul_(at["lam"])
     if not reader.straight:
         u.add_(at["kappa"])
-        if reader.sharp: measure_near(reader, u[:, :, None, :, None], q.flatten(1, 2)[:, :, None], K, at)
+        if reader.sharp:
+            measure_near(reader, u[:, :, None, :, None], q.flatten(1, 2)[:, :, None], K, at)
         if reader.scales: u.mul_(reader.flat_scale)
         u = reader.step.score(u, u, reader.flat_shape)
     return u.add_(at["bias"]) if "bias" in at else u
 
 
-def describe_one(reader: Reader, x: Float[Tensor, "B 1 D"], key: Float[Tensor, "B Hk d"]) -> dict[str, Tensor]:
+def describe_one(
+    reader: Reader, x: Float[Tensor, "B 1 D"], key: Float[Tensor, "B Hk d"]
+) -> dict[str, Tensor]:
     "`describe` of one token for equal priors: `(B, Hk)` each."
     if not reader.columns: return {}
     a, name = reader.attention, "bias" if reader.straight else "kappa"
@@ -141,13 +180,18 @@ def decode_at(cache: KVCache, tokens: Int64[Tensor, "B 1"], n: int) -> Float[Ten
             s = via(f.down)(F.gelu(via(f.up)(x), approximate=f.approximate)).add_(s)
         else:
             a = f.attention
-            s = via(a.out)(one_more(cache.readers[layer], x, via(a.qkv)(x), *cache.views[layer], n, first)).add_(s)
+            s = via(a.out)(
+                one_more(cache.readers[layer], x, via(a.qkv)(x), *cache.views[layer], n, first)
+            ).add_(s)
             layer += 1
     return via(cache.model.output)(s)
 
 
-def places(cache: KVCache, T: int) -> tuple[slice | tuple[Tensor, Tensor], Bool[Tensor, "b T N"] | None, int]:
-    "Slots of `T` new tokens, which slots they may see (`None`: all that are read), and the first slot to read."
+def places(
+    cache: KVCache, T: int
+) -> tuple[slice | tuple[Tensor, Tensor], Bool[Tensor, "b T N"] | None, int]:
+    """Slots of `T` new tokens, which slots they may see (`None`: all that are read), and the
+    first slot to read."""
     n, device, window = cache.length, cache.k.device, cache.model.config.window
     ragged = min(cache.lengths) != n
     first = 0 if window is None else max(0, min(cache.lengths) - window + 1)
@@ -156,12 +200,20 @@ def places(cache: KVCache, T: int) -> tuple[slice | tuple[Tensor, Tensor], Bool[
     i, j = start + torch.arange(T, device=device), torch.arange(first, n + T, device=device)
     seen = j <= i[..., None]
     if window is not None: seen &= j > i[..., None] - window
-    return (torch.arange(cache.batch, device=device)[:, None], i) if ragged else slice(n, n + T), seen, first
+    return (
+        (torch.arange(cache.batch, device=device)[:, None], i) if ragged else slice(n, n + T),
+        seen,
+        first,
+    )
 
 
 def advance(
-    cache: KVCache, tokens: Int64[Tensor, "B T"], counts: Sequence[int] | None = None, settle_steps: int = 0,
-    last: bool = False, energies: bool = False,
+    cache: KVCache,
+    tokens: Int64[Tensor, "B T"],
+    counts: Sequence[int] | None = None,
+    settle_steps: int = 0,
+    last: bool = False,
+    energies: bool = False,
 ) -> Float[Tensor, "B T V"]:
     "`extend` without its checks: the inner loop of generation."
     T, layer, total = tokens.shape[1], 0, []
@@ -179,9 +231,16 @@ def advance(
         out, energy = remember(cache, layer, x, slots, seen, first, settle_steps, energies)
         s, layer = s + cache.via(f.attention.out, T)(out), layer + 1
         total.append(energy)
-    cache.lengths = [n + (T if counts is None else counts[row]) for row, n in enumerate(cache.lengths)]
+    cache.lengths = [
+        n + (T if counts is None else counts[row]) for row, n in enumerate(cache.lengths)
+    ]
     cache.energy = torch.stack(total).mean(0) if energies else None
-    if last: s = s[:, -1:] if counts is None else s[torch.arange(len(s)), torch.tensor(counts, device=s.device) - 1][:, None]
+    if last:
+        s = (
+            s[:, -1:]
+            if counts is None
+            else s[torch.arange(len(s)), torch.tensor(counts, device=s.device) - 1][:, None]
+        )
     return cache.via(cache.model.output, T)(s)
 
 
@@ -195,7 +254,8 @@ def remember(
     need = energies or a.background is not None
     q, k, v = split_plain(a, cache.via(a.qkv, x.shape[1])(x))
     cache.write(layer, k, v, x, slots)
-    if cache.length == 0 and x.shape[1] > 1:             # nothing to look back at: exactly the model's own pass
+    # nothing to look back at: exactly the model's own pass
+    if cache.length == 0 and x.shape[1] > 1:
         out, lse = causal(a, x, q, k, v, need, settle_steps)
     else:
         stop = cache.length + x.shape[1]
@@ -205,13 +265,17 @@ def remember(
         s, _ = cached_scores(reader, q, K, column, seen, need)
         out, lse = read_out(reader, s, V, need)
     energy = (reader.log_Z - lse).mean(1) if energies and lse is not None else None
-    if a.background is not None and lse is not None: out = out * torch.sigmoid(lse - a.background)[..., None]
+    if a.background is not None and lse is not None:
+        out = out * torch.sigmoid(lse - a.background)[..., None]
     return out.to(x.dtype).transpose(1, 2).flatten(2), energy
 
 
 def split_plain(a: PCAttention, qkv: Float[Tensor, "B T E"]) -> tuple[Tensor, Tensor, Tensor]:
-    "`PCAttention.split` before a mixture's shift: queries `(B, H, T, d)`, keys and values `(B, Hk, T, d)`."
-    q, k, v = qkv.unflatten(-1, (-1, a.d)).transpose(1, 2).split([a.n_head, a.n_kv_head, a.n_kv_head], 1)
+    """`PCAttention.split` before a mixture's shift: queries `(B, H, T, d)`, keys and values `(B,
+    Hk, T, d)`."""
+    q, k, v = (
+        qkv.unflatten(-1, (-1, a.d)).transpose(1, 2).split([a.n_head, a.n_kv_head, a.n_kv_head], 1)
+    )
     return (F.rms_norm(q, (a.d,)), F.rms_norm(k, (a.d,)), v) if a.qk_norm else (q, k, v)
 
 
@@ -222,6 +286,17 @@ def causal(
     tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
     k = k if a.shift is None else k[:, :, None] + a.shift
     precision = a.precision_of(x)
-    found = attend(q, k, v, a.family, precision, a.mixing_of(x, k, precision), is_causal=True, window=a.window,
-                   return_lse=need_lse, settle_steps=settle_steps, **tail)
+    found = attend(
+        q,
+        k,
+        v,
+        a.family,
+        precision,
+        a.mixing_of(x, k, precision),
+        is_causal=True,
+        window=a.window,
+        return_lse=need_lse,
+        settle_steps=settle_steps,
+        **tail
+    )
     return (found[0], found[1]) if isinstance(found, tuple) else (found, None)

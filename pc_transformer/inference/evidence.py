@@ -41,7 +41,12 @@ class Memory:
     def cut(self, start: int, stop: int) -> "Memory":
         "Some of the columns."
         own = lambda p: p[..., start:stop] if self.by_key(p) else p
-        return Memory(self.k[..., start:stop, :], self.v[:, :, start:stop], own(self.precision), own(self.log_mix))
+        return Memory(
+            self.k[..., start:stop, :],
+            self.v[:, :, start:stop],
+            own(self.precision),
+            own(self.log_mix),
+        )
 
     def pick(self, rows: Int[Tensor, " B"]) -> "Memory":
         "Some of the rows."
@@ -70,22 +75,32 @@ def remember(attention: PCAttention, x: Float[Tensor, "B T D"]) -> tuple[Tensor,
     precision = attention.precision_of(x)
     log_mix = attention.mixing_of(x, k, precision)
     own = lambda p, given: p.expand(k.shape[:-1]) if p is not None and given else p
-    return q, Memory(k, v, own(precision, attention.precision_map is not None), own(log_mix, attention.mixing != "equal"))
+    return q, Memory(
+        k,
+        v,
+        own(precision, attention.precision_map is not None),
+        own(log_mix, attention.mixing != "equal"),
+    )
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #efeb16c4
 def look(
     attention: PCAttention,
     x: Float[Tensor, "B T D"],                  # normalised states of the columns that look
-    past: Memory | None = None,                 # of the columns from position 0 on; `None`: there are none
+    # of the columns from position 0 on; `None`: there are none
+    past: Memory | None = None,
     start: int = 0,                             # position of the first column that looks
 ) -> tuple[Float[Tensor, "B T D"], Memory]:
-    "What columns read from themselves and the settled columns before them; and what they would show themselves."
+    """What columns read from themselves and the settled columns before them; and what they would
+    show themselves."""
     q, own = remember(attention, x)
-    tail: dict[str, Any] = {} if attention.log_tail is None else {TAILS[attention.family][0]: attention.log_tail.exp()}
+    tail: dict[str, Any] = (
+        {} if attention.log_tail is None else {TAILS[attention.family][0]: attention.log_tail.exp()}
+    )
     out, lse = alone(attention, q, own, tail)
     if past is not None and past.v.shape[2] > 0:
         j = torch.arange(past.v.shape[2], device=x.device)
-        ahead = start + torch.arange(q.shape[2], device=x.device)[:, None] - j      # t - j: from 1 on a column is past
+        # t - j: from 1 on a column is past
+        ahead = start + torch.arange(q.shape[2], device=x.device)[:, None] - j
         seen = (ahead > 0) & (ahead < (attention.window or math.inf))
         options = {"attn_mask": None if seen.all() else seen, "return_lse": True, **tail}
         found = attend(q, past.k, past.v, attention.family, past.precision, past.log_mix, **options)
@@ -95,13 +110,25 @@ def look(
     return attention.out(out.transpose(1, 2).flatten(2)), own
 
 
-def alone(attention: PCAttention, q: Float[Tensor, "B H T d"], own: Memory, tail: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    "Each column reads itself: its value, repeated for the heads that share it, and the score of its own key."
+def alone(
+    attention: PCAttention, q: Float[Tensor, "B H T d"], own: Memory, tail: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Each column reads itself: its value, repeated for the heads that share it, and the score
+    of its own key."""
     B, H, T, d = q.shape
-    row = lambda y: y.movedim(-2, 1).flatten(0, 1).unsqueeze(-2)                  # `(B, ..., T, d)` to `(B T, ..., 1, d)`
+    # `(B, ..., T, d)` to `(B T, ..., 1, d)`
+    row = lambda y: y.movedim(-2, 1).flatten(0, 1).unsqueeze(-2)
     flat = lambda p: p if p is None or p.shape != own.k.shape[:-1] else row(p[..., None])[..., 0]
     options = {"backend": "reference", "return_lse": True, **tail}
-    _, lse = attend(row(q), row(own.k), row(own.v), attention.family, flat(own.precision), flat(own.log_mix), **options)
+    _, lse = attend(
+        row(q),
+        row(own.k),
+        row(own.v),
+        attention.family,
+        flat(own.precision),
+        flat(own.log_mix),
+        **options
+    )
     return own.v.repeat_interleave(H // own.v.shape[1], 1), lse.view(B, T, H).transpose(1, 2)
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #1ae895c1
@@ -130,7 +157,8 @@ def climb(
     return predictions, states, memories
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #fb3b4412
-Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]     # errors `(B, T, D)` of every node to the energy of every column
+# errors `(B, T, D)` of every node to the energy of every column
+Energy = Callable[[list[Tensor]], Float[Tensor, "B T"]]
 
 
 def slopes_of(
@@ -145,7 +173,9 @@ def slopes_of(
         now = energy(leaves)
         slopes = torch.autograd.grad(now.sum(), leaves)
     if not proposed and not now.isfinite().all():
-        raise SettlingError("the energy of a column is not finite: its weights or states overflowed")
+        raise SettlingError(
+            "the energy of a column is not finite: its weights or states overflowed"
+        )
     return now.detach(), slopes
 
 
@@ -155,9 +185,12 @@ def settle_columns(
     variances: Sequence[Float[Tensor, "B T 1"]],            # `v_l`
     steps: int,                                             # K
     step_size: float = 1.0,                                 # eta, in (0, 1]
-    halvings: int = 6,                                      # how often a step that would climb is halved; then it is left out
-) -> tuple[list[Tensor], list[Tensor]]:                     # errors, and the energies `(B, T)` after 0..K steps
-    "Descend; the energy of no column ever rises. Raises SettlingError when an energy is not finite."
+    # how often a step that would climb is halved; then it is left out
+    halvings: int = 6,
+# errors, and the energies `(B, T)` after 0..K steps
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Descend; the energy of no column ever rises. Raises SettlingError when an energy is not
+    finite."""
     errors, trace = list(errors), []
     for _ in range(steps):
         now, slopes = slopes_of(energy, errors)
@@ -176,7 +209,9 @@ def settle_columns(
     return errors, trace
 
 # %% ../../nbs/6_experiments/10_evidence.ipynb #753fcc7b
-def memory_stream(model: PCTransformer, tokens: Int[Tensor, "B T"], errors: Sequence[Tensor] | None) -> list[Memory]:
+def memory_stream(
+    model: PCTransformer, tokens: Int[Tensor, "B T"], errors: Sequence[Tensor] | None
+) -> list[Memory]:
     "All columns with their errors, each over the columns before it: what later columns will read."
     embedding, *layers = model.predictors
     s, found = embedding(tokens), []
@@ -200,18 +235,24 @@ def column_energy(
         model, past = view(model, tensor=widened), [m and m.wide() for m in past]
     def energy(errors: list[Tensor]) -> Float[Tensor, "B T"]:
         _, states, _ = climb(model, tokens, past, errors, start)
-        priors = torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True)]).sum(0)
-        return priors + F.cross_entropy(model.output(states[-1]).mT, evidence, reduction="none", ignore_index=-100)
+        priors = torch.stack(
+            [(e.square() / (2 * v)).sum(-1) for e, v in zip(errors, variances, strict=True)]
+        ).sum(0)
+        return priors + F.cross_entropy(
+            model.output(states[-1]).mT, evidence, reduction="none", ignore_index=-100
+        )
     return energy
 
 
 class EvidenceTransformer(nn.Module):
-    "A `PCTransformer` that reads its past as settled on the tokens that followed; `relative_precision` says how stiff it is."
+    """A `PCTransformer` that reads its past as settled on the tokens that followed;
+    `relative_precision` says how stiff it is."""
 
     def __init__(
         self,
         model: PCTransformer,                   # shared, not copied
-        relative_precision: float = 100.0,      # beta, of every node at the start; learned as `log_beta`
+        # beta, of every node at the start; learned as `log_beta`
+        relative_precision: float = 100.0,
         steps: int = 1,                         # K, of every column
         rounds: int = 1,                        # of the parallel form
         step_size: float = 1.0,                 # eta
@@ -222,10 +263,21 @@ class EvidenceTransformer(nn.Module):
         whole = is_int(steps) and is_int(rounds) and steps >= 0 and rounds >= 0
         real = is_real(relative_precision) and is_real(step_size)
         if not (whole and real and relative_precision > 0 and 0 < step_size <= 1):
-            raise ValueError("evidence needs whole steps and rounds >= 0, finite relative_precision > 0 and step_size in (0, 1], "
-                             f"got {steps!r}, {rounds!r}, {relative_precision!r} and {step_size!r}")
-        self.model, self.config, self.steps, self.rounds, self.step_size = model, model.config, steps, rounds, step_size
-        self.log_beta = nn.Parameter(torch.full((len(model.predictors),), math.log(relative_precision)))
+            raise ValueError(
+                "evidence needs whole steps and rounds >= 0, finite relative_precision > 0 and"
+                f" step_size in (0, 1], got {steps!r}, {rounds!r}, {relative_precision!r} and"
+                f" {step_size!r}"
+            )
+        self.model, self.config, self.steps, self.rounds, self.step_size = (
+            model,
+            model.config,
+            steps,
+            rounds,
+            step_size,
+        )
+        self.log_beta = nn.Parameter(
+            torch.full((len(model.predictors),), math.log(relative_precision))
+        )
 
     def variances(self, predictions: Sequence[Tensor]) -> list[Tensor]:
         "`v_l` of equation (1), from predictions without errors; float32 at least, no graph."
@@ -236,10 +288,13 @@ class EvidenceTransformer(nn.Module):
     def settle(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None,
     ) -> tuple[list[Float[Tensor, "B T D"]] | None, list[Tensor]]:
-        "Errors of every column (no graph; the last column has none), and its energies in the last round. Raises SettlingError."
+        """Errors of every column (no graph; the last column has none), and its energies in the
+        last round. Raises SettlingError."""
         if self.training and self.config.dropout:
-            raise ValueError("settling on evidence cannot drop out in training, the past would change at every look: set dropout "
-                             "to 0")
+            raise ValueError(
+                "settling on evidence cannot drop out in training, the past would change at every"
+                " look: set dropout to 0"
+            )
         evidence = F.pad(tokens[:, 1:], (0, 1), value=-100)
         errors, trace = None, []
         for _ in range(self.rounds if rounds is None else rounds):
@@ -254,12 +309,16 @@ class EvidenceTransformer(nn.Module):
 
     def forward(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None,
-    ) -> Float[Tensor, "B T V"]:                # logits of the token after each position; row t reads tokens 0..t only
-        "Logits of unsettled columns over the settled past. Raises SettlingError, and what `check_tokens` raises."
+    # logits of the token after each position; row t reads tokens 0..t only
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of unsettled columns over the settled past. Raises SettlingError, and what
+        `check_tokens` raises."""
         check_tokens(tokens, self.config)
         errors, _ = self.settle(tokens, rounds) if self.steps else (None, [])
         if errors is not None:                  # the value of the error, the slope of its precision
-            errors = [e * (b.detach() - b).exp() for e, b in zip(errors, self.log_beta, strict=True)]
+            errors = [
+                e * (b.detach() - b).exp() for e, b in zip(errors, self.log_beta, strict=True)
+            ]
         _, states, _ = climb(self.model, tokens, memory_stream(self.model, tokens, errors))
         return self.model.output(states[-1])
 
@@ -271,8 +330,10 @@ class Past:
     tokens: Int[Tensor, "B T"]                      # all that have been read
     memories: list[Memory | None]                   # of the columns before the newest
     predictions: list[Float[Tensor, "B 1 D"]]       # of the newest column, without errors
-    log_weights: Float[Tensor, " B"]                # of sampled columns since `pick`, on the CPU; of modes: 0
-    trace: list[Tensor] = field(default_factory=list)    # energies `(B, 1)` of the column that settled last, after 0..K steps
+    # of sampled columns since `pick`, on the CPU; of modes: 0
+    log_weights: Float[Tensor, " B"]
+    # energies `(B, 1)` of the column that settled last, after 0..K steps
+    trace: list[Tensor] = field(default_factory=list)
 
     def pick(self, rows: Int[Tensor, " B"]) -> "Past":
         "Some of the rows, whose weights start anew."
@@ -291,7 +352,8 @@ def at_the_mode(
     steps: int,
     step_size: float,
 ) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:       # errors, energies, log-weights
-    "What is done with a column by default: `settle_columns`. Nothing is drawn: log-weights of zero."
+    """What is done with a column by default: `settle_columns`. Nothing is drawn: log-weights of
+    zero."""
     settled, trace = settle_columns(energy, errors, variances, steps, step_size)
     return settled, trace, errors[0].new_zeros(errors[0].shape[:2])
 
@@ -302,7 +364,8 @@ def read_token(
     past: Past | None = None,                       # `None`: it is the first
     settle: Settle = at_the_mode,
 ) -> tuple[Float[Tensor, "B V"], Past]:
-    "Settle the waiting column on this token, then predict the next from an unsettled column over the settled past."
+    """Settle the waiting column on this token, then predict the next from an unsettled column
+    over the settled past."""
     model, t = evidence.model, 0 if past is None else past.tokens.shape[1]
     nothing: list[Memory | None] = [None] * evidence.config.n_layer
     memories, trace, log_weights = nothing, [], torch.zeros(len(token), dtype=torch.float64)
@@ -330,7 +393,9 @@ def finish(
     return memories, trace, past.log_weights + log_weights[:, 0].cpu().double()
 
 
-def read_in_order(evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+def read_in_order(
+    evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T V"]:
     "The exact form of `forward`: one token after the other. Reads the model only."
     check_tokens(tokens, evidence.config)
     found, past = [], None
@@ -395,7 +460,9 @@ def sample_columns(
         log_ratio = away(trial, mean) - away(place, ahead(trial, back, k / steps)) - rise
         chance = torch.rand(now.shape, generator=generator, dtype=now.dtype).to(now.device)
         taken = usable(after, back) & (chance.log() < log_ratio / temperature)
-        pick = lambda new, old, taken=taken: [torch.where(taken[..., None], x, y) for x, y in zip(new, old, strict=True)]
+        pick = lambda new, old, taken=taken: [
+            torch.where(taken[..., None], x, y) for x, y in zip(new, old, strict=True)
+        ]
         place, slopes, now = pick(trial, place), pick(back, slopes), torch.where(taken, after, now)
         surprise = now - prior(place)
         if k < steps: log_weights = log_weights - surprise / temperature / steps
@@ -416,7 +483,8 @@ def resample(
 # %% ../../nbs/6_experiments/10_evidence.ipynb #aa161192
 @dataclass
 class EvidenceSettler:
-    """Next-token logits over a past that settles on evidence; with a temperature, over several sampled pasts.
+    """Next-token logits over a past that settles on evidence; with a temperature, over several
+    sampled pasts.
 
     Several sampled pasts are draws of equation (2) with their weights, resampled when half their
     worth is lost: weighted means tend to the posterior's as their number grows, for any number of
@@ -428,7 +496,8 @@ class EvidenceSettler:
     """
 
     steps: int = 1                              # K, of every column
-    relative_precision: float = 100.0           # beta, for a plain model; an `EvidenceTransformer` brings its own
+    # beta, for a plain model; an `EvidenceTransformer` brings its own
+    relative_precision: float = 100.0
     step_size: float | None = None              # eta; `None`: 1, and 0.5 for sampling
     temperature: float = 0.0                    # tau; 0 settles, 1 samples the posterior
     samples: int = 1                            # S, pasts
@@ -453,10 +522,19 @@ class EvidenceSettler:
         found.log_beta = model.log_beta if own else nn.Parameter(found.log_beta.detach().to(like))
         return found
 
-    def settle(self, energy: Energy, errors: Sequence[Tensor], variances: Sequence[Tensor], steps: int, step_size: float) -> Any:
+    def settle(
+        self,
+        energy: Energy,
+        errors: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        steps: int,
+        step_size: float,
+    ) -> Any:
         "What is done with a column."
         if not self.temperature: return at_the_mode(energy, errors, variances, steps, step_size)
-        return sample_columns(energy, errors, variances, steps, step_size, self.temperature, self.generator)
+        return sample_columns(
+            energy, errors, variances, steps, step_size, self.temperature, self.generator
+        )
 
     def known(
         self, model: nn.Module, evidence: EvidenceTransformer, rows: Int[Tensor, "SB T"]
@@ -464,7 +542,10 @@ class EvidenceSettler:
         "The past that was read, if these tokens go on from it and nothing else has changed."
         key = (model, evidence.step_size, self.relative_precision, self.steps, self.temperature,
                self.samples, self.seed)
-        past, same = self.past, self.key == key and self.weights is not None and self.weights.holds()
+        past, same = (
+            self.past,
+            self.key == key and self.weights is not None and self.weights.holds(),
+        )
         if past is not None and same:
             done = past.tokens.shape[1]
             if done < rows.shape[1] and torch.equal(past.tokens, rows[:, :done]): return past
@@ -486,7 +567,8 @@ class EvidenceSettler:
     def log_probabilities(
         self, model: nn.Module, tokens: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "S B V"], Float[Tensor, "S B"]]:
-        """Read what is new of the tokens, then predict. Raises TypeError, ValueError, SettlingError.
+        """Read what is new of the tokens, then predict. Raises TypeError, ValueError,
+        SettlingError.
 
         Returns the log-probabilities of the next token for each past, and the pasts' log-weights.
         """
@@ -525,8 +607,10 @@ def check_settler(s: EvidenceSettler) -> None:
                          f"below 2**63, got {s.relative_precision!r} and {s.seed!r}")
     good = whole(s.samples, 1) and is_real(s.temperature) and s.temperature >= 0
     if not good or (s.samples > 1 and not s.temperature):
-        raise ValueError("a settler needs samples >= 1 and temperature >= 0, and several samples need a "
-                         f"temperature above 0, got {s.samples!r} and {s.temperature!r}")
+        raise ValueError(
+            "a settler needs samples >= 1 and temperature >= 0, and several samples need a "
+            f"temperature above 0, got {s.samples!r} and {s.temperature!r}"
+        )
 
 
 def make_settler(name: str, steps: int = 1) -> EvidenceSettler:

@@ -45,12 +45,15 @@ def check_prompt(
     vocab_size: int,  # V
     sliding_window: bool,  # whether a longer prompt is welcome
 ) -> None:
-    "Raise `TypeError` or `ValueError` unless `prompt` is (Tp,) or (B, Tp) int64 tokens that the model can read."
+    """Raise `TypeError` or `ValueError` unless `prompt` is (Tp,) or (B, Tp) int64 tokens that
+    the model can read."""
     if not isinstance(prompt, Tensor) or prompt.dtype != torch.int64:
         got = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
         raise TypeError(f"prompt must be an int64 tensor of tokens, but got {got}.")
     if prompt.ndim not in (1, 2):
-        raise ValueError(f"prompt must have shape (time,) or (batch, time), but has {tuple(prompt.shape)}.")
+        raise ValueError(
+            f"prompt must have shape (time,) or (batch, time), but has {tuple(prompt.shape)}."
+        )
     if prompt.numel() == 0:
         raise ValueError("prompt is empty: give at least one token to start from.")
     if (length := prompt.shape[-1]) > block_size and not sliding_window:
@@ -67,11 +70,18 @@ def check_options(
 ) -> None:
     "Raise `ValueError` for options that mean nothing."
     if not is_int(max_new_tokens) or not 0 <= max_new_tokens < 2**31:
-        raise ValueError(f"max_new_tokens must be 0 or a positive integer below 2**31, but got {max_new_tokens!r}.")
+        raise ValueError(
+            "max_new_tokens must be 0 or a positive integer below 2**31, but got"
+            f" {max_new_tokens!r}."
+        )
     if not is_real(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, but got {temperature!r}.")
+        raise ValueError(
+            f"temperature must be 0 (greedy) or a positive number, but got {temperature!r}."
+        )
     if top_k is not None and (not is_int(top_k) or not 1 <= top_k <= vocab_size):
-        raise ValueError(f"top_k must be an integer from 1 to {vocab_size} (the vocabulary), but got {top_k!r}.")
+        raise ValueError(
+            f"top_k must be an integer from 1 to {vocab_size} (the vocabulary), but got {top_k!r}."
+        )
     if top_p is not None and (not is_real(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], but got {top_p!r}.")
 
@@ -86,7 +96,8 @@ class NextToken(Protocol):
     "Anything that gives the logits of the next token: settling of other kinds plugs in here."
 
     def logits(self, model: Any, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B V"]:
-        "Logits of the token after the last one, from all tokens of the window; leaves the model as it is."
+        """Logits of the token after the last one, from all tokens of the window; leaves the
+        model as it is."""
         ...
 
 
@@ -110,13 +121,18 @@ class Texts:
 
     def spans(self) -> list[tuple[int, int]]:
         "First and last (exclusive) place of each growing row's window."
-        return [(window_start(n, self.block_size, self.slide), n) for n in (self.lengths[r] for r in self.rows)]
+        return [
+            (window_start(n, self.block_size, self.slide), n)
+            for n in (self.lengths[r] for r in self.rows)
+        ]
 
     def append(self, new: Int64[Tensor, " b"]) -> None:
         "One token for each growing row."
         ends = [self.lengths[r] for r in self.rows]
-        if len(self.rows) == len(self.tokens) and min(ends) == max(ends): self.tokens[:, ends[0]] = new
-        else: self.tokens[self.rows, ends] = new.to(self.tokens.device)
+        if len(self.rows) == len(self.tokens) and min(ends) == max(ends):
+            self.tokens[:, ends[0]] = new
+        else:
+            self.tokens[self.rows, ends] = new.to(self.tokens.device)
         for r in self.rows: self.lengths[r] += 1
 
 
@@ -124,10 +140,20 @@ EVERY = 16  # steps between two looks for parameters and modules that were repla
 
 
 class Memory:
-    "Next-token logits by a cache of `inference.cache`; filled anew when a window or a weight has moved, or always."
+    """Next-token logits by a cache of `inference.cache`; filled anew when a window or a weight
+    has moved, or always."""
 
-    def __init__(self, model: Any, batch: int, length: int, dtype: str | None = None, settle_steps: int = 0,
-                 energies: bool = False, anew: bool = False, copy_weights: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        dtype: str | None = None,
+        settle_steps: int = 0,
+        energies: bool = False,
+        anew: bool = False,
+        copy_weights: bool = False,
+    ):
         self.cache = KVCache.allocate(model, batch, length, dtype)
         if copy_weights: self.cache.copy_weights()
         self.options, self.anew = {"settle_steps": settle_steps, "energies": energies}, anew
@@ -138,7 +164,11 @@ class Memory:
         "Logits and, if asked for, attention energies of each row's newest token."
         spans = texts.spans()
         starts, counts = [a for a, _ in spans], [b - a for a, b in spans]
-        grown = [n + 1 for n in self.cache.lengths] == counts and starts == self.starts and min(self.cache.lengths) > 0
+        grown = (
+            [n + 1 for n in self.cache.lengths] == counts
+            and starts == self.starts
+            and min(self.cache.lengths) > 0
+        )
         grown, self.starts, self.steps = grown and not self.anew, starts, self.steps + 1
         current = self.cache.current(parts=not grown or self.steps % EVERY == 0)
         grown = grown and current
@@ -146,10 +176,17 @@ class Memory:
         if not grown: self.cache.clear()
         new, counts = (1, None) if grown else (max(counts), counts)
         with torch.inference_mode() if grown else torch.no_grad():
-            logits = advance(self.cache, block(texts, spans, new), counts, last=True, **self.options)
+            logits = advance(
+                self.cache, block(texts, spans, new), counts, last=True, **self.options
+            )
             found = self.cache.energy
-            at = slice(-1, None) if found is None or counts is None else torch.tensor(counts, device=found.device) - 1
-            if found is not None: found = found[:, -1] if counts is None else found[torch.arange(len(found)), at]
+            at = (
+                slice(-1, None)
+                if found is None or counts is None
+                else torch.tensor(counts, device=found.device) - 1
+            )
+            if found is not None:
+                found = found[:, -1] if counts is None else found[torch.arange(len(found)), at]
         return logits[:, -1], found
 
     def keep(self, places: list[int]) -> None:
@@ -159,7 +196,8 @@ class Memory:
 
 
 def block(texts: Texts, spans: list[tuple[int, int]], new: int) -> Int64[Tensor, "b new"]:
-    "The last `new` tokens of each window; shorter windows are padded on the right with their last token."
+    """The last `new` tokens of each window; shorter windows are padded on the right with their
+    last token."""
     same = len(set(spans)) == 1 and len(spans) == len(texts.tokens)
     if same: return texts.tokens[:, max(spans[0][0], spans[0][1] - new) : spans[0][1]]
     first = [b - 1 if new == 1 else a for a, b in spans]
@@ -169,7 +207,8 @@ def block(texts: Texts, spans: list[tuple[int, int]], new: int) -> Int64[Tensor,
 
 
 def recompute(source: NextToken, model: nn.Module, texts: Texts) -> Float[Tensor, "b V"]:
-    "Logits without a cache, of a model that `Still` gave: rows with windows of one length together."
+    """Logits without a cache, of a model that `Still` gave: rows with windows of one length
+    together."""
     spans, out = texts.spans(), {}
     for width in {b - a for a, b in spans}:
         places = [i for i, (a, b) in enumerate(spans) if b - a == width]
@@ -185,19 +224,29 @@ class Step:
 
     rows: list[int]  # which rows of the batch have grown
     tokens: Int64[Tensor, " b"]  # their new tokens, on the CPU
-    log_probs: Float[Tensor, " b"] | None  # log-probabilities that the model gave them (temperature 1, no filters), if asked
+    # log-probabilities that the model gave them (temperature 1, no filters), if asked
+    log_probs: Float[Tensor, " b"] | None
     stopped: list[int]  # rows that end with this token
 
 
 def read_prompts(prompt: Any, limits: Any, sliding_window: bool) -> list[Tensor]:
     "The rows of a prompt, each checked. Raises `TypeError` or `ValueError`."
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and all(isinstance(p, Tensor) for p in prompt):
+    if (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and prompt
+        and all(isinstance(p, Tensor) for p in prompt)
+    ):
         for row, p in enumerate(prompt):
             try:
                 check_prompt(p, limits.block_size, limits.vocab_size, sliding_window)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"row {row}: {error}") from None
-            if p.ndim != 1: raise ValueError(f"row {row}: a prompt in a list must have shape (time,), but has {tuple(p.shape)}.")
+            if p.ndim != 1:
+                raise ValueError(
+                    f"row {row}: a prompt in a list must have shape (time,), but has"
+                    f" {tuple(p.shape)}."
+                )
         return list(prompt)
     check_prompt(prompt, limits.block_size, limits.vocab_size, sliding_window)
     return list(torch.atleast_2d(prompt))
@@ -207,14 +256,25 @@ def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
     "One generator for the batch, or one for each row if `seed` is a sequence. Raises `ValueError`."
     one = torch.Generator()
     if seed is None: one.seed()
-    if seed is None or is_int(seed): return [one if seed is None else one.manual_seed(check_seed(seed))]
-    if not isinstance(seed, Sequence) or isinstance(seed, bytes) or len(seed) != batch or not all(map(is_int, seed)):
-        raise ValueError(f"seed must be an integer, or {batch} of them (one a row), but got {seed!r}.")
+    if seed is None or is_int(seed):
+        return [one if seed is None else one.manual_seed(check_seed(seed))]
+    if (
+        not isinstance(seed, Sequence)
+        or isinstance(seed, bytes)
+        or len(seed) != batch
+        or not all(map(is_int, seed))
+    ):
+        raise ValueError(
+            f"seed must be an integer, or {batch} of them (one a row), but got {seed!r}."
+        )
     return [torch.Generator().manual_seed(check_seed(s)) for s in seed]
 
 
-def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[int], batch: int) -> Int64[Tensor, " b"]:
-    "A token for each growing row; rows that have stopped still take their random numbers, so that nobody else's text moves."
+def draw(
+    q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[int], batch: int
+) -> Int64[Tensor, " b"]:
+    """A token for each growing row; rows that have stopped still take their random numbers, so
+    that nobody else's text moves."""
     if len(generators) > 1 or batch == 1 and len(rows) == 1:
         return torch.cat([sample(q[i : i + 1], generators[r]) for i, r in enumerate(rows)])
     if len(rows) == batch: return sample(q, generators[0])
@@ -224,28 +284,37 @@ def draw(q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[
 
 # %% ../../nbs/3_inference/06_generation.ipynb #cff79b4a
 def stream(
-    model: nn.Module,  # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
-    prompt: Tensor | Sequence[Tensor],  # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length
+    # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
+    model: nn.Module,
+    # tokens to continue: (Tp,), (B, Tp), or a list of (Tp,) of different length
+    prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,  # how many tokens to add at most
     temperature: float = 1.0,  # 0 is greedy
     top_k: int | None = None,  # keep the k most probable tokens, 1 <= k <= V
     top_p: float | None = None,  # keep the smallest set with this mass, 0 < p <= 1
-    seed: int | Sequence[int] | None = None,  # same seed, same text; one a row: rows do not share randomness; None: a new one
+    # same seed, same text; one a row: rows do not share randomness; None: a new one
+    seed: int | Sequence[int] | None = None,
     sliding_window: bool = False,  # accept a prompt longer than the context, and read its end
     *,
     sampling: SamplingConfig | None = None,  # all choices at once, instead of single ones
     stop_tokens: Sequence[int] = (),  # a row ends with one of these
-    cache: bool = True,  # keep keys and values, where the model is a plain `PCTransformer`; the text is the same
-    cache_dtype: str | None = None,  # of keys and values: "bfloat16", "int8"; None: the model's; others change the text a little
-    copy_weights: bool | None = None,  # read copies in a CPU's favourite order: up to their bytes again; None: if it pays
+    # keep keys and values, where the model is a plain `PCTransformer`; the text is the same
+    cache: bool = True,
+    # of keys and values: "bfloat16", "int8"; None: the model's; others change the text a little
+    cache_dtype: str | None = None,
+    # read copies in a CPU's favourite order: up to their bytes again; None: if it pays
+    copy_weights: bool | None = None,
     slide: int = 1,  # sigma of equation (7), 1..T
-    settle: str | NextToken | None = None,  # "attention", "evidence", "langevin", or an object with `logits`
+    # "attention", "evidence", "langevin", or an object with `logits`
+    settle: str | NextToken | None = None,
     settle_steps: int = 1,
     log_probs: bool = False,  # with the log-probability of each new token
-    symbols: int | None = None,  # only the first of them are drawn: the rest pads the vocabulary; None: all
+    # only the first of them are drawn: the rest pads the vocabulary; None: all
+    symbols: int | None = None,
     **choices: Any,  # further fields of `SamplingConfig`
 ) -> Iterator[Step]:
-    "Continue prompts, equation (7), one `Step` at a time. Raises `TypeError`, `ValueError`, before the first step."
+    """Continue prompts, equation (7), one `Step` at a time. Raises `TypeError`, `ValueError`,
+    before the first step."""
     flags = {"sliding_window": sliding_window, "cache": cache, "log_probs": log_probs}
     flags |= {} if copy_weights is None else {"copy_weights": copy_weights}
     check_types(model, sampling, stop_tokens, cache_dtype, flags)
@@ -256,51 +325,83 @@ def stream(
     how = read_choices(sampling, single, limits.vocab_size)
     check_loop(limits, stop_tokens, slide, settle_steps)
     if symbols is not None and (not is_int(symbols) or not 1 <= symbols <= limits.vocab_size):
-        raise ValueError(f"symbols must be an integer from 1 to {limits.vocab_size} (the vocabulary), but got {symbols!r}.")
+        raise ValueError(
+            f"symbols must be an integer from 1 to {limits.vocab_size} (the vocabulary), but got"
+            f" {symbols!r}."
+        )
     texts = start_texts(model, prompts, max_new_tokens, limits.block_size, slide)
-    source = make_source(model, texts, how, cache, cache_dtype, settle, settle_steps, max_new_tokens, copy_weights)
+    source = make_source(
+        model, texts, how, cache, cache_dtype, settle, settle_steps, max_new_tokens, copy_weights
+    )
     generators = make_generators(seed, len(prompts))
     return run(texts, source, generators, how, max_new_tokens, set(stop_tokens), log_probs, symbols)
 
 
-def check_types(model: Any, sampling: Any, stop_tokens: Any, cache_dtype: Any, flags: dict[str, Any]) -> None:
-    "Raise `TypeError`, one sentence, for arguments of `stream` that are of another kind than they should be."
-    if not all(hasattr(getattr(model, "config", None), name) for name in ("block_size", "vocab_size")):
-        raise TypeError(f"model must have a config with block_size and vocab_size, but a {type(model).__name__} has none.")
+def check_types(
+    model: Any, sampling: Any, stop_tokens: Any, cache_dtype: Any, flags: dict[str, Any]
+) -> None:
+    """Raise `TypeError`, one sentence, for arguments of `stream` that are of another kind than
+    they should be."""
+    if not all(
+        hasattr(getattr(model, "config", None), name) for name in ("block_size", "vocab_size")
+    ):
+        raise TypeError(
+            f"model must have a config with block_size and vocab_size, but a {type(model).__name__}"
+            " has none."
+        )
     if not isinstance(sampling, SamplingConfig | None):
         raise TypeError(f"sampling must be a SamplingConfig, but is a {type(sampling).__name__}.")
     if not isinstance(stop_tokens, Collection) or isinstance(stop_tokens, str | bytes):
         raise TypeError(f"stop_tokens must be a list of tokens, but got {stop_tokens!r}.")
     if not isinstance(cache_dtype, str | None):
-        raise TypeError(f"cache_dtype must be a name or None, but is a {type(cache_dtype).__name__}.")
+        raise TypeError(
+            f"cache_dtype must be a name or None, but is a {type(cache_dtype).__name__}."
+        )
     if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
         raise TypeError(f"{wrong[0]} must be True or False, but got {flags[wrong[0]]!r}.")
 
 
-def read_choices(sampling: SamplingConfig | None, single: dict[str, Any], vocab_size: int) -> SamplingConfig:
-    "One `SamplingConfig` from a whole one or from single options, not both. Raises `ValueError` or `TypeError`."
+def read_choices(
+    sampling: SamplingConfig | None, single: dict[str, Any], vocab_size: int
+) -> SamplingConfig:
+    """One `SamplingConfig` from a whole one or from single options, not both. Raises
+    `ValueError` or `TypeError`."""
     if unknown := [name for name in single if name not in SamplingConfig.__dataclass_fields__]:
-        raise TypeError(f"there is no option {unknown[0]!r}: choices are {', '.join(SamplingConfig.__dataclass_fields__)}.")
+        raise TypeError(
+            f"there is no option {unknown[0]!r}: choices are"
+            f" {', '.join(SamplingConfig.__dataclass_fields__)}."
+        )
     default = SamplingConfig()
     given = [name for name, value in single.items() if value != getattr(default, name)]
-    if sampling is not None and given: raise ValueError(f"give sampling or single options, not both: {', '.join(given)}.")
+    if sampling is not None and given:
+        raise ValueError(f"give sampling or single options, not both: {', '.join(given)}.")
     how = SamplingConfig(**single) if sampling is None else sampling
     if how.top_k is not None and how.top_k > vocab_size:
-        raise ValueError(f"top_k must be an integer from 1 to {vocab_size} (the vocabulary), but got {how.top_k!r}.")
+        raise ValueError(
+            f"top_k must be an integer from 1 to {vocab_size} (the vocabulary), but got"
+            f" {how.top_k!r}."
+        )
     return how
 
 
 def check_loop(limits: Any, stop_tokens: Sequence[int], slide: int, settle_steps: int) -> None:
     "Raise `ValueError` for options of the loop that mean nothing."
     if bad := [t for t in stop_tokens if not is_int(t) or not 0 <= t < limits.vocab_size]:
-        raise ValueError(f"stop_tokens must lie in the vocabulary [0, {limits.vocab_size}), but got {bad[0]!r}.")
+        raise ValueError(
+            f"stop_tokens must lie in the vocabulary [0, {limits.vocab_size}), but got {bad[0]!r}."
+        )
     if not is_int(slide) or not 1 <= slide <= limits.block_size:
-        raise ValueError(f"slide must be an integer from 1 to {limits.block_size} (the context), but got {slide!r}.")
+        raise ValueError(
+            f"slide must be an integer from 1 to {limits.block_size} (the context), but got"
+            f" {slide!r}."
+        )
     if not is_int(settle_steps) or settle_steps < 0:
         raise ValueError(f"settle_steps must be 0 or a positive integer, but got {settle_steps!r}.")
 
 
-def start_texts(model: nn.Module, prompts: list[Tensor], new: int, block_size: int, slide: int) -> Texts:
+def start_texts(
+    model: nn.Module, prompts: list[Tensor], new: int, block_size: int, slide: int
+) -> Texts:
     "Room for prompts and continuations, on the model's device."
     device = next((p.device for p in model.parameters()), prompts[0].device)
     lengths = [len(p) for p in prompts]
@@ -309,37 +410,73 @@ def start_texts(model: nn.Module, prompts: list[Tensor], new: int, block_size: i
     return Texts(tokens, lengths, block_size, slide, list(range(len(prompts))))
 
 
-PAYS = 32  # tokens that are written with one cache before copies of the weights have earned their making
+# tokens that are written with one cache before copies of the weights have earned their making
+PAYS = 32
 
 
 def make_source(
-    model: nn.Module, texts: Texts, how: SamplingConfig, cache: bool, dtype: str | None, settle: str | NextToken | None,
-    steps: int, new: int, copy_weights: bool | None = None,
+    model: nn.Module,
+    texts: Texts,
+    how: SamplingConfig,
+    cache: bool,
+    dtype: str | None,
+    settle: str | NextToken | None,
+    steps: int,
+    new: int,
+    copy_weights: bool | None = None,
 ) -> Memory | Callable[[Texts], tuple[Tensor, None]]:
-    "Where logits come from: a cache, or one pass over the window for every token. Raises `ValueError`, `TypeError`."
+    """Where logits come from: a cache, or one pass over the window for every token. Raises
+    `ValueError`, `TypeError`."""
     if isinstance(settle, str) and settle not in ("attention", "evidence", "langevin"):
-        raise ValueError(f"settle must be 'attention', 'evidence', 'langevin' or an object with logits, but got {settle!r}.")
+        raise ValueError(
+            "settle must be 'attention', 'evidence', 'langevin' or an object with logits, but got"
+            f" {settle!r}."
+        )
     if not isinstance(settle, str | NextToken | None):
-        raise TypeError(f"settle must be a name or have a method logits(model, tokens), but is a {type(settle).__name__}.")
+        raise TypeError(
+            "settle must be a name or have a method logits(model, tokens), but is a"
+            f" {type(settle).__name__}."
+        )
     within, driven = settle == "attention", how.energy_slope != 0
     if driven and getattr(model.config, "attention", "dot") == "dot":
-        raise ValueError("energy_slope needs attention with an energy, which dot products have not.")
+        raise ValueError(
+            "energy_slope needs attention with an energy, which dot products have not."
+        )
     if driven and settle not in (None, "attention"):
-        raise ValueError("energy_slope reads the model's own attention: leave settle out, or choose 'attention'.")
+        raise ValueError(
+            "energy_slope reads the model's own attention: leave settle out, or choose 'attention'."
+        )
     if within or driven or (settle is None and cache and cacheable(model)):
         longest = min(texts.block_size, max(texts.lengths) + max(new, 1))
         copies = longest - max(texts.lengths) >= PAYS if copy_weights is None else copy_weights
-        return Memory(model, len(texts.rows), longest, dtype, steps if within else 0, driven, not cache, cache and copies)
+        return Memory(
+            model,
+            len(texts.rows),
+            longest,
+            dtype,
+            steps if within else 0,
+            driven,
+            not cache,
+            cache and copies,
+        )
     if isinstance(settle, str):
-        settle = importlib.import_module("pc_transformer.inference.evidence").make_settler(settle, steps)
+        settle = importlib.import_module("pc_transformer.inference.evidence").make_settler(
+            settle, steps
+        )
     source = settle if isinstance(settle, NextToken) else Recompute()
     still = Still(model)
     return lambda texts: (recompute(source, still(), texts), None)
 
 
 def run(
-    texts: Texts, source: Memory | Callable[[Texts], tuple[Tensor, Tensor | None]], generators: list[torch.Generator],
-    how: SamplingConfig, new: int, stop: set[int], log_probs: bool, symbols: int | None = None,
+    texts: Texts,
+    source: Memory | Callable[[Texts], tuple[Tensor, Tensor | None]],
+    generators: list[torch.Generator],
+    how: SamplingConfig,
+    new: int,
+    stop: set[int],
+    log_probs: bool,
+    symbols: int | None = None,
 ) -> Iterator[Step]:
     "The steps; nothing is held open between them."
     batch, counts = len(texts.rows), None
@@ -350,14 +487,20 @@ def run(
             z = z.to("cpu", torch.float64, copy=True)
             if how.counting and counts is None: counts = count(texts, z.shape[-1])
             energy = None if energy is None else energy.cpu().double()
-            drawable = z if symbols is None else z.index_fill(-1, torch.arange(symbols, z.shape[-1]), -math.inf)
+            drawable = (
+                z
+                if symbols is None
+                else z.index_fill(-1, torch.arange(symbols, z.shape[-1]), -math.inf)
+            )
             seen = None if counts is None else counts[texts.rows]
             tokens = draw(how.choices(drawable, seen, energy), generators, texts.rows, batch)
             chosen = z.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] if log_probs else None
         rows = texts.rows
         texts.append(tokens)
         if counts is not None: counts[rows, tokens] += 1
-        stopped = [r for r, t in zip(rows, tokens.tolist(), strict=True) if t in stop] if stop else []
+        stopped = (
+            [r for r, t in zip(rows, tokens.tolist(), strict=True) if t in stop] if stop else []
+        )
         if stopped:
             left = [i for i, r in enumerate(rows) if r not in stopped]
             texts.rows = [rows[i] for i in left]
@@ -381,16 +524,35 @@ def generate(
     seed: int | Sequence[int] | None = None,
     sliding_window: bool = False,
     *,
-    log_probs: bool = False,  # also return the log-probabilities of the new tokens, as the tokens are returned
+    # also return the log-probabilities of the new tokens, as the tokens are returned
+    log_probs: bool = False,
     **options: Any,  # of `stream`
-) -> Any:  # prompt and continuation (B, Tp+new) on the model's device; with a list or stop_tokens a list of (T,)
-    "Continue prompts, equation (7). Raises `TypeError`, `ValueError`; leaves model and global RNG as they are."
-    steps = list(stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed, sliding_window,
-                        log_probs=log_probs, **options))
+# prompt and continuation (B, Tp+new) on the model's device; with a list or stop_tokens a list of
+# (T,)
+) -> Any:
+    """Continue prompts, equation (7). Raises `TypeError`, `ValueError`; leaves model and global
+    RNG as they are."""
+    steps = list(
+        stream(
+            model,
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            sliding_window,
+            log_probs=log_probs,
+            **options
+        )
+    )
     device = next((p.device for p in model.parameters()), None)
     rows = list(torch.atleast_2d(prompt)) if isinstance(prompt, Tensor) else list(prompt)
     new, logs = collect(steps, len(rows))
-    texts = [torch.cat([row.to(device), tokens.to(device)]) for row, tokens in zip(rows, new, strict=True)]
+    texts = [
+        torch.cat([row.to(device), tokens.to(device)])
+        for row, tokens in zip(rows, new, strict=True)
+    ]
     ragged = not isinstance(prompt, Tensor) or options.get("stop_tokens")
     gather: Callable[[list[Tensor]], Any] = (lambda x: x) if ragged else torch.stack
     return (gather(texts), gather(logs)) if log_probs else gather(texts)
@@ -421,24 +583,36 @@ def generate_text(
     stop: Sequence[str] = (),  # the text ends before the first of these in the continuation
     **options: Any,  # of `stream`
 ) -> str:  # prompt and continuation
-    "Continue a text. Raises what `encode` and `stream` raise, and `ValueError` for another model's tokenizer."
+    """Continue a text. Raises what `encode` and `stream` raise, and `ValueError` for another
+    model's tokenizer."""
     if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(f"tokenizer must have vocab_size, encode and decode, but a {type(tokenizer).__name__} has not.")
+        raise TypeError(
+            f"tokenizer must have vocab_size, encode and decode, but a {type(tokenizer).__name__}"
+            " has not."
+        )
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a text, but is a {type(prompt).__name__}.")
     config: Any = model.config
     if (known := tokenizer.vocab_size) > config.vocab_size:
         sizes = f"{known} tokens, the model {config.vocab_size}"
-        raise ValueError(f"the tokenizer knows {sizes}: use the tokenizer that the model was trained with.")
-    if known < config.vocab_size: options["symbols"] = known     # a padded vocabulary: nobody can read the rest
-    if not isinstance(stop, list | tuple) or not all(isinstance(word, str) and word for word in stop):
+        raise ValueError(
+            f"the tokenizer knows {sizes}: use the tokenizer that the model was trained with."
+        )
+    # a padded vocabulary: nobody can read the rest
+    if known < config.vocab_size: options["symbols"] = known
+    if not isinstance(stop, list | tuple) or not all(
+        isinstance(word, str) and word for word in stop
+    ):
         raise ValueError(f"stop must be a list of texts that are not empty, but got {stop!r}.")
     ids, new, text = tokenizer.encode(prompt), [], ""
-    for step in stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, **options):
+    for step in stream(
+        model, ids, max_new_tokens, temperature, top_k, top_p, seed, sliding_window, **options
+    ):
         new.append(step.tokens)
         if not stop: continue
         text = tokenizer.decode(torch.cat(new))
-        if found := [text.index(word) for word in stop if word in text]: return prompt + text[: min(found)]
+        if found := [text.index(word) for word in stop if word in text]:
+            return prompt + text[: min(found)]
     return tokenizer.decode(torch.cat([ids, *new]))
 
 # %% ../../nbs/3_inference/06_generation.ipynb #ae003486

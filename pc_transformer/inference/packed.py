@@ -24,7 +24,8 @@ from ..model.layers import Output
 Product = Callable[[Float[Tensor, "B T i"]], Float[Tensor, "B T o"]]
 
 
-SMALL, PACKED = 2**17, 3                         # fewer weights than this are not copied; from so many rows on blocks are best
+# fewer weights than this are not copied; from so many rows on blocks are best
+SMALL, PACKED = 2**17, 3
 
 
 def turned(W: Float[Tensor, "o i"], b: Tensor | None) -> Product:
@@ -34,9 +35,12 @@ def turned(W: Float[Tensor, "o i"], b: Tensor | None) -> Product:
 
 
 def has_blocks() -> bool:
-    "Whether PyTorch offers oneDNN's blocked order, which its compiler uses for weights that do not change."
+    """Whether PyTorch offers oneDNN's blocked order, which its compiler uses for weights that do
+    not change."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in names
+    )
 
 
 def blocked(W: Float[Tensor, "o i"], b: Tensor | None, batch: int) -> Product:
@@ -47,7 +51,8 @@ def blocked(W: Float[Tensor, "o i"], b: Tensor | None, batch: int) -> Product:
 
 @dataclass(eq=False)
 class Copied:
-    "A linear map that reads a copy of its weight where that is the same; otherwise it calls the map itself."
+    """A linear map that reads a copy of its weight where that is the same; otherwise it calls
+    the map itself."""
 
     map: nn.Linear | Output
     quick: Product                               # the product alone, from the copy
@@ -57,7 +62,8 @@ class Copied:
         self.state = self.map._parameters, self.map._forward_hooks, self.map._forward_pre_hooks
 
     def fits(self, x: Tensor) -> bool:
-        "Whether the map is still a plain product of single-precision numbers: no hook, no parametrisation, no autocast."
+        """Whether the map is still a plain product of single-precision numbers: no hook, no
+        parametrisation, no autocast."""
         own, after, before = self.state
         W = own.get("weight")
         same = W is not None and W.dtype == x.dtype == torch.float32
@@ -69,7 +75,8 @@ class Copied:
 
 
 def copied(map: nn.Linear | Output, batch: int) -> Copied | None:
-    "The same map with its weight copied in the order that a CPU reads fastest for `batch` rows; `None`: it lies well already."
+    """The same map with its weight copied in the order that a CPU reads fastest for `batch`
+    rows; `None`: it lies well already."""
     W, b = map.weight.detach(), map.bias if isinstance(map, nn.Linear) else None
     if W.device.type != "cpu" or W.dtype != torch.float32 or W.numel() < SMALL: return None
     if batch >= PACKED and has_blocks(): quick = blocked(W, b, batch)
@@ -83,22 +90,28 @@ def weights_version(model: nn.Module) -> int:
     return sum(p._version for p in model.parameters() if not p.is_inference())
 
 
-PROBES = 8                                       # numbers of each parameter that `Snapshot` remembers
+# numbers of each parameter that `Snapshot` remembers
+PROBES = 8
 
 
 def probe(p: Tensor) -> Tensor:
-    "A view of `PROBES` numbers beside each other in the middle of a parameter, as bits (which a NaN equals, too)."
+    """A view of `PROBES` numbers beside each other in the middle of a parameter, as bits (which
+    a NaN equals, too)."""
     x = p.detach()
     if x.is_contiguous(): x = x.flatten()
     while x.dim() > 1: x = x.diagonal()
     first = max(0, x.numel() - PROBES) // 2
-    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])[first : first + PROBES]
+    return x.view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    )[first : first + PROBES]
 
 
 class Snapshot:
-    """The weights of a model as they were: which objects, where they lie, how often they changed, and a few numbers of each.
+    """The weights of a model as they were: which objects, where they lie, how often they
+    changed, and a few numbers of each.
 
-    A change in place that PyTorch does not count (`.data`, fused optimisers, tensors made in `inference_mode`) is seen
+    A change in place that PyTorch does not count (`.data`, fused optimisers, tensors made in
+    `inference_mode`) is seen
     if it moves one of the numbers, which are read on a CPU only.
     """
 
@@ -115,7 +128,8 @@ class Snapshot:
         return chain(chain.from_iterable(map(dict.values, self.dicts)), (Snapshot,))
 
     def holds(self, parts: bool = True) -> bool:
-        "Whether the weights are those still, as far as a few numbers of each show; `parts`: look for replaced ones, too."
+        """Whether the weights are those still, as far as a few numbers of each show; `parts`:
+        look for replaced ones, too."""
         same = not parts or all(map(operator.is_, self.parts, self.present()))
         same = same and self.version == sum(map(VERSION, self.counted))
         same = same and self.places == list(map(Tensor.data_ptr, self.weights))

@@ -34,7 +34,8 @@ def columns(
     precision: str = "head",     # "head", "key" or "diagonal"
     mixing: str = "equal",       # "equal", "norm" or "key"
 ) -> tuple[str, ...]:            # some of "lam", "kappa" and "bias"
-    "What a cache keeps of a key, head and component beside the key and the value themselves, equation (2)."
+    """What a cache keeps of a key, head and component beside the key and the value themselves,
+    equation (2)."""
     straight, own = family in STRAIGHT, precision == "key"
     if family == "dot": bias = mixing == "key"
     elif straight: bias = mixing != "norm"           # what the norm adds, the link takes away
@@ -45,34 +46,51 @@ def columns(
 # %% ../../nbs/3_inference/04_reader.ipynb #7f8a5623
 @dataclass(eq=False)
 class Reader:
-    "One attention layer as equation (2) sees it; made once, valid while the weights stay. Numbers are refused as by `attend`."
+    """One attention layer as equation (2) sees it; made once, valid while the weights stay.
+    Numbers are refused as by `attend`."""
 
     attention: PCAttention
 
     def __post_init__(self) -> None:
         a, dtype = self.attention, full_dtype(self.attention.qkv.weight)
         self.d, self.Hk, self.G, self.M = a.d, a.n_kv_head, a.n_head // a.n_kv_head, a.n_component
-        self.own, self.straight, self.dtype = a.precision_map is not None, a.family in STRAIGHT, dtype
+        self.own, self.straight, self.dtype = (
+            a.precision_map is not None,
+            a.family in STRAIGHT,
+            dtype,
+        )
         self.columns = columns(a.family, "key" if self.own else "head", a.mixing)
-        Lam = torch.full((self.Hk, 1), a.d**-0.5, dtype=dtype, device=a.qkv.weight.device) if a.precision is None else a.precision
+        Lam = (
+            torch.full((self.Hk, 1), a.d**-0.5, dtype=dtype, device=a.qkv.weight.device)
+            if a.precision is None
+            else a.precision
+        )
         for name in ("log_mix", "background"):
-            if (x := getattr(a, name)) is not None: sound(x.detach(), dtype, False, f"the {name} of {a.family} attention")
+            if (x := getattr(a, name)) is not None:
+                sound(x.detach(), dtype, False, f"the {name} of {a.family} attention")
         Lam = sound(Lam.detach(), dtype, True, f"the precision of {a.family} attention")
         self.Lam = Lam.to(dtype).reshape(self.Hk, self.M, 1, 1, -1)
-        self.shift = None if a.shift is None else a.shift.detach().to(dtype)[:, :, :, None]        # `(Hk, M, 1, 1, d)`
+        # `(Hk, M, 1, 1, d)`
+        self.shift = None if a.shift is None else a.shift.detach().to(dtype)[:, :, :, None]
         self.link: Link = "dot" if a.family == "dot" else self.family_of(a, dtype)
         self.step, self.scale, self.shape = as_step(self.link, a.d)
-        self.factor = (1.0 if self.straight else -2.0) * (torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam)
+        self.factor = (1.0 if self.straight else -2.0) * (
+            torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam
+        )
         self.const = self.constant()
         self.visible = self.M > 1 or a.background is not None
-        heads = lambda x: x[:, 0, 0, 0]                           # `(Hk, 1)`, or `(Hk, d)` if diagonal
+        # `(Hk, 1)`, or `(Hk, d)` if diagonal
+        heads = lambda x: x[:, 0, 0, 0]
         self.q_factor = self.factor[:, 0, 0]                      # `(Hk, 1, 1 or d)`
         self.half = -heads(self.Lam) / 2 if self.straight else heads(self.Lam)
         self.one = torch.ones(1, 1, dtype=dtype, device=self.Lam.device)
         self.rho = (self.one / -2 if self.straight else self.one) if self.own else self.Lam[:, 0, 0]
-        self.log_precision = a.log_precision.detach().flatten() if self.own and a.log_precision is not None else None
+        self.log_precision = (
+            a.log_precision.detach().flatten() if self.own and a.log_precision is not None else None
+        )
         self.scales = isinstance(self.scale, Tensor) or self.scale != 1
-        self.flat_scale = self.scale[:, 0, :, 0] if isinstance(self.scale, Tensor) else self.scale      # `(Hk, G, 1)`
+        # `(Hk, G, 1)`
+        self.flat_scale = self.scale[:, 0, :, 0] if isinstance(self.scale, Tensor) else self.scale
         self.flat_shape = [x[:, 0, :, 0] if x.dim() == 5 else x for x in self.shape]
         self.sharp = is_sharp(self.link)
         self.quick = not self.visible and a.mixing == "equal" and dtype == a.qkv.weight.dtype
@@ -87,21 +105,29 @@ class Reader:
         "What all keys of a component have in common outside the link."
         a = self.attention
         total = torch.zeros_like(self.Lam[..., :1])
-        if a.log_mix is not None: total = total + a.log_mix.detach().log_softmax(1).to(total.dtype)[..., None, None]
+        if a.log_mix is not None:
+            total = total + a.log_mix.detach().log_softmax(1).to(total.dtype)[..., None, None]
         if self.own or a.family == "dot" or a.mixing == "norm": return total
         return total + self.Lam.log().expand(*self.Lam.shape[:-1], self.d).sum(-1, keepdim=True) / 2
 
     @cached_property
     def log_Z(self) -> Tensor:  # `()` or `(H, 1)`
         "Log normaliser of the key likelihood; raises ValueError for `dot`, which is no density."
-        if isinstance(self.link, str): raise ValueError("dot-product attention is no density: it has no attention energy")
-        Z = torch.as_tensor(self.link.log_normaliser(self.d), dtype=self.dtype, device=self.Lam.device)
+        if isinstance(self.link, str):
+            raise ValueError("dot-product attention is no density: it has no attention energy")
+        Z = torch.as_tensor(
+            self.link.log_normaliser(self.d), dtype=self.dtype, device=self.Lam.device
+        )
         return Z.expand(self.Hk, 1, self.G, 1, 1).reshape(-1, 1) if Z.dim() else Z
 
 # %% ../../nbs/3_inference/04_reader.ipynb #20b44251
-def square(reader: Reader, k: Float[Tensor, "B Hk T d"], lam: Tensor | None) -> Float[Tensor, "B Hk M T"]:
+def square(
+    reader: Reader, k: Float[Tensor, "B Hk T d"], lam: Tensor | None
+) -> Float[Tensor, "B Hk M T"]:
     "kappa of equation (2): the squared length of the (shifted) keys in units of their precision."
-    shifted = (k[:, :, None] if reader.shift is None else k[:, :, None] + reader.shift[:, :, :, 0]).square()
+    shifted = (
+        k[:, :, None] if reader.shift is None else k[:, :, None] + reader.shift[:, :, :, 0]
+    ).square()
     return lam * shifted.sum(-1) if lam is not None else (reader.Lam[:, :, 0] * shifted).sum(-1)
 
 
@@ -121,18 +147,21 @@ def describe(
     if a.mix_map is not None:
         mix = F.linear(x, a.mix_map).mT[:, :, None].to(k.dtype)
         bias = mix if bias is None else bias + mix
-    if kappa is not None and (slope := bias_slope(reader)): bias = slope * kappa if bias is None else bias + slope * kappa
+    if kappa is not None and (slope := bias_slope(reader)):
+        bias = slope * kappa if bias is None else bias + slope * kappa
     found = {"lam": lam, "kappa": kappa, "bias": bias}
     return {name: value for name in reader.columns if (value := found[name]) is not None}
 
 
 def bias_slope(reader: Reader) -> float:
-    "How much of `kappa` stands in the bias: -1/2 of a linear link, +1/2 of a prior tied to the norm."
+    """How much of `kappa` stands in the bias: -1/2 of a linear link, +1/2 of a prior tied to the
+    norm."""
     return (reader.attention.mixing == "norm") / 2 - (reader.straight and reader.link != "dot") / 2
 
 # %% ../../nbs/3_inference/04_reader.ipynb #7e94655b
 def query_side(reader: Reader, q: Float[Tensor, "B H Tq d"]) -> tuple[Tensor, Tensor]:
-    "Queries with the component axis `(B, Hk, M, G, Tq, d)`, for the product, and rho of equation (2), `(..., 1)`."
+    """Queries with the component axis `(B, Hk, M, G, Tq, d)`, for the product, and rho of
+    equation (2), `(..., 1)`."""
     q = q.to(reader.dtype).unflatten(1, (reader.Hk, reader.G))[:, :, None]
     other = q if reader.shift is None else q - 2 * reader.shift
     inner = q * other if reader.own or reader.link == "dot" else reader.Lam * q * other
@@ -145,10 +174,13 @@ def cached_scores(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B Hk T d"],               # plain keys from the cache
     column: Mapping[str, Tensor],               # `(B, Hk, M, T)` each
-    seen: Tensor | None = None,                 # bool, `(B or 1, Tq, T)`: which keys a query may see
-    visible: bool = False,                      # with the terms that all keys share: for log-sum-exp
+    # bool, `(B or 1, Tq, T)`: which keys a query may see
+    seen: Tensor | None = None,
+    # with the terms that all keys share: for log-sum-exp
+    visible: bool = False,
 ) -> tuple[Tensor, Tensor | None]:              # scores and distances, `(B, Hk, M, G, Tq, T)`
-    "Equations (1) and (2) for keys in a cache; without `visible` up to a constant per query. Distances of curved links only."
+    """Equations (1) and (2) for keys in a cache; without `visible` up to a constant per query.
+    Distances of curved links only."""
     at = {name: c[:, :, :, None, None] for name, c in column.items()}
     if reader.straight and not (visible or reader.visible or reader.own):
         a = q.to(reader.dtype).unflatten(1, (reader.Hk, reader.G))[:, :, None] * reader.factor
@@ -161,19 +193,26 @@ def cached_scores(
     if not reader.straight:
         u = s.add_(at["kappa"])
         if is_sharp(reader.link): measure_near(reader, u, q, k, column)
-        s = reader.step.score(u * reader.scale, torch.empty_like(u), [x.to(u.dtype) for x in reader.shape])
+        s = reader.step.score(
+            u * reader.scale, torch.empty_like(u), [x.to(u.dtype) for x in reader.shape]
+        )
     if "bias" in at: s = s + at["bias"]
     if visible or reader.visible: s = s + reader.const
     return (s if seen is None else s.masked_fill(~seen[:, None, None, None], -math.inf)), u
 
 
-def product(a: Float[Tensor, "B Hk M G Tq d"], k: Float[Tensor, "B Hk T d"]) -> Float[Tensor, "B Hk M G Tq T"]:
+def product(
+    a: Float[Tensor, "B Hk M G Tq d"], k: Float[Tensor, "B Hk T d"]
+) -> Float[Tensor, "B Hk M G Tq T"]:
     "All queries of a key head times its keys: one batched matrix product."
     return (a.flatten(2, 4) @ k.mT).unflatten(2, a.shape[2:5])
 
 
-def measure_near(reader: Reader, u: Tensor, q: Tensor, k: Tensor, column: Mapping[str, Tensor]) -> None:
-    "Where the difference in (2) cancels, take the distance directly: a link with a sharp tip sees it."
+def measure_near(
+    reader: Reader, u: Tensor, q: Tensor, k: Tensor, column: Mapping[str, Tensor]
+) -> None:
+    """Where the difference in (2) cancels, take the distance directly: a link with a sharp tip
+    sees it."""
     rest = torch.add(u, column["kappa"][:, :, :, None, None], alpha=-2 * NEAR)
     if not rest.numel() or float(rest.amin()) >= 0: return
     b, h, m, g, t, j = (rest < 0).nonzero().unbind(1)
@@ -193,13 +232,18 @@ def read_out(
 
 
 def settled(
-    reader: Reader, q: Float[Tensor, "B H Tq d"], k: Tensor, column: Mapping[str, Tensor], seen: Tensor | None,
+    reader: Reader,
+    q: Float[Tensor, "B H Tq d"],
+    k: Tensor,
+    column: Mapping[str, Tensor],
+    seen: Tensor | None,
 ) -> Float[Tensor, "B H Tq d"]:
     "One majorise-minimise step of the query over cached keys, `attention.attend` equation (3)."
     s, u = cached_scores(reader, q, k, column, seen)
     if u is not None and isinstance(reader.link, Elliptical):
         s = s + reader.link.weight(u, reader.d).clamp_min(torch.finfo(u.dtype).tiny).log()
-    r = (s - s.amax((2, 5), keepdim=True)).exp()                     # responsibilities, not normalised
+    # responsibilities, not normalised
+    r = (s - s.amax((2, 5), keepdim=True)).exp()
     if reader.own: r = r * column["lam"][:, :, :, None, None]
     mass = r.sum(-1, keepdim=True)
     top = (r.flatten(2, 4) @ k).unflatten(2, r.shape[2:5])

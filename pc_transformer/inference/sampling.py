@@ -23,7 +23,8 @@ def top_k_filter(
     logits: Float[Tensor, "... V"],
     k: int,  # how many tokens stay, 1 <= k <= V
 ) -> Float[Tensor, "... V"]:
-    "Keep exactly the k largest logits (of equal ones the lowest index), -inf elsewhere. Equation (2)."
+    """Keep exactly the k largest logits (of equal ones the lowest index), -inf elsewhere.
+    Equation (2)."""
     dropped = logits < logits.topk(k, dim=-1).values[..., -1:]
     if not bool(((~dropped).sum(-1) == k).all()):          # a tie at the edge
         kept = logits.argsort(dim=-1, descending=True, stable=True)[..., :k]
@@ -45,7 +46,8 @@ def top_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # mass to keep, 0 < p <= 1
 ) -> Float[Tensor, "... V"]:
-    "Keep the smallest set of tokens with mass >= p (of equal ones the lowest index), -inf elsewhere. Equation (3)."
+    """Keep the smallest set of tokens with mass >= p (of equal ones the lowest index), -inf
+    elsewhere. Equation (3)."""
     if p == 1:
         return logits
     order = logits.argsort(dim=-1, descending=True, stable=True)
@@ -60,7 +62,8 @@ def min_p_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # share of the largest probability, 0 <= p <= 1
 ) -> Float[Tensor, "... V"]:
-    "Keep tokens with at least `p` times the probability of the likeliest, -inf elsewhere. Equation (4)."
+    """Keep tokens with at least `p` times the probability of the likeliest, -inf elsewhere.
+    Equation (4)."""
     if p == 0:
         return logits
     edge = logits.amax(dim=-1, keepdim=True) + math.log(p)
@@ -71,7 +74,8 @@ def typical_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # mass to keep, 0 < p <= 1
 ) -> Float[Tensor, "... V"]:
-    "Keep the smallest set of tokens with mass >= p whose surprisal is nearest to the entropy, -inf elsewhere. Equation (4)."
+    """Keep the smallest set of tokens with mass >= p whose surprisal is nearest to the entropy,
+    -inf elsewhere. Equation (4)."""
     if p == 1:
         return logits
     surprisal = -logits.log_softmax(-1, dtype=torch.float64)
@@ -94,8 +98,14 @@ def penalise(
     "Equation (5): logits of tokens that were used already are lowered."
     seen = counts > 0
     if repetition != 1:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - frequency * counts - presence * seen.to(logits.dtype) if frequency or presence else logits
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits
+        )
+    return (
+        logits - frequency * counts - presence * seen.to(logits.dtype)
+        if frequency or presence
+        else logits
+    )
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #1b63a45b
 def check_logits(logits: Float[Tensor, "B V"]) -> None:
@@ -105,7 +115,9 @@ def check_logits(logits: Float[Tensor, "B V"]) -> None:
     for what, rows in bad.items():
         if rows.any():
             row = int(rows.nonzero()[0])
-            raise ValueError(f"the logits of row {row} {what}: the model diverged or its weights are damaged.")
+            raise ValueError(
+                f"the logits of row {row} {what}: the model diverged or its weights are damaged."
+            )
 
 
 def distribution(
@@ -116,12 +128,17 @@ def distribution(
     min_p: float | None = None,
     typical_p: float | None = None,
 ) -> Float[Tensor, "B V"]:  # probabilities, rows sum to one
-    "Temperature, top-k, top-p, min-p, typical, softmax. Raises `ValueError` for logits that are no distribution."
+    """Temperature, top-k, top-p, min-p, typical, softmax. Raises `ValueError` for logits that
+    are no distribution."""
     if not math.isfinite(float(logits.sum())):
         check_logits(logits)
     z = temperature_scale(logits, temperature)
     cuts: list[tuple[Any, Callable[..., Tensor]]] = [
-        (top_k, top_k_filter), (top_p, top_p_filter), (min_p, min_p_filter), (typical_p, typical_filter)]
+        (top_k, top_k_filter),
+        (top_p, top_p_filter),
+        (min_p, min_p_filter),
+        (typical_p, typical_filter),
+    ]
     for value, cut in cuts:
         z = z if value is None else cut(z, value)
     return z.softmax(-1)
@@ -168,9 +185,14 @@ class SamplingConfig(Config):
         for name, fine, words in (
             ("temperature", self.temperature >= 0, "be 0 (greedy) or a positive number"),
             ("top_k", self.top_k is None or self.top_k >= 1, "be at least 1"),
-            ("top_p", within(self.top_p, tiny, 1), "lie in (0, 1]"), ("min_p", within(self.min_p, 0, 1), "lie in [0, 1]"),
+            ("top_p", within(self.top_p, tiny, 1), "lie in (0, 1]"),
+            ("min_p", within(self.min_p, 0, 1), "lie in [0, 1]"),
             ("typical_p", within(self.typical_p, tiny, 1), "lie in (0, 1]"),
-            ("repetition_penalty", within(self.repetition_penalty, 1e-30, 1e30), "lie in [1e-30, 1e30]"),
+            (
+                "repetition_penalty",
+                within(self.repetition_penalty, 1e-30, 1e30),
+                "lie in [1e-30, 1e30]",
+            ),
             ("energy_std", self.energy_std > 0, "be positive"),
         ):
             if not fine: raise ConfigError(f"{name} must {words}, but got {getattr(self, name)!r}.")
@@ -178,13 +200,30 @@ class SamplingConfig(Config):
     @property
     def counting(self) -> bool:
         "Whether it matters how often a token was used already."
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
 
-    def choices(self, logits: Float[Tensor, "B V"], counts: Tensor | None = None, energy: Tensor | None = None) -> Tensor:
+    def choices(
+        self,
+        logits: Float[Tensor, "B V"],
+        counts: Tensor | None = None,
+        energy: Tensor | None = None,
+    ) -> Tensor:
         "Probabilities `(B, V)` of the next token: penalties, temperature, filters, softmax."
         if counts is not None:
-            logits = penalise(logits, counts, self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+            logits = penalise(
+                logits,
+                counts,
+                self.repetition_penalty,
+                self.frequency_penalty,
+                self.presence_penalty,
+            )
         if energy is not None:
             zeta = ((energy - self.energy_mean) / self.energy_std).clamp(-5, 5)
             logits = logits * (self.energy_slope * zeta).exp()[:, None]
-        return distribution(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
+        return distribution(
+            logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p
+        )

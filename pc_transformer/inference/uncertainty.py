@@ -47,16 +47,24 @@ class Decomposition:
 def decompose(
     log_p: Float[Tensor, "S *batch V"],    # samples of log-probabilities, wherever they come from
 ) -> Decomposition:                        # float64
-    "Entropy of the mean prediction and its two parts, equation (2). Raises ValueError unless rows are distributions."
-    if log_p.dim() < 2 or not torch.allclose(log_p.exp().sum(-1), torch.ones(()).to(log_p), atol=1e-3):
-        raise ValueError(f"samples of log-probabilities (S, ..., V) must sum to one over V; got shape {tuple(log_p.shape)}")
+    """Entropy of the mean prediction and its two parts, equation (2). Raises ValueError unless
+    rows are distributions."""
+    if log_p.dim() < 2 or not torch.allclose(
+        log_p.exp().sum(-1), torch.ones(()).to(log_p), atol=1e-3
+    ):
+        raise ValueError(
+            "samples of log-probabilities (S, ..., V) must sum to one over V; got shape"
+            f" {tuple(log_p.shape)}"
+        )
     log_p = log_p.double().log_softmax(-1)                # exactly normalised
     mean = log_p.logsumexp(0) - math.log(len(log_p))
     terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - mean))
     return Decomposition(entropy(mean), entropy(log_p).mean(0), terms.sum(-1).mean(0))
 
 # %% ../../nbs/3_inference/07_uncertainty.ipynb #d9de29cc
-def ensemble_log_probs(models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "S B T V"]:
+def ensemble_log_probs(
+    models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]
+) -> Float[Tensor, "S B T V"]:
     "Target-free predictions of several models, whatever their mode."
     if not models: raise ValueError("an ensemble needs one model or more")
     out = []
@@ -73,9 +81,13 @@ def noisy_log_probs(
     samples: int,                # S
     seed: int = 0,
 ) -> Float[Tensor, "S B T V"]:
-    "Predictions with Gaussian noise on every node, from a generator of their own. Raises TypeError, ValueError."
+    """Predictions with Gaussian noise on every node, from a generator of their own. Raises
+    TypeError, ValueError."""
     if not is_real(noise) or noise < 0 or not is_int(samples) or samples < 1:
-        raise ValueError(f"noise must be a number >= 0 and samples a whole number >= 1, got {noise!r} and {samples!r}")
+        raise ValueError(
+            f"noise must be a number >= 0 and samples a whole number >= 1, got {noise!r} and"
+            f" {samples!r}"
+        )
     check_tokens(tokens, model.config)
     draw, out = torch.Generator().manual_seed(check_seed(seed)), []
     with evaluating(model) as still:
@@ -83,7 +95,9 @@ def noisy_log_probs(
             s: Tensor = tokens
             for f in still.predictors:
                 mu = f(s)
-                s = mu + noise * mu.square().mean(-1, keepdim=True).sqrt() * torch.randn(mu.shape, generator=draw).to(mu)
+                s = mu + noise * mu.square().mean(-1, keepdim=True).sqrt() * torch.randn(
+                    mu.shape, generator=draw
+                ).to(mu)
             out.append(still.output(s).log_softmax(-1))
     return torch.stack(out)
 
@@ -95,22 +109,36 @@ def prior_mass(a: PCAttention, k: Tensor, log_mix: Tensor | None) -> Float[Tenso
     b = b.logsumexp(2) if k.dim() == 5 else b                       # components of a mixture
     after = torch.arange(T, device=k.device)[:, None] - torch.arange(T, device=k.device)
     hidden = (after < 0) | (after >= (a.window or T))
-    return spread_heads(b[:, :, None].masked_fill(hidden, -math.inf).logsumexp(-1), a.n_kv_head, a.n_head)
+    return spread_heads(
+        b[:, :, None].masked_fill(hidden, -math.inf).logsumexp(-1), a.n_kv_head, a.n_head
+    )
 
 
-def attention_call(a: PCAttention, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def attention_call(
+    a: PCAttention, x: Float[Tensor, "B T D"]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     "Queries, keys and values of one layer, and the options of `attend` with which it reads."
     q, k, v = a.split(x)
     precision = a.precision_of(x)
     tail = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
-    own = {"precision": precision, "log_mix": a.mixing_of(x, k, precision), "is_causal": True, "window": a.window}
+    own = {
+        "precision": precision,
+        "log_mix": a.mixing_of(x, k, precision),
+        "is_causal": True,
+        "window": a.window,
+    }
     return q, k, v, own | tail
 
 
-def head_energies(a: PCAttention, x: Float[Tensor, "B T D"], settle_steps: int = 0) -> Float[Tensor, "B H T"]:
-    "Equation (3) for every head of one layer, of queries that settle first, in nats. Raises ValueError for dot products."
+def head_energies(
+    a: PCAttention, x: Float[Tensor, "B T D"], settle_steps: int = 0
+) -> Float[Tensor, "B H T"]:
+    """Equation (3) for every head of one layer, of queries that settle first, in nats. Raises
+    ValueError for dot products."""
     q, k, _, options = attention_call(a, x)
-    return attention_energy(q, k, a.family, settle_steps=settle_steps, **options) + prior_mass(a, k, options["log_mix"])
+    return attention_energy(q, k, a.family, settle_steps=settle_steps, **options) + prior_mass(
+        a, k, options["log_mix"]
+    )
 
 # %% ../../nbs/3_inference/07_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
@@ -132,9 +160,14 @@ class StateGaussians:
     def fit(cls, model: PCTransformer, tokens: Int[Tensor, "N T"]) -> "StateGaussians":
         "Maximum likelihood on these tokens. Raises ValueError when a coordinate never varies."
         with evaluating(model) as still: chunks = [node_states(still, x) for x in tokens.split(64)]
-        nodes = [torch.cat([c[l].flatten(0, 1).double() for c in chunks]) for l in range(len(chunks[0]))]
+        nodes = [
+            torch.cat([c[l].flatten(0, 1).double() for c in chunks]) for l in range(len(chunks[0]))
+        ]
         if flat := [l for l, s in enumerate(nodes) if (s.var(0, unbiased=False) == 0).any()]:
-            raise ValueError(f"a coordinate of node {flat[0]} never varies on {tuple(tokens.shape)} tokens: use more text")
+            raise ValueError(
+                f"a coordinate of node {flat[0]} never varies on {tuple(tokens.shape)} tokens: use"
+                " more text"
+            )
         return cls([s.mean(0) for s in nodes], [1 / s.var(0, unbiased=False) for s in nodes])
 
     def energy(self, states: Sequence[Float[Tensor, "B T D"]]) -> Float[Tensor, "B T"]:
@@ -151,7 +184,8 @@ def token_scores(
     tokens: Int[Tensor, "N T"],
     known: StateGaussians,                 # of this model
 ) -> dict[str, Float[Tensor, "N t"]]:      # by the names in SCORES, t = T - 1; float64, on the CPU
-    "Four scores of every token but the first, higher for stranger; all from what has been read up to that token."
+    """Four scores of every token but the first, higher for stranger; all from what has been read
+    up to that token."""
     own = convert(model, "gaussian") if model.config.attention == "dot" else model
     found: dict[str, list[Tensor]] = {name: [] for name in SCORES}
     with evaluating(own) as own:
@@ -159,7 +193,9 @@ def token_scores(
             states = node_states(own, x)
             log_p = own.output(states[-1]).double().log_softmax(-1)
             layers = [f for f in own.predictors if isinstance(f, AttentionLayer)]
-            heads = [head_energies(f.attention, f.norm(s)).sum(1) for f, s in zip(layers, states[::2])]
+            heads = [
+                head_energies(f.attention, f.norm(s)).sum(1) for f, s in zip(layers, states[::2])
+            ]
             rows = (-log_p[:, :-1].gather(-1, x[:, 1:, None])[..., 0], entropy(log_p)[:, 1:],
                     torch.stack(heads).double().sum(0)[:, 1:], known.energy(states)[:, 1:])
             for name, row in zip(SCORES, rows, strict=True): found[name].append(row.cpu())

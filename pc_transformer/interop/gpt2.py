@@ -45,11 +45,20 @@ BLOCK = {1: {"norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "a
 
 def gpt2_names(config: ModelConfig) -> dict[str, str]:  # our name -> theirs
     "The name that nanoGPT and Hugging Face give each of our parameters."
-    parts = {f"predictors.{2 * b + l}.{ours}": f"transformer.h.{b}.{theirs}" for b in range(config.n_layer)
-             for l, names in BLOCK.items() for ours, theirs in names.items()} | {"output.norm": "transformer.ln_f"}
+    parts = {
+        f"predictors.{2 * b + l}.{ours}": f"transformer.h.{b}.{theirs}"
+        for b in range(config.n_layer)
+        for l, names in BLOCK.items()
+        for ours, theirs in names.items()
+    } | {"output.norm": "transformer.ln_f"}
     kinds = ("weight", "bias") if config.bias else ("weight",)
-    tables = {"predictors.0.token.weight": "transformer.wte.weight", "predictors.0.position.weight": "transformer.wpe.weight"}
-    return tables | {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items() for kind in kinds}
+    tables = {
+        "predictors.0.token.weight": "transformer.wte.weight",
+        "predictors.0.position.weight": "transformer.wpe.weight",
+    }
+    return tables | {
+        f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items() for kind in kinds
+    }
 
 # %% ../../nbs/4_practice/12_interop.ipynb #06a6b656
 MASK = re.compile(r"\.attn\.(masked_)?bias$")    # the causal mask, stored as a buffer
@@ -66,13 +75,17 @@ def plain_name(name: str) -> str:
 
 def is_plain(tensor: Any) -> bool:
     "Whether something read from a file is a tensor that has all its numbers in memory."
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized: return False
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        return False
     return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def named_tensors(saved: Any, source: Path) -> dict[str, Tensor]:
-    "The parameters among saved tensors, by plain name. Raises CheckpointError for anything else, and for an untied output."
-    whole = isinstance(saved, dict) and all(isinstance(n, str) and is_plain(t) for n, t in saved.items())
+    """The parameters among saved tensors, by plain name. Raises CheckpointError for anything
+    else, and for an untied output."""
+    whole = isinstance(saved, dict) and all(
+        isinstance(n, str) and is_plain(t) for n, t in saved.items()
+    )
     if not whole:
         raise CheckpointError(f"{source} should hold tensors by name, but holds something else")
     found: dict[str, Tensor] = {}
@@ -82,13 +95,21 @@ def named_tensors(saved: Any, source: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{source} holds {plain_name(name)!r} twice, once as {name!r}")
         found[plain_name(name)] = t
     head, table = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
-    if head is not None and table is not None and (head.dtype != table.dtype or not head.equal(table)):
-        raise CheckpointError(f"{source}: lm_head.weight is not the token table, and an output of its own is not supported")
+    if (
+        head is not None
+        and table is not None
+        and (head.dtype != table.dtype or not head.equal(table))
+    ):
+        raise CheckpointError(
+            f"{source}: lm_head.weight is not the token table, and an output of its own is not"
+            " supported"
+        )
     return found
 
 # %% ../../nbs/4_practice/12_interop.ipynb #e32ea2fe
 def transposed(name: str) -> bool:
-    "Whether Hugging Face stores this tensor of ours as (in, out): its four linear maps a block are `Conv1D`s."
+    """Whether Hugging Face stores this tensor of ours as (in, out): its four linear maps a block
+    are `Conv1D`s."""
     return name.endswith((".qkv.weight", ".out.weight", ".up.weight", ".down.weight"))
 
 
@@ -104,15 +125,25 @@ def fill(
     own = dict(blueprint(config, found, source).named_parameters())
     names = gpt2_names(config)
     if missing := sorted(set(names.values()) - found.keys()):
-        raise CheckpointError(f"{source} lacks {len(missing)} tensors of this model, first {missing[0]!r}")
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of this model, first {missing[0]!r}"
+        )
     if unknown := sorted(found.keys() - set(names.values())):
-        raise CheckpointError(f"{source} holds {len(unknown)} tensors that a GPT of these settings lacks, first {unknown[0]!r}")
-    turned = {n: found[theirs].mT if conv1d and transposed(n) else found[theirs] for n, theirs in names.items()
-              if found[theirs].dim() == own[n].dim()}
+        raise CheckpointError(
+            f"{source} holds {len(unknown)} tensors that a GPT of these settings lacks, first"
+            f" {unknown[0]!r}"
+        )
+    turned = {
+        n: found[theirs].mT if conv1d and transposed(n) else found[theirs]
+        for n, theirs in names.items()
+        if found[theirs].dim() == own[n].dim()
+    }
     if wrong := [n for n in names if n not in turned or turned[n].shape != own[n].shape]:
         want, got = own[wrong[0]], tuple(found[names[wrong[0]]].shape)
         want = tuple(want.mT.shape if conv1d and transposed(wrong[0]) else want.shape)
-        raise CheckpointError(f"{source}: {names[wrong[0]]!r} has shape {got}, the settings need {want}")
+        raise CheckpointError(
+            f"{source}: {names[wrong[0]]!r} has shape {got}, the settings need {want}"
+        )
     check_fit(own, turned, source)
     check_finite(found, source)
     dtype = reduce(torch.promote_types, (t.dtype for t in turned.values()))
@@ -122,33 +153,57 @@ def fill(
 
 # %% ../../nbs/4_practice/12_interop.ipynb #be74d50b
 def read_pickle(path: Path, *keys: str) -> dict[str, Any]:
-    "A torch-saved dictionary with these keys, read without running code. Raises CheckpointError, one sentence."
+    """A torch-saved dictionary with these keys, read without running code. Raises
+    CheckpointError, one sentence."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{path} was refused: it holds more than tensors and plain values, and unpickling the rest could "
-                              "run code") from None
+        raise CheckpointError(
+            f"{path} was refused: it holds more than tensors and plain values, and unpickling the"
+            " rest could run code"
+        ) from None
     except Exception as error:    # whatever a reader of damaged bytes stumbles over
-        raise CheckpointError(f"{path} is damaged, truncated or no PyTorch file ({type(error).__name__})") from None
+        raise CheckpointError(
+            f"{path} is damaged, truncated or no PyTorch file ({type(error).__name__})"
+        ) from None
     if lacking := [k for k in keys if not isinstance(saved, dict) or k not in saved]:
-        raise CheckpointError(f"{path} lacks {', '.join(lacking)}: it is no checkpoint of nanoGPT's train.py")
+        raise CheckpointError(
+            f"{path} lacks {', '.join(lacking)}: it is no checkpoint of nanoGPT's train.py"
+        )
     return saved
 
 # %% ../../nbs/4_practice/12_interop.ipynb #92a91a80
-NANOGPT = {"vocab_size": "vocab_size", "block_size": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model"}
+NANOGPT = {
+    "vocab_size": "vocab_size",
+    "block_size": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+}
 
 
 def nanogpt_config(args: Any, source: Path, dropout: float) -> ModelConfig:
-    "The configuration behind nanoGPT's `model_args`. Raises CheckpointError for missing, unknown or impossible ones."
+    """The configuration behind nanoGPT's `model_args`. Raises CheckpointError for missing,
+    unknown or impossible ones."""
     known = {*NANOGPT, "bias", "dropout"}
     if not isinstance(args, dict) or not NANOGPT.keys() <= args.keys() <= known:
-        what = sorted(map(str, NANOGPT.keys() ^ args.keys() - {"bias", "dropout"})) if isinstance(args, dict) else ["all"]
-        raise CheckpointError(f"{source}: model_args are not those of nanoGPT's GPT ({', '.join(what)} missing or unknown)")
+        what = (
+            sorted(map(str, NANOGPT.keys() ^ args.keys() - {"bias", "dropout"}))
+            if isinstance(args, dict)
+            else ["all"]
+        )
+        raise CheckpointError(
+            f"{source}: model_args are not those of nanoGPT's GPT ({', '.join(what)} missing or"
+            " unknown)"
+        )
     sizes = {ours: args[theirs] for theirs, ours in NANOGPT.items()}
     try:
-        return from_dict(ModelConfig, sizes | {"attention": "dot", "bias": args.get("bias", True), "dropout": dropout})
+        return from_dict(
+            ModelConfig,
+            sizes | {"attention": "dot", "bias": args.get("bias", True), "dropout": dropout},
+        )
     except ConfigError as error:
         raise CheckpointError(f"{source}: model_args describe no model: {error}") from None
 
@@ -157,7 +212,8 @@ def from_nanogpt(
     path: str | Path,            # `ckpt.pt`, as nanoGPT's train.py writes it, compiled or not
     dropout: float = 0.0,        # for training on; the checkpoint's own is not taken over
 ) -> PCTransformer:
-    "A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; never unpickles code."
+    """A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; never
+    unpickles code."""
     path = as_path(path)
     saved = read_pickle(path, "model_args", "model")
     config = nanogpt_config(saved["model_args"], path, dropout)
@@ -167,17 +223,30 @@ def from_nanogpt(
 ACTIVATIONS = {"gelu_new": "tanh", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
 
-FIXED: dict[str, Any] = {       # settings with one supported value, which is also what a missing one means
-    "model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "tie_word_embeddings": True, "quantization_config": None}
+# settings with one supported value, which is also what a missing one means
+FIXED: dict[str, Any] = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "quantization_config": None,
+}
 
 
-HUGGINGFACE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head",
-               "n_embd": "d_model"}
+HUGGINGFACE = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+}
 
 
 def huggingface_config(saved: dict[str, Any], source: Path, dropout: float) -> ModelConfig:
-    "The configuration behind a `config.json`. Raises CheckpointError for what this library does not have."
+    """The configuration behind a `config.json`. Raises CheckpointError for what this library
+    does not have."""
     for key, value in FIXED.items():
         if (got := saved.get(key, value)) != value:
             raise CheckpointError(f"{source}: {key} = {brief(got)} is not supported, only "
@@ -188,8 +257,10 @@ def huggingface_config(saved: dict[str, Any], source: Path, dropout: float) -> M
                               f"= {4 * width}")
     act = saved.get("activation_function", "gelu_new")
     if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise CheckpointError(f"{source}: activation_function = {brief(act)} is not supported, only "
-                              f"{', '.join(ACTIVATIONS)}")
+        raise CheckpointError(
+            f"{source}: activation_function = {brief(act)} is not supported, only "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     sizes = {ours: saved[theirs] for theirs, ours in HUGGINGFACE.items()}
     own = {"attention": "dot", "bias": True, "gelu": ACTIVATIONS[act], "dropout": dropout}
     try:
@@ -223,27 +294,34 @@ def from_huggingface(
     folder: str | Path,          # has config.json and model.safetensors, in one piece or in parts
     dropout: float = 0.0,        # for training on; the folder's own is not taken over
 ) -> PCTransformer:              # in the file's precision
-    "A GPT-2 of Hugging Face as our model with `dot` attention. Raises CheckpointError; never unpickles."
+    """A GPT-2 of Hugging Face as our model with `dot` attention. Raises CheckpointError; never
+    unpickles."""
     folder = as_path(folder)
     saved = read_json(folder / "config.json", "model_type", *HUGGINGFACE)
     config = huggingface_config(saved, folder / "config.json", dropout)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
         if not file.exists() and (other := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(f"{folder} has {other[0].name} but no model.safetensors: save it again as "
-                                  "safetensors (save_pretrained), because pickles are not read")
+            raise CheckpointError(
+                f"{folder} has {other[0].name} but no model.safetensors: save it again as "
+                "safetensors (save_pretrained), because pickles are not read"
+            )
         return fill(config, read_tensors(file), file, conv1d=True)
     return fill(config, read_parts(index), index, conv1d=True)
 
 # %% ../../nbs/4_practice/12_interop.ipynb #15f0758d
 def check_exportable(config: ModelConfig) -> None:
-    "Raise ValueError, naming the settings, unless this is a GPT-2: fixed-scale dot attention and nothing else."
+    """Raise ValueError, naming the settings, unless this is a GPT-2: fixed-scale dot attention
+    and nothing else."""
     kept = ("vocab_size", "block_size", "n_layer", "n_head", "d_model", "dropout", "bias", "gelu")
     plain = to_dict(ModelConfig(**{k: getattr(config, k) for k in kept}, attention="dot"))
     ours = to_dict(config) | {"n_component": plain["n_component"]}      # a mixture's
     ours |= {"n_kv_head": None} if config.n_kv_head == config.n_head else {}
     if other := [f"{k} = {ours[k]!r}" for k in plain if plain[k] != ours[k]]:
-        raise ValueError(f"GPT-2's format has no {', '.join(other)}: only dot attention with its fixed scale can be exported")
+        raise ValueError(
+            f"GPT-2's format has no {', '.join(other)}: only dot attention with its fixed scale can"
+            " be exported"
+        )
 
 
 def huggingface_settings(
@@ -255,9 +333,17 @@ def huggingface_settings(
     end = 50256 if config.vocab_size == 50257 else None
     sizes = {theirs: getattr(config, ours) for theirs, ours in HUGGINGFACE.items()}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-    return {"architectures": ["GPT2LMHeadModel"], **{k: v for k, v in FIXED.items() if v is not None}, **sizes, **drops,
-            "activation_function": act, "n_inner": None, "bos_token_id": end, "eos_token_id": end,
-            "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{k: v for k, v in FIXED.items() if v is not None},
+        **sizes,
+        **drops,
+        "activation_function": act,
+        "n_inner": None,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 # %% ../../nbs/4_practice/12_interop.ipynb #46fd8bad
 def to_huggingface(
@@ -275,8 +361,15 @@ def to_huggingface(
     check_savable(model)
     check_exportable(c := model.config)
     own, names = dict(model.named_parameters()), gpt2_names(replace(c, bias=True))
-    zeros = {n: own[n.removesuffix("bias") + "weight"].new_zeros(own[n.removesuffix("bias") + "weight"].shape[0])
-             for n in names if n not in own}
+    zeros = {
+        n: (
+            own[n.removesuffix("bias") + "weight"].new_zeros(
+                own[n.removesuffix("bias") + "weight"].shape[0]
+            )
+        )
+        for n in names
+        if n not in own
+    }
     whole = {n: t.detach().cpu() for n, t in (own | zeros).items()}
     out = {names[n]: (t.mT if transposed(n) else t).contiguous() for n, t in whole.items()}
     with whole_folder(place) as work:
@@ -291,13 +384,18 @@ def with_tails(
     model: PCTransformer,        # `dot`, or `gaussian` with any precisions
     nu: float,                   # degrees of freedom of every head at the start, > 0
 ) -> PCTransformer:              # a new model, whose tails can be learned from here
-    "Student-t attention with a model's weights: not the same function, but nearing it as 1/nu, equation (1). Raises ValueError."
+    """Student-t attention with a model's weights: not the same function, but nearing it as 1/nu,
+    equation (1). Raises ValueError."""
     if not 0 < nu < float("inf"):
         raise ValueError(f"nu must be positive and finite, got {nu}")
     start = convert(model, "gaussian") if model.config.attention == "dot" else model
     if start.config.attention != "gaussian":
-        raise ValueError(f"tails can be given to dot and gaussian attention, not to {start.config.attention}")
-    new = PCTransformer(replace(start.config, attention="student_t", tail=nu)).to(next(model.parameters()))
+        raise ValueError(
+            f"tails can be given to dot and gaussian attention, not to {start.config.attention}"
+        )
+    new = PCTransformer(replace(start.config, attention="student_t", tail=nu)).to(
+        next(model.parameters())
+    )
     old = dict(start.named_parameters())
     with torch.no_grad():
         for name, p in new.named_parameters():
@@ -309,5 +407,7 @@ def refuse(given: dict[str, Any]) -> None:
     """Raise ValueError, naming them, for arguments that ask a coat for something; None and False
     ask for nothing."""
     if extra := sorted(k for k, v in given.items() if v is not None and v is not False):
-        raise ValueError(f"{', '.join(extra)} cannot be given: this coat makes logits of token ids, "
-                         "without a cache")
+        raise ValueError(
+            f"{', '.join(extra)} cannot be given: this coat makes logits of token ids, "
+            "without a cache"
+        )

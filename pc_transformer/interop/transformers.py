@@ -18,8 +18,15 @@ from ..model.transformer import PCTransformer
 # %% ../../nbs/4_practice/13_transformers.ipynb #a81c1eca
 @lru_cache(maxsize=1)
 def transformers_classes() -> tuple[Any, Any]:
-    "The configuration and model classes of `as_transformers`; needs the `hf` extra. Raises ImportError without it."
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+    """The configuration and model classes of `as_transformers`; needs the `hf` extra. Raises
+    ImportError without it."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.modeling_outputs import CausalLMOutput
 
     class PCTransformerConfig(PretrainedConfig):
@@ -29,11 +36,15 @@ def transformers_classes() -> tuple[Any, Any]:
         "A `PCTransformer` with the interface of `transformers`; generation only."
 
         config_class = PCTransformerConfig
-        _tied_weights_keys = {"model.output.weight": "model.predictors.0.token.weight"}  # noqa: RUF012
+        _tied_weights_keys = {
+            "model.output.weight": "model.predictors.0.token.weight"
+        }  # noqa: RUF012
 
         def __init__(self, config: Any, model: PCTransformer | None = None):
             if model is None:
-                raise ValueError("a coat has no weights of its own: as_transformers(model) puts one on")
+                raise ValueError(
+                    "a coat has no weights of its own: as_transformers(model) puts one on"
+                )
             super().__init__(config)
             self.model = model
             self.training = model.training
@@ -49,8 +60,11 @@ def transformers_classes() -> tuple[Any, Any]:
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, "
                                  f"input_ids {tuple(input_ids.shape)}")
             if attention_mask is not None and not attention_mask.bool().all():
-                raise ValueError("padding is not supported: give prompts of one length, or one prompt at a time")
-            out = CausalLMOutput(logits=self.model(input_ids))   # pyright: ignore[reportArgumentType]
+                raise ValueError(
+                    "padding is not supported: give prompts of one length, or one prompt at a time"
+                )
+            # pyright: ignore[reportArgumentType]
+            out = CausalLMOutput(logits=self.model(input_ids))
             return out.to_tuple() if return_dict is False else out
 
         def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -60,7 +74,10 @@ def transformers_classes() -> tuple[Any, Any]:
         ) -> Any:
             refuse(others)
             n = self.model.config.block_size
-            return {"input_ids": input_ids[:, -n:], "attention_mask": None if attention_mask is None else attention_mask[:, -n:]}
+            return {
+                "input_ids": input_ids[:, -n:],
+                "attention_mask": None if attention_mask is None else attention_mask[:, -n:],
+            }
 
         def save_pretrained(self, *args: Any, **options: Any) -> None:
             raise ValueError("a coat is not saved: pc_transformer.save writes the model in it, "
@@ -80,24 +97,36 @@ def as_transformers(
     model: PCTransformer,                # stays the owner of its parameters
     eos_token_id: int | None = None,     # token at which generation stops; `None`: none
 ) -> Any:                                # a `transformers.PreTrainedModel` with `generate`
-    "The model for `transformers`' generate and pipeline; nothing is copied. Raises ImportError without the `hf` extra."
+    """The model for `transformers`' generate and pipeline; nothing is copied. Raises ImportError
+    without the `hf` extra."""
     make_config, make_model = transformers_classes()
     c = model.config
-    sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.block_size, "hidden_size": c.d_model,
-             "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head}
-    coat = make_model(make_config(**sizes, eos_token_id=eos_token_id, pad_token_id=eos_token_id, use_cache=False), model)
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.block_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+    }
+    coat = make_model(
+        make_config(**sizes, eos_token_id=eos_token_id, pad_token_id=eos_token_id, use_cache=False),
+        model,
+    )
     coat.generation_config.use_cache = False
     return coat
 
 # %% ../../nbs/4_practice/13_transformers.ipynb #3ea46e7a
 def transformers_tokenizer(tokenizer: "BPETokenizer | CharTokenizer") -> Any:
-    "The same tokens as a `transformers.PreTrainedTokenizerFast`. Raises ImportError without the `hf` extra."
+    """The same tokens as a `transformers.PreTrainedTokenizerFast`. Raises ImportError without
+    the `hf` extra."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if isinstance(tokenizer, BPETokenizer):
         end = next((t.content for t in tokenizer.bpe.get_added_tokens_decoder().values()), None)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer.bpe, eos_token=end, clean_up_tokenization_spaces=False)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.bpe, eos_token=end, clean_up_tokenization_spaces=False
+        )
     chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.vocabulary)}))
     chars.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     chars.decoder = decoders.Fuse()

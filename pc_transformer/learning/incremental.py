@@ -20,16 +20,22 @@ from ..settling.states import StateSettling, StateWalk
 # %% ../../nbs/2_learning/08_incremental.ipynb #6f6cf50c
 @dataclass(frozen=True)
 class IncrementalPC:
-    "A weight update after every parallel state update (Salvatori et al. 2022); the last one is left to the caller."
+    """A weight update after every parallel state update (Salvatori et al. 2022); the last one is
+    left to the caller."""
 
     solver: StateSettling
-    apply: Callable[[], None]        # uses `p.grad` and clears it, e.g. an optimiser's step and zero_grad
+    # uses `p.grad` and clears it, e.g. an optimiser's step and zero_grad
+    apply: Callable[[], None]
 
     def __post_init__(self):
         check_types(self)
 
     def backward(
-        self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure: bool = False
+        self,
+        model: PCTransformer,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure: bool = False,
     ) -> Report:
         walk = StateWalk.begin(self.solver, model, tokens, targets)
         for _ in range(self.solver.steps - 1):

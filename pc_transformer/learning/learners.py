@@ -29,18 +29,24 @@ from ..settling.settled import Settled
 # %% ../../nbs/2_learning/05_learning.ipynb #6a0149f5
 def local_gradient(
     predictor: nn.Module,                # f_l
-    below: Tensor,                       # what it reads: `s_{l-1} (B, T, D)`; tokens `(B, T)` for node 0
+    # what it reads: `s_{l-1} (B, T, D)`; tokens `(B, T)` for node 0
+    below: Tensor,
     error: Float[Tensor, "B T D"],       # `eps_l`
     precision: Tensor,                   # `Pi_l`: `()`, `(D,)` or `(B, T, 1)`
     count: int,                          # n, predicted tokens in the batch
     family: Elliptical = Gaussian(),     # density of the node
 ) -> dict[str, Tensor]:                  # by parameter name
-    "Equation (1): the gradient of one node's energy by its predictor's weights, from local quantities alone."
+    """Equation (1): the gradient of one node's energy by its predictor's weights, from local
+    quantities alone."""
     named = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         mu = predictor(below)
     message = (-stiffness(error, precision, family) * error / count).to(mu.dtype)
-    return dict(zip(named, torch.autograd.grad(mu, list(named.values()), message), strict=True)) if named else {}
+    return (
+        dict(zip(named, torch.autograd.grad(mu, list(named.values()), message), strict=True))
+        if named
+        else {}
+    )
 
 # %% ../../nbs/2_learning/05_learning.ipynb #b6a206ef
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ class Report:
     "What one batch taught."
 
     loss: float                           # cross-entropy of the feed-forward pass, nats per token
-    energy: list[float] | None = None     # F after 0..K settling steps, nats per token; `None` for backprop
-    residual: float | None = None         # distance from equilibrium, 1 to 0; `None` when not measured
+    # F after 0..K settling steps, nats per token; `None` for backprop
+    energy: list[float] | None = None
+    # distance from equilibrium, 1 to 0; `None` when not measured
+    residual: float | None = None
     step_sizes: list[float] | None = None # accepted settling steps
 
 
@@ -57,7 +65,11 @@ class Learner(Protocol):
     "Anything that turns a batch into gradients."
 
     def backward(
-        self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure: bool = False
+        self,
+        model: PCTransformer,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure: bool = False,
     ) -> Report: ...
 
 
@@ -69,7 +81,8 @@ def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) 
 # %% ../../nbs/2_learning/05_learning.ipynb #a0ae5175
 @dataclass(frozen=True)
 class Backprop:
-    "The gradient of the cross-entropy through the whole stack: the baseline, and the limit `beta -> inf`."
+    """The gradient of the cross-entropy through the whole stack: the baseline, and the limit
+    `beta -> inf`."""
 
     def backward(
         self,
@@ -90,23 +103,31 @@ class Solver(Protocol):
     "Anything that settles a chain on a batch."
 
     def __call__(
-        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure_residual: bool = True
+        self,
+        model: Chain,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure_residual: bool = True,
     ) -> Settled: ...
 
 
 @dataclass(frozen=True)
 class PredictiveCoding:
-    "Local learning at settled states, equation (1). Raises ValueError for a solver that cannot be centred."
+    """Local learning at settled states, equation (1). Raises ValueError for a solver that cannot
+    be centred."""
 
     solver: Solver = ErrorSettling()
-    centred: bool = False              # two settled problems with half a nudge of either sign, equation (2)
+    # two settled problems with half a nudge of either sign, equation (2)
+    centred: bool = False
 
     def __post_init__(self):
         if not callable(self.solver):
             raise TypeError("PredictiveCoding needs a solver, such as ErrorSettling(), not "
                             f"{self.solver!r}")
         if self.centred and not isinstance(self.solver, ErrorSettling):
-            raise ValueError(f"only ErrorSettling can be nudged both ways, got {type(self.solver).__name__}")
+            raise ValueError(
+                f"only ErrorSettling can be nudged both ways, got {type(self.solver).__name__}"
+            )
 
     def backward(
         self,
@@ -119,8 +140,11 @@ class PredictiveCoding:
             raise TypeError("predictive coding needs a model of predictors and an output, such as "
                             f"PCTransformer, not a {type(model).__name__}")
         if isinstance(self.solver, ErrorSettling) and self.centred:
-            pull, push = (dataclasses.replace(self.solver, nudge=n * self.solver.nudge) for n in (0.5, -0.5))
-            with drawing(ahead()):      # what is drawn for one half is drawn again for the other: dropout
+            pull, push = (
+                dataclasses.replace(self.solver, nudge=n * self.solver.nudge) for n in (0.5, -0.5)
+            )
+            # what is drawn for one half is drawn again for the other: dropout
+            with drawing(ahead()):
                 pushed = push(model, tokens, targets, measure_residual=measure)
             learn(model, pushed, sign=-1.0)
             del pushed
@@ -137,17 +161,21 @@ def learn(
     settled: Settled,
     sign: float = 1.0,      # -1 for the half of a centred pair that is taken away
 ) -> None:
-    "Add every local gradient, times `sign`, to `p.grad`; uses up the graphs of the last upward pass."
+    """Add every local gradient, times `sign`, to `p.grad`; uses up the graphs of the last upward
+    pass."""
     count = settled.count or 1      # a share of a batch that predicts nothing has zero gradients
     if settled.taught is not None:
         for f, found in zip([*model.predictors, model.output], settled.taught, strict=True):
-            accumulate([p for p in f.parameters() if p.requires_grad], [g * (sign / count) for g in found])
+            accumulate(
+                [p for p in f.parameters() if p.requires_grad], [g * (sign / count) for g in found]
+            )
         return
     parameters = [p for p in model.output.parameters() if p.requires_grad]
     if parameters:
         energy = settled.up.judge() * (sign * settled.nudge / count)
         accumulate(parameters, torch.autograd.grad(energy, parameters))
-    for l, f in reversed(list(enumerate(model.predictors))):     # any order teaches the same; this one holds least at once
+    # any order teaches the same; this one holds least at once
+    for l, f in reversed(list(enumerate(model.predictors))):
         parameters = [p for p in f.parameters() if p.requires_grad]
         if parameters:
             mu = settled.up.predict(l)
@@ -158,18 +186,25 @@ def learn(
 def rehearse(
     learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
-    """What a learner would report and put into `p.grad`, by parameter name; weights and `p.grad` are not touched.
+    """What a learner would report and put into `p.grad`, by parameter name; weights and `p.grad`
+    are not touched.
 
     It works on a view with leaves of its own; an `apply` only clears their gradients.
     """
     own = view(model, tensor=leaf)
     if dataclasses.is_dataclass(learner) and hasattr(learner, "apply"):
-        learner = dataclasses.replace(learner, apply=own.zero_grad)   # pyright: ignore[reportArgumentType, reportCallIssue]
+        # pyright: ignore[reportArgumentType, reportCallIssue]
+        learner = dataclasses.replace(learner, apply=own.zero_grad)
     report = learner.backward(own, tokens, targets, measure=measure)
-    return report, {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.named_parameters()}
+    return report, {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in own.named_parameters()
+    }
 
 
-def gradients(learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def gradients(
+    learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
     return rehearse(learner, model, tokens, targets)[1]
 
@@ -179,12 +214,17 @@ def gradient_cosine(
     model: PCTransformer,
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
-) -> dict[str, float]:             # cosine for "all" weights and for each top-level part, e.g. "predictors.3"
-    "Cosine between a learner's gradient and backprop's on the same weights and batch, without dropout."
+# cosine for "all" weights and for each top-level part, e.g. "predictors.3"
+) -> dict[str, float]:
+    """Cosine between a learner's gradient and backprop's on the same weights and batch, without
+    dropout."""
     with evaluating(model) as still, torch.enable_grad():
         ours, theirs = (gradients(x, still, tokens, targets) for x in (learner, Backprop()))
     parts = {"all": list(ours)}
     for name in ours:
         parts.setdefault(".".join(name.split(".")[:2]), []).append(name)
     flat = lambda g, names: torch.cat([g[n].double().flatten() for n in names])
-    return {part: F.cosine_similarity(flat(ours, names), flat(theirs, names), dim=0).item() for part, names in parts.items()}
+    return {
+        part: F.cosine_similarity(flat(ours, names), flat(theirs, names), dim=0).item()
+        for part, names in parts.items()
+    }

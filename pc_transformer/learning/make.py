@@ -21,32 +21,60 @@ from ..settling.states import StateSettling
 from ..settling.sweeps import HighwaySettling, SweepSettling
 
 # %% ../../nbs/2_learning/09_solvers.ipynb #7b370280
-ENERGIES: dict[str, Elliptical] = {     # node densities by their name in a configuration, with stated shapes
-    "gaussian": Gaussian(), "student_t": StudentT(nu=4.0), "laplace": Laplace(eps=1.0), "huber": Huber(),
-    "logistic": Logistic(), "contaminated": Contaminated(),
+# node densities by their name in a configuration, with stated shapes
+ENERGIES: dict[str, Elliptical] = {
+    "gaussian": Gaussian(),
+    "student_t": StudentT(nu=4.0),
+    "laplace": Laplace(eps=1.0),
+    "huber": Huber(),
+    "logistic": Logistic(),
+    "contaminated": Contaminated(),
 }
 
 
 def make_solver(
     config: LearnerConfig,
     progress: float = 0.0,                           # part of training that is done, 0 to 1
-    curvature: tuple[float, ...] | None = None,      # for parallel state steps, if it is known; `None`: found on every batch
+    # for parallel state steps, if it is known; `None`: found on every batch
+    curvature: tuple[float, ...] | None = None,
     reduce: Reduce | None = None,                    # sums over the processes that share a batch
 ) -> Solver:
-    "The solver that a configuration names, at a point of training. Raises ValueError for one that cannot share a batch."
+    """The solver that a configuration names, at a point of training. Raises ValueError for one
+    that cannot share a batch."""
     c, end = config, config.relative_precision_end or config.relative_precision
     beta = c.relative_precision * (end / c.relative_precision) ** progress
     steps = round(c.steps + progress * ((c.steps_end or c.steps) - c.steps))
     if c.solver == "sweep":
-        return SweepSettling(beta, c.lean)       # what it learns is the same at any precision: nothing to share
+        # what it learns is the same at any precision: nothing to share
+        return SweepSettling(beta, c.lean)
     if c.solver == "highway":
-        return HighwaySettling(steps, relative_precision=beta, lean=c.lean)                 # likewise
+        # likewise
+        return HighwaySettling(steps, relative_precision=beta, lean=c.lean)
     if c.solver == "state":
         if reduce is not None:
-            raise ValueError("the solver 'state' accepts steps by its own rows' energy: it cannot share a batch")
-        return StateSettling(steps, beta, c.step_size, curvature=curvature, family=ENERGIES[c.energy], per=c.per, lean=c.lean)
-    return ErrorSettling(steps, beta, c.step_size, tolerance=c.tolerance, lean=c.lean, fused=c.fused,
-                         family=ENERGIES[c.energy], per=c.per, reduce=reduce)
+            raise ValueError(
+                "the solver 'state' accepts steps by its own rows' energy: it cannot share a batch"
+            )
+        return StateSettling(
+            steps,
+            beta,
+            c.step_size,
+            curvature=curvature,
+            family=ENERGIES[c.energy],
+            per=c.per,
+            lean=c.lean,
+        )
+    return ErrorSettling(
+        steps,
+        beta,
+        c.step_size,
+        tolerance=c.tolerance,
+        lean=c.lean,
+        fused=c.fused,
+        family=ENERGIES[c.energy],
+        per=c.per,
+        reduce=reduce,
+    )
 
 
 def make_learner(
@@ -56,12 +84,16 @@ def make_learner(
     curvature: tuple[float, ...] | None = None,   # for `make_solver`
     reduce: Reduce | None = None,                 # for `make_solver`
 ) -> Learner:
-    "The learner that a configuration names. Raises ValueError when incremental learning has nothing to apply."
+    """The learner that a configuration names. Raises ValueError when incremental learning has
+    nothing to apply."""
     if config.algorithm == "backprop":
         return Backprop()
     solver = make_solver(config, progress, curvature, reduce)
     if config.incremental and isinstance(solver, StateSettling):
         if apply is None:
-            raise ValueError("incremental learning needs `apply`, which moves the weights and clears their gradients")
+            raise ValueError(
+                "incremental learning needs `apply`, which moves the weights and clears their"
+                " gradients"
+            )
         return IncrementalPC(solver, apply)
     return PredictiveCoding(solver, config.centred)

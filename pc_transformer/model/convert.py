@@ -15,35 +15,55 @@ from ..config import Attention, replace
 from .transformer import PCTransformer
 
 # %% ../../nbs/1_model/16_convert.ipynb #84624850
-EXACT = {("dot", "gaussian"), ("dot", "mixture"), ("gaussian", "mixture"), ("dot", "generalized_gaussian"),
-         ("gaussian", "generalized_gaussian")}
+EXACT = {
+    ("dot", "gaussian"),
+    ("dot", "mixture"),
+    ("gaussian", "mixture"),
+    ("dot", "generalized_gaussian"),
+    ("gaussian", "generalized_gaussian"),
+}
 
 
 def convert(
     model: "PCTransformer",
     attention: Attention,              # the new family
 ) -> "PCTransformer":                  # a new model; nothing is shared with the old one
-    """A new model that computes the same logits, up to rounding, with attention of another family: the pairs in `EXACT`.
+    """A new model that computes the same logits, up to rounding, with attention of another
+    family: the pairs in `EXACT`.
 
     Raises ValueError for an unknown family and for a pair without an exact conversion.
     """
     if not isinstance(model, PCTransformer):
         raise TypeError(f"only a PCTransformer can be converted, not a {type(model).__name__}")
     if attention not in get_args(Attention):
-        raise ValueError(f"unknown attention family {attention!r}: choose from {', '.join(get_args(Attention))}")
+        raise ValueError(
+            f"unknown attention family {attention!r}: choose from {', '.join(get_args(Attention))}"
+        )
     c = model.config
-    if (c.attention, attention) not in EXACT or (c.attention == "dot" and (c.background or c.mixing != "equal")):
+    if (c.attention, attention) not in EXACT or (
+        c.attention == "dot" and (c.background or c.mixing != "equal")
+    ):
         ways = ", ".join(f"{a} to {b}" for a, b in sorted(EXACT))
-        raise ValueError(f"no exact conversion from {c.attention} to {attention} with these settings; there are: {ways}, "
-                         "and from dot only without background and with equal mixing")
-    changes: dict[str, Any] = {"attention": attention, "precision_init": c.precision_init or 1 / math.sqrt(c.d_head)}
+        raise ValueError(
+            f"no exact conversion from {c.attention} to {attention} with these settings; there are:"
+            f" {ways}, and from dot only without background and with equal mixing"
+        )
+    changes: dict[str, Any] = {
+        "attention": attention,
+        "precision_init": c.precision_init or 1 / math.sqrt(c.d_head),
+    }
     changes |= {"mixing": "norm"} if c.attention == "dot" else {}
     changes |= {"tail": 2.0} if attention == "generalized_gaussian" else {}
-    new, old = PCTransformer(replace(c, **changes)).to(next(model.parameters())), dict(model.named_parameters())
+    new, old = PCTransformer(replace(c, **changes)).to(next(model.parameters())), dict(
+        model.named_parameters()
+    )
     with torch.no_grad():
         for name, p in new.named_parameters():
-            if name in old:                       # a mixture's log-precisions have an axis of components
-                p.copy_(old[name] if old[name].dim() == p.dim() else old[name].unsqueeze(p.dim() - 2))
+            # a mixture's log-precisions have an axis of components
+            if name in old:
+                p.copy_(
+                    old[name] if old[name].dim() == p.dim() else old[name].unsqueeze(p.dim() - 2)
+                )
             elif name.endswith(("shift", "log_mix")):
                 p.zero_()
     return new.train(model.training)

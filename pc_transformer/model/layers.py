@@ -19,7 +19,8 @@ from ..isolation import Dropout, linear, table
 
 # %% ../../nbs/1_model/14_layers.ipynb #787187cb
 class LayerNorm(nn.Module):
-    "Normalise each token's state over its coordinates, equation (3); a learned gain and, if asked for, a bias (GPT-2's)."
+    """Normalise each token's state over its coordinates, equation (3); a learned gain and, if
+    asked for, a bias (GPT-2's)."""
 
     def __init__(self, d_model: int, bias: bool = False):
         super().__init__()
@@ -47,14 +48,20 @@ class AttentionLayer(nn.Module):
     "Predicts the next node by looking at earlier tokens: `mu = s + Attention(LN(s))`."
 
     def __init__(
-        self, d_model: int, n_head: int, family: Attention = "gaussian", precision_init: float | None = None,
-        dropout: float = 0.0,         # of attention weights and of the whole branch, in training
-        bias: bool = False,           # in the norm and in both linear maps
-        **options: Any,               # of `PCAttention`
+        self,
+        d_model: int,
+        n_head: int,
+        family: Attention = "gaussian",
+        precision_init: float | None = None,
+        dropout: float = 0.0,  # of attention weights and of the whole branch, in training
+        bias: bool = False,  # in the norm and in both linear maps
+        **options: Any,  # of `PCAttention`
     ):
         super().__init__()
         self.norm = LayerNorm(d_model, bias)
-        self.attention = PCAttention(d_model, n_head, family, precision_init, dropout=dropout, bias=bias, **options)
+        self.attention = PCAttention(
+            d_model, n_head, family, precision_init, dropout=dropout, bias=bias, **options
+        )
         self.dropout = Dropout(dropout)
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -62,12 +69,14 @@ class AttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    "Predicts the next node token by token: `mu = s + W_down gelu(W_up LN(s))`, four times wider inside."
+    """Predicts the next node token by token: `mu = s + W_down gelu(W_up LN(s))`, four times
+    wider inside."""
 
     def __init__(
         self, d_model: int, dropout: float = 0.0,
         bias: bool = False,                             # in the norm and in both linear maps
-        gelu: Literal["exact", "tanh"] = "exact",       # equation (5), or GPT-2's approximation of it, equation (6)
+        # equation (5), or GPT-2's approximation of it, equation (6)
+        gelu: Literal["exact", "tanh"] = "exact",
     ):
         super().__init__()
         self.norm = LayerNorm(d_model, bias)
@@ -77,13 +86,16 @@ class FeedForwardLayer(nn.Module):
         self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return s + self.dropout(self.down(F.gelu(self.up(self.norm(s)), approximate=self.approximate)))
+        return s + self.dropout(
+            self.down(F.gelu(self.up(self.norm(s)), approximate=self.approximate))
+        )
 
 # %% ../../nbs/1_model/14_layers.ipynb #1a1fb1f0
 class Output(nn.Module):
     "Logits of the next token: `W LN(s_N)`; `weight` is the token table of the embedding (tied)."
 
-    def __init__(self, weight: nn.Parameter, bias: bool = False):  # `(V, D)`; the bias is the norm's
+    # `(V, D)`; the bias is the norm's
+    def __init__(self, weight: nn.Parameter, bias: bool = False):
         super().__init__()
         self.norm = LayerNorm(weight.shape[1], bias)
         self.weight = weight

@@ -31,18 +31,29 @@ def check_tokens(
     tokens: Tensor,          # what should be `(B, T)` int64
     config: ModelConfig,
 ) -> None:
-    """Raise TypeError or ValueError, one sentence, unless `tokens` can be read by a model of this configuration.
+    """Raise TypeError or ValueError, one sentence, unless `tokens` can be read by a model of
+    this configuration.
 
-    Values are checked on the CPU only: on an accelerator the look would make every step wait, and the embedding's own
+    Values are checked on the CPU only: on an accelerator the look would make every step wait,
+    and the embedding's own
     device assertion catches them.
     """
     check_int64(tokens, "tokens")
     if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must have shape (batch, time), none of them zero, but have {tuple(tokens.shape)}")
+        raise ValueError(
+            "tokens must have shape (batch, time), none of them zero, but have"
+            f" {tuple(tokens.shape)}"
+        )
     if tokens.shape[1] > config.block_size:
-        raise ValueError(f"{tokens.shape[1]} tokens are longer than the context of {config.block_size} (block_size)")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens are longer than the context of {config.block_size}"
+            " (block_size)"
+        )
     if tokens.device.type == "cpu" and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
-        raise ValueError(f"tokens must lie in 0..{config.vocab_size - 1}, but range over {tokens.min()}..{tokens.max()}")
+        raise ValueError(
+            f"tokens must lie in 0..{config.vocab_size - 1}, but range over"
+            f" {tokens.min()}..{tokens.max()}"
+        )
 
 # %% ../../nbs/1_model/15_transformer.ipynb #150267c3
 def check_targets(
@@ -50,17 +61,27 @@ def check_targets(
     tokens: Tensor,          # the tokens they belong to
     config: ModelConfig,
 ) -> None:
-    "Raise TypeError or ValueError, one sentence, unless `targets` fit the tokens; values are checked on the CPU only."
+    """Raise TypeError or ValueError, one sentence, unless `targets` fit the tokens; values are
+    checked on the CPU only."""
     check_int64(targets, "targets")
     if targets.shape != tokens.shape:
-        raise ValueError(f"targets of shape {tuple(targets.shape)} do not fit tokens of shape {tuple(tokens.shape)}")
-    if targets.device.type == "cpu" and not ((targets == -100) | (targets >= 0) & (targets < config.vocab_size)).all():
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} do not fit tokens of shape"
+            f" {tuple(tokens.shape)}"
+        )
+    if (
+        targets.device.type == "cpu"
+        and not ((targets == -100) | (targets >= 0) & (targets < config.vocab_size)).all()
+    ):
         found = f"{targets.min()}..{targets.max()}"
-        raise ValueError(f"targets must lie in 0..{config.vocab_size - 1} or be -100, but range over {found}")
+        raise ValueError(
+            f"targets must lie in 0..{config.vocab_size - 1} or be -100, but range over {found}"
+        )
 
 # %% ../../nbs/1_model/15_transformer.ipynb #c78960b0
 def initialise(model: nn.Module, n_layer: int) -> None:
-    "nanoGPT's initial weights, drawn from the `generator` of `isolation`; gains and distributions stay as constructed."
+    """nanoGPT's initial weights, drawn from the `generator` of `isolation`; gains and
+    distributions stay as constructed."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -81,10 +102,15 @@ class PCTransformer(nn.Module):
     ):
         super().__init__()
         if not isinstance(config, ModelConfig):
-            raise TypeError(f"a model is made from a ModelConfig, but got a {type(config).__name__}")
+            raise TypeError(
+                f"a model is made from a ModelConfig, but got a {type(config).__name__}"
+            )
         self.config = config
-        with drawing(Draws(seed)):                        # on the CPU, wherever the weights go later
-            embedding = Embedding(config.vocab_size, config.block_size, config.d_model, config.dropout)
+        # on the CPU, wherever the weights go later
+        with drawing(Draws(seed)):
+            embedding = Embedding(
+                config.vocab_size, config.block_size, config.d_model, config.dropout
+            )
             layers = [f for _ in range(config.n_layer) for f in self.block()]
             self.predictors = nn.ModuleList([embedding, *layers])
             self.output = Output(cast(nn.Parameter, embedding.token.weight), config.bias)
@@ -92,7 +118,9 @@ class PCTransformer(nn.Module):
 
     def block(self) -> tuple[AttentionLayer, FeedForwardLayer]:
         c = self.config
-        attention = AttentionLayer(c.d_model, c.n_head, c.attention, c.precision_init, **c.attention_options)
+        attention = AttentionLayer(
+            c.d_model, c.n_head, c.attention, c.precision_init, **c.attention_options
+        )
         return attention, FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu)
 
     def forward(

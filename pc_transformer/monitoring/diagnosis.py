@@ -86,11 +86,21 @@ def rule_finite(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     if s.broken:
         yield Finding("finite", f"{s.broken[0].upper()}{s.broken[1:]}.", back)
     elif s.stuck:
-        turn = "Raise `relative_precision`, lower `step_size`, or go back to a checkpoint with smaller weights."
+        turn = (
+            "Raise `relative_precision`, lower `step_size`, or go back to a checkpoint with smaller"
+            " weights."
+        )
         yield Finding("stuck", f"Settling gave up: {s.stuck}.", turn)
     if odd := [name for name, x in scalars(s).items() if not math.isfinite(x)]:
-        yield Finding("finite", f"{odd[0]} is not finite, and {len(odd) - 1} numbers more." if odd[1:] else
-                      f"{odd[0]} is not finite.", back)
+        yield Finding(
+            "finite",
+            (
+                f"{odd[0]} is not finite, and {len(odd) - 1} numbers more."
+                if odd[1:]
+                else f"{odd[0]} is not finite."
+            ),
+            back,
+        )
 
 
 def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -98,39 +108,68 @@ def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     lost = [l for l, x in enumerate(s.signal) if x < t.signal]
     if lost:
         top, least = max(lost), min(lost, key=lambda l: s.signal[l])
-        what = (f"The signal is lost at node {s.where[top]}: {s.signal[top]:.1%} of backprop's message arrives there"
-                f"{f', {s.signal[least]:.1%} at node {s.where[least]}' if least != top else ''}.")
+        what = (
+            f"The signal is lost at node {s.where[top]}: {s.signal[top]:.1%} of backprop's message"
+            " arrives"
+            f" there{f', {s.signal[least]:.1%} at node {s.where[least]}' if least != top else ''}."
+        )
         part = s.steps == 1 and (s.step_size or 1) < 1
-        turn = ("The pathway stops messages here: without `blocked` and with `down` they arrive." if s.cut else
-                f"Use step_size 1 with a single step (now {s.step_size:g})." if part else
-                f"Raise `{s.dial}` (now {s.steps})." if s.fixed else
-                f"Raise `{s.dial}` (now {s.steps}), or `relative_precision` so that full steps are accepted.")
+        turn = (
+            "The pathway stops messages here: without `blocked` and with `down` they arrive."
+            if s.cut
+            else (
+                f"Use step_size 1 with a single step (now {s.step_size:g})."
+                if part
+                else (
+                    f"Raise `{s.dial}` (now {s.steps})."
+                    if s.fixed
+                    else (
+                        f"Raise `{s.dial}` (now {s.steps}), or `relative_precision` so that full"
+                        " steps are accepted."
+                    )
+                )
+            )
+        )
         yield Finding("signal", what, turn)
 
 
 def rule_steps(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Steps that are rejected, or would be at this curvature."
-    turn = f"Lower `step_size` (now {s.step_size:g}) or raise `relative_precision`." if s.step_size else ""
+    turn = (
+        f"Lower `step_size` (now {s.step_size:g}) or raise `relative_precision`."
+        if s.step_size
+        else ""
+    )
     if s.halvings > t.halvings:
         what = f"Settling is unstable: {s.halvings} times a step raised the energy and was halved"
         yield Finding("halvings", f"{what}, down to {min(s.step_sizes):.2g}.", turn)
     if s.curvature and s.step_size and s.curvature[1] * s.step_size > t.curvature:
         bound = t.curvature / s.curvature[1]
-        what = f"A step of {s.step_size:g} is too long: the largest curvature is {s.curvature[1]:.3g}, the bound {bound:.2g}."
+        what = (
+            f"A step of {s.step_size:g} is too long: the largest curvature is {s.curvature[1]:.3g},"
+            f" the bound {bound:.2g}."
+        )
         yield Finding("curvature", what, turn)
 
 
 def rule_distance(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Far from equilibrium, or states that move too far."
     if s.residual is not None and s.residual > t.residual and s.steps > 1:
-        what = f"After {s.steps} steps the states are far from equilibrium: {s.residual:.0%} of the gradient is left."
+        what = (
+            f"After {s.steps} steps the states are far from equilibrium: {s.residual:.0%} of the"
+            " gradient is left."
+        )
         turn = f"Raise `{s.dial}` or `relative_precision`, or take longer steps if none was halved."
         yield Finding("residual", what, turn)
     soft = [l for l, x in enumerate(s.displacement) if x > t.displacement]
     if soft:
         worst = max(soft, key=lambda l: s.displacement[l])
-        far = f"the states of node {s.where[worst]} move by {s.displacement[worst]:.0%} of their size"
-        yield Finding("displacement", f"The latents are too soft: {far}.", "Raise `relative_precision`.")
+        far = (
+            f"the states of node {s.where[worst]} move by {s.displacement[worst]:.0%} of their size"
+        )
+        yield Finding(
+            "displacement", f"The latents are too soft: {far}.", "Raise `relative_precision`."
+        )
 
 # %% ../../nbs/2_learning/12_diagnosis.ipynb #314e77c2
 def advice(s: Snapshot) -> str:
@@ -144,9 +183,12 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Where the gradient stands beside backprop's, in direction and length."
     if s.cosine and s.cosine["all"] > t.backprop:
         what = f"The gradient is backprop's (cosine {s.cosine['all']:.6f})."
-        turn = ("This learner reads the feed-forward states, and precision does not change that: for an equilibrium take "
-                "`ErrorSettling` or `StateSettling`, not fused." if s.fixed else
-                f"If you want equilibrium, lower `relative_precision` or raise `{s.dial}`.")
+        turn = (
+            "This learner reads the feed-forward states, and precision does not change that: for an"
+            " equilibrium take `ErrorSettling` or `StateSettling`, not fused."
+            if s.fixed
+            else f"If you want equilibrium, lower `relative_precision` or raise `{s.dial}`."
+        )
         yield Finding("backprop", what, turn, note=True)
     away = {part: c for part, c in s.cosine.items() if c < t.turned and s.ratio[part] > 0}
     if away:
@@ -157,7 +199,11 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     if odd:
         part = max(odd, key=lambda p: abs(math.log(odd[p])) if odd[p] else math.inf)
         what = f"The gradient of {part} is {odd[part]:.2g} times as long as backprop's."
-        yield Finding("ratio", what, f"{advice(s)[:-1]}; an optimiser like Adam hides this and does not repair it.")
+        yield Finding(
+            "ratio",
+            what,
+            f"{advice(s)[:-1]}; an optimiser like Adam hides this and does not repair it.",
+        )
 
 
 def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -166,9 +212,15 @@ def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     up, down = [g > t.scale for g in growth], [g < 1 / t.scale for g in growth]
     for bad, verb, pick in ((up, "explode", max), (down, "vanish", min)):
         if any(bad):
-            what = (f"The states {verb} on the way up: from node {s.where[bad.index(True)]} on they reach "
-                    f"{pick(growth):.2g} times the first node's.")
-            yield Finding("scale", what, "Check the initialisation, lower the learning rate, or add weight decay.")
+            what = (
+                f"The states {verb} on the way up: from node {s.where[bad.index(True)]} on they"
+                f" reach {pick(growth):.2g} times the first node's."
+            )
+            yield Finding(
+                "scale",
+                what,
+                "Check the initialisation, lower the learning rate, or add weight decay.",
+            )
     large = [l for l, x in enumerate(s.outlier) if x > t.outlier]
     if large:
         l = max(large, key=lambda l: s.outlier[l])
@@ -178,23 +230,46 @@ def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
 
 
 def rule_asleep(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
-    "Dead units, saturated attention, an output that is certain and wrong, a loss worse than chance."
+    """Dead units, saturated attention, an output that is certain and wrong, a loss worse than
+    chance."""
     slower = "Lower the learning rate, lengthen the warm-up, or start from smaller weights."
-    softer = "Start from a lower precision (`precision_init`), lower `precision_lr_scale`, or use `qk_norm`."
-    for name, part, what, turn in (("dead", "hidden units", "never speak", slower),
-                                   ("saturated", "attention rows", "see a single key and have no gradient", softer)):
-        bad = [(x, l) for l, x in enumerate(getattr(s, name)) if x is not None and x > getattr(t, name)]
+    softer = (
+        "Start from a lower precision (`precision_init`), lower `precision_lr_scale`, or use"
+        " `qk_norm`."
+    )
+    for name, part, what, turn in (
+        ("dead", "hidden units", "never speak", slower),
+        ("saturated", "attention rows", "see a single key and have no gradient", softer),
+    ):
+        bad = [
+            (x, l) for l, x in enumerate(getattr(s, name)) if x is not None and x > getattr(t, name)
+        ]
         if bad:
-            yield Finding(name, f"Of the {part} in node {s.where[max(bad)[1]]} {max(bad)[0]:.0%} {what}.", turn)
+            yield Finding(
+                name,
+                f"Of the {part} in node {s.where[max(bad)[1]]} {max(bad)[0]:.0%} {what}.",
+                turn,
+            )
     if (s.wrong or 0) > t.wrong:
-        what = f"The output is certain and wrong for {s.wrong:.1%} of the tokens: its logits are too large."
+        what = (
+            f"The output is certain and wrong for {s.wrong:.1%} of the tokens: its logits are too"
+            " large."
+        )
         yield Finding("wrong", what, "Lower the learning rate or add weight decay.")
     if s.loss is not None and s.chance is not None and s.loss > s.chance + t.chance:
         what = f"The loss of {s.loss:.2f} is worse than knowing nothing ({s.chance:.2f})."
         yield Finding("chance", what, "Lower the learning rate and raise `relative_precision`.")
 
 
-RULES: tuple[Rule, ...] = (rule_finite, rule_signal, rule_steps, rule_distance, rule_gradient, rule_scale, rule_asleep)
+RULES: tuple[Rule, ...] = (
+    rule_finite,
+    rule_signal,
+    rule_steps,
+    rule_distance,
+    rule_gradient,
+    rule_scale,
+    rule_asleep,
+)
 
 
 def judge(look: Snapshot, thresholds: Thresholds = Thresholds()) -> Diagnosis:
@@ -210,5 +285,6 @@ def diagnose(
     thresholds: Thresholds = Thresholds(),
     products: int = 8,                    # Hessian products; 0: no curvature
 ) -> Diagnosis:
-    "Look once and say in plain sentences what is wrong, where, and what to turn; nothing is changed."
+    """Look once and say in plain sentences what is wrong, where, and what to turn; nothing is
+    changed."""
     return judge(take_snapshot(model, learner, tokens, targets, products=products), thresholds)

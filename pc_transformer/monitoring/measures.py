@@ -27,7 +27,8 @@ from ..settling.settled import Settled
 
 # %% ../../nbs/2_learning/10_measures.ipynb #d70ca3d8
 def undisturbed(model: M) -> M:
-    "A copy of a model in eval mode, with weights and an empty `p.grad` of its own: what is done to it disturbs nobody."
+    """A copy of a model in eval mode, with weights and an empty `p.grad` of its own: what is
+    done to it disturbs nobody."""
     return view(model, training=False, tensor=private)
 
 # %% ../../nbs/2_learning/10_measures.ipynb #70d88d02
@@ -61,7 +62,8 @@ def outlier(s: Float[Tensor, "B T D"]) -> float:
 # %% ../../nbs/2_learning/10_measures.ipynb #f01c878f
 @torch.no_grad()
 def broken_node(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> str | None:
-    "Which node, or the output, first shows a number that is not finite, and why; `None` when all are finite."
+    """Which node, or the output, first shows a number that is not finite, and why; `None` when
+    all are finite."""
     s = tokens
     places = [*(f"node {n}" for n in named(node_names(model))), "the output"]
     for name, f in zip(places, [*model.predictors, model.output], strict=True):
@@ -106,14 +108,21 @@ def compare_gradients(
         g, b = g.double().flatten(), theirs[name].double().flatten()
         for part in ("all", ".".join(name.split(".")[:2])):
             row = sums.setdefault(part, [0.0, 0.0, 0.0])
-            row[:] = [total + (x @ y).item() for total, (x, y) in zip(row, ((g, b), (g, g), (b, b)), strict=True)]
+            row[:] = [
+                total + (x @ y).item()
+                for total, (x, y) in zip(row, ((g, b), (g, g), (b, b)), strict=True)
+            ]
     cosine = {part: share(gb, math.sqrt(gg * bb)) for part, (gb, gg, bb) in sums.items()}
     return cosine, {part: share(math.sqrt(gg), math.sqrt(bb)) for part, (_, gg, bb) in sums.items()}
 
 # %% ../../nbs/2_learning/10_measures.ipynb #d741c85c
 def step_length(directions: Sequence[Tensor], states: Sequence[Tensor]) -> float:
-    "h of equation (4): no token's state moves by more than the cube root of the rounding error, relative to itself."
-    rates = [(d.norm(dim=-1) / s.norm(dim=-1).clamp_min(1e-30)).amax() for d, s in zip(directions, states, strict=True)]
+    """h of equation (4): no token's state moves by more than the cube root of the rounding
+    error, relative to itself."""
+    rates = [
+        (d.norm(dim=-1) / s.norm(dim=-1).clamp_min(1e-30)).amax()
+        for d, s in zip(directions, states, strict=True)
+    ]
     return torch.finfo(states[0].dtype).eps ** (1 / 3) / max(torch.stack(rates).max().item(), 1e-30)
 
 
@@ -122,13 +131,19 @@ def hessian_product(
     v: list[Tensor],             # `(B, T, D)` for every node
 ) -> list[Tensor]:
     "Equation (4) at the settled errors: `H v` from two passes up and two down."
-    roots = [stiffness(e, p, settled.family).sqrt() for e, p in zip(settled.errors, settled.precision, strict=True)]
+    roots = [
+        stiffness(e, p, settled.family).sqrt()
+        for e, p in zip(settled.errors, settled.precision, strict=True)
+    ]
     directions = [x / r for x, r in zip(v, roots, strict=True)]
     h, slopes = step_length(directions, settled.states), []
     for sign in (h, -h):
         errors = [e + sign * d for e, d in zip(settled.errors, directions, strict=True)]
         deltas = errors_down(predict_up(model, tokens, targets, errors))
-        pulls = [stiffness(e, p, settled.family) * e for e, p in zip(errors, settled.precision, strict=True)]
+        pulls = [
+            stiffness(e, p, settled.family) * e
+            for e, p in zip(errors, settled.precision, strict=True)
+        ]
         slopes.append([settled.nudge * d + pull for d, pull in zip(deltas, pulls, strict=True)])
     return [(a - b) / (2 * h * r) for a, b, r in zip(*slopes, roots, strict=True)]
 
@@ -138,7 +153,8 @@ def extreme_eigenvalues(
     start: Float[Tensor, " n"],             # where to begin; any vector that is not special
     products: int = 8,                      # how many products with H
 ) -> tuple[float, float]:
-    "Estimates of the smallest and largest eigenvalue by Lanczos' method with full reorthogonalisation."
+    """Estimates of the smallest and largest eigenvalue by Lanczos' method with full
+    reorthogonalisation."""
     basis, images = [start / start.norm()], []
     for _ in range(products):
         images.append(product(basis[-1]))
@@ -156,12 +172,19 @@ def extreme_eigenvalues(
 
 
 def curvature(
-    model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], settled: Settled, products: int = 8,
+    model: PCTransformer,
+    tokens: Int[Tensor, "B T"],
+    targets: Int[Tensor, "B T"],
+    settled: Settled,
+    products: int = 8,
 ) -> tuple[float, float]:
-    "Smallest and largest eigenvalue of the preconditioned Hessian in errors, equation (3), at the settled errors."
+    """Smallest and largest eigenvalue of the preconditioned Hessian in errors, equation (3), at
+    the settled errors."""
     sizes, shape = [e.numel() for e in settled.errors], settled.errors[0].shape
     split = lambda v: [x.view(shape) for x in v.split(sizes)]
-    apply = lambda v: torch.cat([x.flatten() for x in hessian_product(model, tokens, targets, settled, split(v))])
+    apply = lambda v: torch.cat(
+        [x.flatten() for x in hessian_product(model, tokens, targets, settled, split(v))]
+    )
     start = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
     return extreme_eigenvalues(apply, start.to(settled.errors[0]), products)
 
@@ -185,7 +208,8 @@ def dead_units(layer: FeedForwardLayer, s: Float[Tensor, "B T D"]) -> float:
 def attention_rows(
     layer: AttentionLayer,
     s: Float[Tensor, "B T D"],
-    most: int = 2**24,           # numbers to hold at once; of a large batch: first sequences, evenly spaced rows
+    # numbers to hold at once; of a large batch: first sequences, evenly spaced rows
+    most: int = 2**24,
 ) -> tuple[Float[Tensor, "b H R T"], Int[Tensor, " R"]]:
     "Responsibilities of some query rows, and how many keys each row sees."
     a, T = layer.attention, s.shape[1]
@@ -198,7 +222,9 @@ def attention_rows(
     tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
     precision = a.precision_of(x)
     mix = a.mixing_of(x, k, precision)
-    found = attend(q[:, :, rows], k, v, a.family, precision, mix, attn_mask=mask, return_attention=True, **tail)
+    found = attend(
+        q[:, :, rows], k, v, a.family, precision, mix, attn_mask=mask, return_attention=True, **tail
+    )
     return found[1], mask.sum(-1)
 
 
@@ -210,7 +236,9 @@ def saturated_rows(layer: AttentionLayer, s: Float[Tensor, "B T D"]) -> float:
 
 # %% ../../nbs/2_learning/10_measures.ipynb #4fcefd47
 @torch.no_grad()
-def certain_outputs(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> tuple[float, float]:
+def certain_outputs(
+    logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]
+) -> tuple[float, float]:
     "Share of predicted tokens where the softmax is certain, and where it is certain and wrong."
     p, best = logits.double().softmax(-1).max(-1)
     asked, certain = targets != -100, p > CERTAIN

@@ -40,7 +40,9 @@ def status_line(look: Snapshot, iters: int | None = None) -> str:
     parts += [x for x in (look.broken, look.stuck) if x]
     bar = f"step {look.step}"
     if iters:
-        bar = tqdm.format_meter(look.step, iters, 0, ncols=30, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}")
+        bar = tqdm.format_meter(
+            look.step, iters, 0, ncols=30, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}"
+        )
     return f"{bar}  " + ", ".join(parts)
 
 # %% ../../nbs/2_learning/14_monitor.ipynb #301037e0
@@ -48,12 +50,14 @@ def status_line(look: Snapshot, iters: int | None = None) -> str:
 class Monitor:
     """Watch a training run: `train(trainer, after_step=Monitor())`.
 
-    The run is not disturbed: its losses are bit for bit those of a run without a monitor. One look costs about
+    The run is not disturbed: its losses are bit for bit those of a run without a monitor. One
+    look costs about
     `(13 + 4 steps + 4 products) / 3` backprop steps, equation (7).
     """
 
     interval: int = 100                           # training steps between looks
-    batch: tuple[Tensor, Tensor] | None = None    # tokens and targets `(B, T)`; `None`: the first batch of the run
+    # tokens and targets `(B, T)`; `None`: the first batch of the run
+    batch: tuple[Tensor, Tensor] | None = None
     products: int = 8                             # Hessian products a look; 0: no curvature
     writer: Any = None                            # anything with `add_scalar(name, value, step)`
     history: list[Snapshot] = field(default_factory=list)
@@ -74,8 +78,14 @@ class Monitor:
         "Look now. Looks that a resumed run makes again replace those of the interrupted one."
         tokens, targets = self.batch or trainer.batch(0)
         with trainer.surroundings():      # mixed precision, where the run has it
-            found = take_snapshot(trainer.model, trainer.alone(), tokens.to(trainer.device), targets.to(trainer.device),
-                                  trainer.step, self.products)
+            found = take_snapshot(
+                trainer.model,
+                trainer.alone(),
+                tokens.to(trainer.device),
+                targets.to(trainer.device),
+                trainer.step,
+                self.products,
+            )
         self.history[:] = [look for look in self.history if look.step < found.step] + [found]
         versions = {name: version(name) for name in ("torch", "pc_transformer")}
         self.about = {"config": to_dict(trainer.config), "device": str(trainer.device),
@@ -95,13 +105,17 @@ class Monitor:
 
     @classmethod
     def load(cls, path: str | Path) -> "Monitor":
-        "The monitor that `save` wrote. Raises CheckpointError, one sentence, for a file that is cut or of another kind."
+        """The monitor that `save` wrote. Raises CheckpointError, one sentence, for a file that
+        is cut or of another kind."""
         saved = read_json(Path(path), "interval", "products", "about", "history")
         history = [read_snapshot(look) for look in saved["history"]]
-        return cls(saved["interval"], products=saved["products"], history=history, about=saved["about"])
+        return cls(
+            saved["interval"], products=saved["products"], history=history, about=saved["about"]
+        )
 
     def to_tensorboard(self, writer: Any) -> None:
-        "Write the whole history to a folder (needs the package tensorboard) or to anything with `add_scalar`."
+        """Write the whole history to a folder (needs the package tensorboard) or to anything
+        with `add_scalar`."""
         if not isinstance(writer, str | Path):
             write_scalars(writer, self.history)
             return
@@ -110,7 +124,8 @@ class Monitor:
         opened.close()
 
     def show(self) -> None:
-        "Show the history now and after every new look: pictures in a notebook, else one line a look."
+        """Show the history now and after every new look: pictures in a notebook, else one line a
+        look."""
         self.display = Live()
         if self.history:
             self.display(self.history, self.about.get("config", {}).get("train", {}).get("iters"))
@@ -128,12 +143,15 @@ def write_scalars(writer: Any, history: Iterable[Snapshot]) -> None:
 
 
 def open_writer(folder: str | Path) -> Any:
-    "TensorBoard's writer for a folder. Raises ModuleNotFoundError, one sentence, where the package is missing."
+    """TensorBoard's writer for a folder. Raises ModuleNotFoundError, one sentence, where the
+    package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("writing TensorBoard files needs the package tensorboard: `pip install tensorboard`, "
-                                  "or hand over any object with add_scalar(name, value, step)") from None
+        raise ModuleNotFoundError(
+            "writing TensorBoard files needs the package tensorboard: `pip install tensorboard`, "
+            "or hand over any object with add_scalar(name, value, step)"
+        ) from None
     return SummaryWriter(str(folder))
 
 # %% ../../nbs/2_learning/14_monitor.ipynb #ed996a20
@@ -153,7 +171,8 @@ def as_png(figure: Any) -> bytes:
 
 
 class Live:
-    "Where a monitor shows itself: a line and a picture in a notebook with ipywidgets, else printed lines."
+    """Where a monitor shows itself: a line and a picture in a notebook with ipywidgets, else
+    printed lines."""
 
     def __init__(self):
         self.line = self.image = None

@@ -27,7 +27,15 @@ def new_axes(ax: Any) -> Any:
 
 def nothing(ax: Any, what: str) -> Any:
     "Axes that say that there is nothing to draw."
-    ax.text(0.5, 0.5, f"{what}:\nnot measured", ha="center", va="center", color="gray", transform=ax.transAxes)
+    ax.text(
+        0.5,
+        0.5,
+        f"{what}:\nnot measured",
+        ha="center",
+        va="center",
+        color="gray",
+        transform=ax.transAxes,
+    )
     ax.set(xticks=[], yticks=[])
     return ax
 
@@ -40,7 +48,8 @@ TITLES = {
 
 
 def plot_heat(history: Sequence[Snapshot], what: str = "displacement", ax: Any = None) -> Any:
-    "A field with one number a node as a map of node x training step, on a logarithmic colour scale."
+    """A field with one number a node as a map of node x training step, on a logarithmic colour
+    scale."""
     ax, seen = new_axes(ax), [look for look in history if getattr(look, what)]
     if not seen:
         return nothing(ax, TITLES.get(what, what))
@@ -75,14 +84,24 @@ def plot_energy(history: Sequence[Snapshot], ax: Any = None) -> Any:
 
     for i, look in enumerate(seen):
         total = torch.tensor(look.energy, dtype=torch.float64).sum(-1)
-        ax.plot((total - total[0]).numpy(), "o-", ms=3, color=mpl.colormaps["viridis"](i / max(len(seen) - 1, 1) * 0.9))
-    ax.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)", title="energy gained by settling")
+        ax.plot(
+            (total - total[0]).numpy(),
+            "o-",
+            ms=3,
+            color=mpl.colormaps["viridis"](i / max(len(seen) - 1, 1) * 0.9),
+        )
+    ax.set(
+        xlabel="settling step $k$",
+        ylabel="$F_k - F_0$ (nats per token)",
+        title="energy gained by settling",
+    )
     ax.locator_params(axis="x", integer=True)
     return ax
 
 
 def plot_node_energy(look: Snapshot, ax: Any = None) -> Any:
-    "Where the energy went while one batch settled: its change at every node and at the output, by settling step."
+    """Where the energy went while one batch settled: its change at every node and at the output,
+    by settling step."""
     ax = new_axes(ax)
     if not look.energy:
         return nothing(ax, "energy per node")
@@ -112,9 +131,13 @@ def plot_alignment(history: Sequence[Snapshot], ax: Any = None) -> Any:
         style = {"color": mpl.colormaps["viridis"](i / len(parts)), "lw": 1}
         style = {"color": "black", "lw": 2} if part == "all" else style
         away = [max(1 - look.cosine.get(part, math.nan), 1e-16) for look in seen]
-        ax.semilogy([look.step for look in seen], away, label=part.replace("predictors.", "node "), **style)
+        ax.semilogy(
+            [look.step for look in seen], away, label=part.replace("predictors.", "node "), **style
+        )
     ax.set(xlabel="training step", ylabel="1 - cosine", title="distance to backprop")
-    ax.legend(fontsize=6, ncols=math.ceil(len(parts) / 13), loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(
+        fontsize=6, ncols=math.ceil(len(parts) / 13), loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     return ax
 
 
@@ -124,10 +147,28 @@ def plot_curvature(history: Sequence[Snapshot], ax: Any = None) -> Any:
     if not seen:
         return nothing(ax, "curvature")
     at = [look.step for look in seen]
-    ax.plot(at, [look.curvature[1] for look in seen if look.curvature], "o-", ms=3, label=r"$\lambda_{\max}$")
-    ax.plot(at, [look.curvature[0] for look in seen if look.curvature], "o-", ms=3, label=r"$\lambda_{\min}$")
+    ax.plot(
+        at,
+        [look.curvature[1] for look in seen if look.curvature],
+        "o-",
+        ms=3,
+        label=r"$\lambda_{\max}$",
+    )
+    ax.plot(
+        at,
+        [look.curvature[0] for look in seen if look.curvature],
+        "o-",
+        ms=3,
+        label=r"$\lambda_{\min}$",
+    )
     if seen[-1].step_size:
-        ax.plot(at, [2 / (look.step_size or math.nan) for look in seen], "--", c="firebrick", label=r"bound $2/\eta$")
+        ax.plot(
+            at,
+            [2 / (look.step_size or math.nan) for look in seen],
+            "--",
+            c="firebrick",
+            label=r"bound $2/\eta$",
+        )
     ax.set(xlabel="training step", ylabel="eigenvalue", title="curvature in units of the precision")
     ax.margins(y=0.35)
     ax.legend(fontsize=7, ncols=3, loc="upper center", columnspacing=1, handlelength=1.5)
@@ -147,7 +188,9 @@ def plot_steps(history: Sequence[Snapshot], ax: Any = None) -> Any:
     bars.set_ylim(0, max([4, *(look.halvings for look in seen)]))
     bars.locator_params(axis="y", integer=True)
     for look in seen:
-        ax.scatter([look.step] * len(look.step_sizes), look.step_sizes, s=12, c="tab:blue", zorder=3)
+        ax.scatter(
+            [look.step] * len(look.step_sizes), look.step_sizes, s=12, c="tab:blue", zorder=3
+        )
     ax.set_zorder(bars.get_zorder() + 1); ax.patch.set_visible(False)
     ax.set_yscale("log", base=2)
     ax.set(xlabel="training step", ylabel=r"accepted $\eta$", title="step sizes")
@@ -161,7 +204,12 @@ def plot_loss(history: Sequence[Snapshot], ax: Any = None) -> Any:
     settled = [look for look in seen if look.residual is not None]
     if settled:
         right = ax.twinx()
-        right.plot([look.step for look in settled], [look.residual for look in settled], "--", c="tab:green")
+        right.plot(
+            [look.step for look in settled],
+            [look.residual for look in settled],
+            "--",
+            c="tab:green",
+        )
         right.set_ylabel("residual", color="tab:green")
         right.set_ylim(0, 1.05 * max([1.0, *(look.residual or 0.0 for look in settled)]))
     ax.set(xlabel="training step", ylabel="loss (nats per token)", title="loss and residual")

@@ -43,9 +43,12 @@ class Snapshot:
     loss: float | None = None       # of the target-free pass, nats per token
     chance: float | None = None     # log of the vocabulary's size: the loss of knowing nothing
     scale: list[float] = field(default_factory=list)            # root mean square of the states
-    outlier: list[float] = field(default_factory=list)          # largest coordinate over the median one
-    dead: list[float | None] = field(default_factory=list)      # share of dead units; `None`: not a feed-forward layer
-    saturated: list[float | None] = field(default_factory=list) # share of saturated rows; `None`: not attention
+    # largest coordinate over the median one
+    outlier: list[float] = field(default_factory=list)
+    # share of dead units; `None`: not a feed-forward layer
+    dead: list[float | None] = field(default_factory=list)
+    # share of saturated rows; `None`: not attention
+    saturated: list[float | None] = field(default_factory=list)
     certain: float | None = None    # share of tokens whose softmax is certain
     wrong: float | None = None      # ... and wrong
     message: list[float] = field(default_factory=list)          # |delta_l| of backprop per token
@@ -56,12 +59,15 @@ class Snapshot:
     step_sizes: list[float] = field(default_factory=list)       # accepted, one a settling step
     halvings: int = 0               # rejected steps
     residual: float | None = None   # distance from equilibrium, 1 to 0
-    energy: list[list[float]] = field(default_factory=list)     # steps 0..K by nodes and output, nats per token
+    # steps 0..K by nodes and output, nats per token
+    energy: list[list[float]] = field(default_factory=list)
     error: list[float] = field(default_factory=list)            # |eps_l| per token
     displacement: list[float] = field(default_factory=list)     # |eps_l| / |s_l|, equation (1)
-    signal: list[float] = field(default_factory=list)           # |w Pi_l eps_l| / |delta_l|, equation (1)
+    # |w Pi_l eps_l| / |delta_l|, equation (1)
+    signal: list[float] = field(default_factory=list)
     precision: list[float] = field(default_factory=list)        # mean of Pi_l
-    curvature: tuple[float, float] | None = None                # smallest and largest eigenvalue, equation (3)
+    # smallest and largest eigenvalue, equation (3)
+    curvature: tuple[float, float] | None = None
     broken: str | None = None       # where a number is not finite
     stuck: str | None = None        # why settling gave up
 
@@ -72,7 +78,8 @@ class Snapshot:
 
     @property
     def fixed(self) -> bool:
-        "Whether the learner reads the feed-forward states: then it aims at backprop, at any precision."
+        """Whether the learner reads the feed-forward states: then it aims at backprop, at any
+        precision."""
         return any(x in self.learner for x in ("SweepSettling", "HighwaySettling", "up=False")) or (
             self.steps == 1 and "fused=True" in self.learner)
 
@@ -94,11 +101,16 @@ def about_states(model: PCTransformer, tokens: Tensor, targets: Tensor) -> dict[
     logits = model.output(states[-1]).detach()
     certain, wrong = certain_outputs(logits, targets)
     return {
-        "loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), "chance": math.log(logits.shape[-1]),
-        "scale": [scale(s) for s in states], "outlier": [outlier(s) for s in states],
-        "certain": certain, "wrong": wrong,
+        "loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(),
+        "chance": math.log(logits.shape[-1]),
+        "scale": [scale(s) for s in states],
+        "outlier": [outlier(s) for s in states],
+        "certain": certain,
+        "wrong": wrong,
         "dead": [dead_units(f, s) if isinstance(f, FeedForwardLayer) else None for f, s in inputs],
-        "saturated": [saturated_rows(f, s) if isinstance(f, AttentionLayer) else None for f, s in inputs],
+        "saturated": [
+            saturated_rows(f, s) if isinstance(f, AttentionLayer) else None for f, s in inputs
+        ],
     }
 
 
@@ -127,14 +139,17 @@ def stand_in(learner: Any, model: nn.Module) -> Any:
     "A copy of a learner that cannot reach the run: an `apply` of its own only clears gradients."
     if not dataclasses.is_dataclass(learner) or not hasattr(learner, "apply"):
         return copy.deepcopy(learner)
-    return dataclasses.replace(learner, apply=model.zero_grad)   # pyright: ignore[reportArgumentType, reportCallIssue]
+    # pyright: ignore[reportArgumentType, reportCallIssue]
+    return dataclasses.replace(learner, apply=model.zero_grad)
 
 
 def described(learner: Any) -> str:
     "Name and settings of a learner."
     if not dataclasses.is_dataclass(learner):
         return type(learner).__name__
-    settings = [f"{f.name}={getattr(learner, f.name)!r}" for f in fields(learner) if f.name != "apply"]
+    settings = [
+        f"{f.name}={getattr(learner, f.name)!r}" for f in fields(learner) if f.name != "apply"
+    ]
     return f"{type(learner).__name__}({', '.join(settings)})"
 
 # %% ../../nbs/2_learning/11_snapshot.ipynb #9dddd102
@@ -146,10 +161,13 @@ def take_snapshot(
     step: int = 0,                # training steps done, for the record
     products: int = 8,            # Hessian products for the curvature; 0: not measured
 ) -> Snapshot:
-    "Look at everything once. The model, `p.grad` and the learner are not touched; nothing is drawn from torch's random state."
+    """Look at everything once. The model, `p.grad` and the learner are not touched; nothing is
+    drawn from torch's random state."""
     still = undisturbed(model)
     learner = stand_in(learner, still)
-    look = Snapshot(step, node_names(still), learner=described(learner), broken=broken_node(still, tokens))
+    look = Snapshot(
+        step, node_names(still), learner=described(learner), broken=broken_node(still, tokens)
+    )
     if look.broken is None:
         try:
             with torch.enable_grad():
@@ -196,7 +214,9 @@ def read_snapshot(saved: dict[str, Any]) -> Snapshot:
     names = [f.name for f in fields(Snapshot)]
     if not isinstance(saved, dict) or set(saved) != set(names):
         odd = sorted(set(saved) ^ set(names))[0] if isinstance(saved, dict) else saved
-        raise CheckpointError(f"a snapshot of this version has other fields: {odd!r} is missing or unknown")
+        raise CheckpointError(
+            f"a snapshot of this version has other fields: {odd!r} is missing or unknown"
+        )
     found = Snapshot(**decode(saved))
     if found.curvature is not None:
         found.curvature = (found.curvature[0], found.curvature[1])

@@ -22,7 +22,8 @@ from ..model.transformer import PCTransformer, check_targets, check_tokens
 
 # %% ../../nbs/2_learning/01_chain.ipynb #dc93df42
 class Chain(Protocol):
-    "What can be settled: `predictors[0]` reads tokens, `predictors[l]` reads node l-1, `output` gives logits."
+    """What can be settled: `predictors[0]` reads tokens, `predictors[l]` reads node l-1,
+    `output` gives logits."""
 
     @property
     def predictors(self) -> Any: ...
@@ -35,31 +36,47 @@ class SettlingError(RuntimeError):
 
 # %% ../../nbs/2_learning/01_chain.ipynb #c20wide02
 def widened(x: Tensor) -> Tensor:
-    "The same numbers in float32 at least: what statistics, precisions, errors and energies are made of."
+    """The same numbers in float32 at least: what statistics, precisions, errors and energies are
+    made of."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/2_learning/01_chain.ipynb #491a23d3
 def noise_seed(model: Any) -> int | None:
-    """A seed for the dropout of one settling, drawn from `generator`; `None` when the model drops nothing.
+    """A seed for the dropout of one settling, drawn from `generator`; `None` when the model
+    drops nothing.
 
     Raises ValueError for `nn.Dropout`, whose masks would be other ones at every look.
     """
-    drops = isinstance(model, nn.Module) and model.training and getattr(getattr(model, "config", None), "dropout", 0) > 0
-    if drops and any(isinstance(m, nn.Dropout) and not isinstance(m, Dropout) and m.training for m in model.modules()):
-        raise ValueError("settling needs the same dropout at every look: use isolation.Dropout in place of nn.Dropout")
+    drops = (
+        isinstance(model, nn.Module)
+        and model.training
+        and getattr(getattr(model, "config", None), "dropout", 0) > 0
+    )
+    if drops and any(
+        isinstance(m, nn.Dropout) and not isinstance(m, Dropout) and m.training
+        for m in model.modules()
+    ):
+        raise ValueError(
+            "settling needs the same dropout at every look: use isolation.Dropout in place of"
+            " nn.Dropout"
+        )
     return int(torch.randint(2**62, (), generator=generator())) if drops else None
 
 
 @dataclass
 class Pass:
-    "One upward pass: what each predictor read, what it predicted, the states, and the energy at the output."
+    """One upward pass: what each predictor read, what it predicted, the states, and the energy
+    at the output."""
 
     model: Chain
     targets: Int[Tensor, "B T"]
-    inputs: list[Tensor]              # what predictor l read: tokens, then leaves with the value of s_{l-1}; last: s_N
-    predictions: list[Tensor] | None  # `mu_l (B, T, D)`, each with the graph of its own predictor; `None` in a lean pass
+    # what predictor l read: tokens, then leaves with the value of s_{l-1}; last: s_N
+    inputs: list[Tensor]
+    # `mu_l (B, T, D)`, each with the graph of its own predictor; `None` in a lean pass
+    predictions: list[Tensor] | None
     states: list[Tensor]              # `s_l = mu_l + eps_l`, no graph
-    output_energy: Tensor             # sum over predicted tokens of the cross-entropy (nats); with the graph unless lean
+    # sum over predicted tokens of the cross-entropy (nats); with the graph unless lean
+    output_energy: Tensor
     noise: int | None = None          # seed of dropout: the same masks at every look
 
     @property
@@ -83,7 +100,8 @@ class Pass:
 
 
 def predict_node(model: Chain, l: int, below: Tensor, noise: int | None = None) -> Tensor:
-    "`mu_l = f_l(s_{l-1})`; with a `noise` seed its dropout masks are a function of seed and node. Raises SettlingError."
+    """`mu_l = f_l(s_{l-1})`; with a `noise` seed its dropout masks are a function of seed and
+    node. Raises SettlingError."""
     try:
         if noise is None:
             return model.predictors[l](below)
@@ -108,7 +126,8 @@ def predict_up(
     lean: bool = False,                      # keep states only, no graphs
     noise: int | None = None,                # seed of dropout
 ) -> Pass:
-    "Predictions up over states `s_l = f_l(s_{l-1}) + eps_l`, equation (1). Raises SettlingError, naming the node."
+    """Predictions up over states `s_l = f_l(s_{l-1}) + eps_l`, equation (1). Raises
+    SettlingError, naming the node."""
     inputs, predictions, states = [tokens], [], []
     with torch.set_grad_enabled(not lean):
         for l in range(len(model.predictors)):
@@ -135,7 +154,9 @@ class Pathway:
     def __post_init__(self):
         check_types(self)
         if self.delay < 0 or any(l < 1 for l in self.blocked):
-            raise ValueError(f"a pathway needs delay >= 0 and blocked predictors from 1 on: got {self}")
+            raise ValueError(
+                f"a pathway needs delay >= 0 and blocked predictors from 1 on: got {self}"
+            )
         if self.skip and (self.blocked or not self.down):
             raise ValueError(f"a skip goes past every layer, so none can be blocked: got {self}")
 
@@ -145,8 +166,10 @@ def errors_down(
     keep_graph: bool = False,   # keep the graphs of the pass for a second use
     pathway: Pathway = Pathway(),
     nudge: float = 1.0,         # weight of the output energy
-) -> list[Tensor]:              # `delta_l (B, T, D)`, the derivative of the output energy by `eps_l`
-    "Messages from the output to every node, equation (2), one layer's vector-Jacobian product at a time."
+# `delta_l (B, T, D)`, the derivative of the output energy by `eps_l`
+) -> list[Tensor]:
+    """Messages from the output to every node, equation (2), one layer's vector-Jacobian product
+    at a time."""
     keep_graph = keep_graph and up.keeps
     (delta,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=keep_graph)
     delta = nudge * delta if nudge != 1 else delta
@@ -155,17 +178,23 @@ def errors_down(
         if not pathway.down or l in pathway.blocked:
             delta = torch.zeros_like(delta)
         elif not pathway.skip:
-            (delta,) = torch.autograd.grad(up.predict(l), up.inputs[l], delta, retain_graph=keep_graph)
+            (delta,) = torch.autograd.grad(
+                up.predict(l), up.inputs[l], delta, retain_graph=keep_graph
+            )
         deltas.append(delta)
     return deltas[::-1]
 
 
 def check_errors(errors: Sequence[Tensor]) -> None:
-    "Raises SettlingError, naming the highest node whose error is not finite: for solvers that look at no energy afterwards."
+    """Raises SettlingError, naming the highest node whose error is not finite: for solvers that
+    look at no energy afterwards."""
     good = torch.stack([e.sum() for e in errors]).isfinite()
     if not good.all():
         node = int((~good).nonzero()[-1])
-        raise SettlingError(f"the error of node {node} is not finite: its message overflowed, or its precision vanished")
+        raise SettlingError(
+            f"the error of node {node} is not finite: its message overflowed, or its precision"
+            " vanished"
+        )
 
 # %% ../../nbs/2_learning/01_chain.ipynb #cacf8de7
 Reduce = Callable[[Tensor], Tensor]     # sums a tensor over the processes that share a batch
@@ -173,16 +202,22 @@ Reduce = Callable[[Tensor], Tensor]     # sums a tensor over the processes that 
 # %% ../../nbs/2_learning/01_chain.ipynb #46ff2a0c
 def check_batch(
     model: Chain, tokens: Tensor, targets: Tensor,
-    reduce: Reduce | None = None,   # sums over the processes that share the batch: one of them may predict nothing
+    # sums over the processes that share the batch: one of them may predict nothing
+    reduce: Reduce | None = None,
 ) -> int:
-    "The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch that cannot be learned from."
+    """The number of predicted tokens. Raises TypeError or ValueError, one sentence, for a batch
+    that cannot be learned from."""
     for name, x in (("tokens", tokens), ("targets", targets)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape (batch, time), got {type(x).__name__}")
+            raise TypeError(
+                f"{name} must be a tensor of shape (batch, time), got {type(x).__name__}"
+            )
     if isinstance(model, PCTransformer):
         check_tokens(tokens, model.config)
         check_targets(targets, tokens, model.config)
     count = int((targets != -100).sum())
-    if (count if reduce is None else reduce(torch.tensor(count, device=targets.device)).item()) == 0:
+    if (
+        count if reduce is None else reduce(torch.tensor(count, device=targets.device)).item()
+    ) == 0:
         raise ValueError("every target is -100: the batch predicts nothing")
     return count

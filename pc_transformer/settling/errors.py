@@ -30,9 +30,11 @@ from .settled import Settled
 # %% ../../nbs/2_learning/04_settling.ipynb #fbc5f824
 @dataclass(frozen=True)
 class ErrorSettling:
-    """Optimise the errors from zero by K bidirectional sweeps ("Error propagation"; "error optimization", Goemaere et al. 2025).
+    """Optimise the errors from zero by K bidirectional sweeps ("Error propagation"; "error
+    optimization", Goemaere et al. 2025).
 
-    Calling it returns `Settled`; model parameters and buffers are only read. Raises SettlingError when a number is not
+    Calling it returns `Settled`; model parameters and buffers are only read. Raises
+    SettlingError when a number is not
     finite or when no step of at least `eta / 2**max_halvings` keeps the energy from rising.
     """
 
@@ -41,23 +43,36 @@ class ErrorSettling:
     step_size: float = 1.0              # eta in equation (4), in (0, 1]
     max_halvings: int = 8               # how often a rejected step is halved before giving up
     tolerance: float = 0.0              # stop when the residual (5) is this small; 0: after K steps
-    lean: bool = False                  # keep states only and make each layer's graph again: less memory, more time
+    # keep states only and make each layer's graph again: less memory, more time
+    lean: bool = False
     fused: bool = False                 # the last errors teach without another upward pass
     family: Elliptical = Gaussian()     # density of every node
     per: Per = "node"                   # one precision for each node, coordinate or token
     nudge: float = 1.0                  # weight of the output energy: 1, or halves of both signs
     pathway: Pathway = Pathway()        # which messages travel
-    reduce: Reduce | None = None        # sums over the processes that share the batch, if there are several
-    weigh: Weigh | None = None          # precisions from elsewhere, instead of `relative_precision` and `per`; none: equation (3)
+    # sums over the processes that share the batch, if there are several
+    reduce: Reduce | None = None
+    # precisions from elsewhere, instead of `relative_precision` and `per`; none: equation (3)
+    weigh: Weigh | None = None
 
     def __post_init__(self):
         check_types(self)
         counts = self.steps >= 1 and self.max_halvings >= 0
-        if not (counts and 0 < self.relative_precision and 0 < self.step_size <= 1 and 0 <= self.tolerance < 1):
-            limits = "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], tolerance in [0, 1)"
+        if not (
+            counts
+            and 0 < self.relative_precision
+            and 0 < self.step_size <= 1
+            and 0 <= self.tolerance < 1
+        ):
+            limits = (
+                "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], tolerance in"
+                " [0, 1)"
+            )
             raise ValueError(f"settling needs {limits}, max_halvings >= 0: got {self}")
         if self.nudge == 0:
-            raise ValueError("nudge must be a number other than zero: without it nothing is learned")
+            raise ValueError(
+                "nudge must be a number other than zero: without it nothing is learned"
+            )
 
     def __call__(
         self,
@@ -70,16 +85,27 @@ class ErrorSettling:
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
             if beyond := [l for l in self.pathway.blocked if l >= len(up.states)]:
-                raise ValueError(f"the pathway blocks predictor {beyond[0]}, but the last one is {len(up.states) - 1}")
+                raise ValueError(
+                    f"the pathway blocks predictor {beyond[0]}, but the last one is"
+                    f" {len(up.states) - 1}"
+                )
             reach, live = in_reach(targets), None
-            precision = given_precisions(up.states, self.weigh, reach) if self.weigh is not None else relative_precisions(
-                up.states, self.relative_precision, self.per, self.family, self.reduce, reach)
+            precision = (
+                given_precisions(up.states, self.weigh, reach)
+                if self.weigh is not None
+                else relative_precisions(
+                    up.states, self.relative_precision, self.per, self.family, self.reduce, reach
+                )
+            )
             errors = no_errors(up.states)
             batch = torch.stack([up.output_energy.detach(), up.output_energy.new_tensor(count)])
-            energy, whole = self.total(batch).tolist()     # of the whole batch, wherever its parts are
+            # of the whole batch, wherever its parts are
+            energy, whole = self.total(batch).tolist()
             trace, sizes, norms, sent = [self.energies(up, errors, precision)], [], [], []
             if not trace[0].isfinite().all():
-                raise SettlingError(f"the energy of the output is {energy}: its weights or logits overflowed")
+                raise SettlingError(
+                    f"the energy of the output is {energy}: its weights or logits overflowed"
+                )
             for k in range(self.steps):
                 last = self.fused and k == self.steps - 1
                 keep = last or self.tolerance > 0 or not self.pathway.up
@@ -90,7 +116,11 @@ class ErrorSettling:
                     if k and norms[-1] <= self.tolerance * norms[0]:
                         break
                 sent.append(deltas)
-                heard = sent.pop(0) if len(sent) > self.pathway.delay else [torch.zeros_like(d) for d in deltas]
+                heard = (
+                    sent.pop(0)
+                    if len(sent) > self.pathway.delay
+                    else [torch.zeros_like(d) for d in deltas]
+                )
                 if last or not self.pathway.up:
                     errors = step_errors(errors, heard, precision, self.step_size, self.family)
                     check_errors(errors)
@@ -106,28 +136,58 @@ class ErrorSettling:
                 norms.append(self.norm(errors, deltas, precision))
         resting = self.total(normalisers(up.states, precision, self.family, live))
         node_energy = (torch.stack(trace) + resting).cpu() / whole
-        seen = measure_residual and not self.fused and self.pathway.up      # else the last errors had no pass of their own
+        # else the last errors had no pass of their own
+        seen = measure_residual and not self.fused and self.pathway.up
         residual = (norms[-1] / norms[0] if norms[0] else 0.0) if seen else None
-        return Settled(up, errors, precision, count, energy / whole, node_energy, sizes, residual, self.family, self.nudge)
+        return Settled(
+            up,
+            errors,
+            precision,
+            count,
+            energy / whole,
+            node_energy,
+            sizes,
+            residual,
+            self.family,
+            self.nudge,
+        )
 
     def total(self, x: Tensor) -> Tensor:
         return x if self.reduce is None else self.reduce(x)
 
-    def energies(self, up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]) -> Float[Tensor, " nodes"]:
+    def energies(
+        self, up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]
+    ) -> Float[Tensor, " nodes"]:
         return self.total(moving_energies(up, errors, precision, self.family, self.nudge))
 
-    def norm(self, errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: Sequence[Tensor]) -> float:
+    def norm(
+        self, errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: Sequence[Tensor]
+    ) -> float:
         own = gradient_norm(errors, deltas, precision, self.family)
-        return own if self.reduce is None else math.sqrt(self.reduce(deltas[0].new_tensor(own**2, dtype=torch.float64)).item())
+        return (
+            own
+            if self.reduce is None
+            else math.sqrt(self.reduce(deltas[0].new_tensor(own**2, dtype=torch.float64)).item())
+        )
 
     def descend(
-        self, model: Chain, tokens: Tensor, targets: Tensor, errors: list[Tensor], deltas: list[Tensor],
-        precision: list[Tensor], before: Tensor, noise: int | None, count: float,
+        self,
+        model: Chain,
+        tokens: Tensor,
+        targets: Tensor,
+        errors: list[Tensor],
+        deltas: list[Tensor],
+        precision: list[Tensor],
+        before: Tensor,
+        noise: int | None,
+        count: float,
     ) -> tuple[list[Tensor], Pass, Tensor, float]:
-        "One accepted step: halve the step size until the energy does not rise (beyond rounding). Empties `deltas`."
+        """One accepted step: halve the step size until the energy does not rise (beyond
+        rounding). Empties `deltas`."""
         allowed = before.sum() + rounding(before, count, deltas[0].dtype)
         eta, trial = self.step_size, []
-        for e, p in zip(errors, precision, strict=True):      # a message goes as its error comes: never both lists whole
+        # a message goes as its error comes: never both lists whole
+        for e, p in zip(errors, precision, strict=True):
             trial += step_errors([e], [deltas.pop(0)], [p], eta, self.family)
         while True:
             up = predict_up(model, tokens, targets, trial, self.lean, noise)
@@ -138,13 +198,20 @@ class ErrorSettling:
                 raise SettlingError(self.complaint(before, energies, eta))
             del up
             eta /= 2
-            trial = [e.lerp(t, 0.5) for e, t in zip(errors, trial, strict=True)]    # (4) is linear in the step size
+            # (4) is linear in the step size
+            trial = [e.lerp(t, 0.5) for e, t in zip(errors, trial, strict=True)]
 
     def complaint(self, before: Tensor, energies: Tensor, eta: float) -> str:
         "Why no step was good enough, in one sentence."
         if not energies.isfinite().all():
             node = int((~energies.isfinite()).nonzero()[0])
             name = f"node {node}" if node < len(energies) - 1 else "the output"
-            return f"the energy of {name} is {energies[node].item()} even after a step of {eta:.2g}: its states overflowed"
-        return (f"no step from {self.step_size} down to {eta:.2g} lowered the energy of {before.sum().item():.4g} nats: "
-                f"raise relative_precision above {self.relative_precision:g} or allow more halvings")
+            return (
+                f"the energy of {name} is {energies[node].item()} even after a step of {eta:.2g}:"
+                " its states overflowed"
+            )
+        return (
+            f"no step from {self.step_size} down to {eta:.2g} lowered the energy of"
+            f" {before.sum().item():.4g} nats: raise relative_precision above"
+            f" {self.relative_precision:g} or allow more halvings"
+        )

@@ -28,8 +28,11 @@ def in_reach(targets: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
     return None if reach.all() else reach
 
 
-def that_matter(targets: Int[Tensor, "B T"], deltas: Sequence[Tensor]) -> Bool[Tensor, "B T"] | None:
-    "Positions in reach of the targets, and those that heard a message all the same: the chain looks ahead. `None`: all."
+def that_matter(
+    targets: Int[Tensor, "B T"], deltas: Sequence[Tensor]
+) -> Bool[Tensor, "B T"] | None:
+    """Positions in reach of the targets, and those that heard a message all the same: the chain
+    looks ahead. `None`: all."""
     if (reach := in_reach(targets)) is None:
         return None
     for delta in deltas:
@@ -43,35 +46,47 @@ Per = Literal["node", "coordinate", "token"]
 def relative_precisions(
     states: Sequence[Tensor],    # feed-forward states `(B, T, D)`
     beta: float,                 # relative precision, > 0
-    per: Per = "node",           # one precision for: the node `()`, each coordinate `(D,)`, each token `(B, T, 1)`
+    # one precision for: the node `()`, each coordinate `(D,)`, each token `(B, T, 1)`
+    per: Per = "node",
     family: Elliptical = Gaussian(),   # the node's density; its curvature at zero is matched
-    reduce: Reduce | None = None,      # sums over the processes that share the batch, if there are several
+    # sums over the processes that share the batch, if there are several
+    reduce: Reduce | None = None,
     reach: Bool[Tensor, "B T"] | None = None,   # the positions that count; `None`: all
 ) -> list[Tensor]:               # `Pi_l`, positive; float32 at least
-    "Equation (3): precision in units of the node's own mean square. Raises SettlingError, naming a node that has none."
+    """Equation (3): precision in units of the node's own mean square. Raises SettlingError,
+    naming a node that has none."""
     squares = [mean_square(widened(s), per, reach) for s in states]
     if reduce is not None and per != "token":
         positions = states[0].shape[:2].numel() if reach is None else int(reach.sum())
         squares = list(shared_mean(torch.stack(squares), positions, reduce))
-    worst = torch.stack([x.min() + 0 * x.sum() for x in squares])      # NaN and infinity come through as NaN
+    # NaN and infinity come through as NaN
+    worst = torch.stack([x.min() + 0 * x.sum() for x in squares])
     if not (good := (worst > 0) & worst.isfinite()).all():
         node = int((~good).nonzero()[0])
         what = f"have mean square {worst[node].item()}"
-        raise SettlingError(f"the states of node {node} {what}: a weight or state overflowed or vanished")
+        raise SettlingError(
+            f"the states of node {node} {what}: a weight or state overflowed or vanished"
+        )
     precision = [beta / (weight_at_zero(family, states[0].shape[-1]) * x) for x in squares]
     if not (finite := torch.stack([p.max() for p in precision]).isfinite()).all():
         node = int((~finite).nonzero()[0])
-        raise SettlingError(f"the precision of node {node} overflowed: relative_precision = {beta:g} is too large for its states")
+        raise SettlingError(
+            f"the precision of node {node} overflowed: relative_precision = {beta:g} is too large"
+            " for its states"
+        )
     least = torch.stack([p.min() for p in precision])
     if not (enough := least >= torch.finfo(least.dtype).tiny).all():
         node = int((~enough).nonzero()[0])
-        raise SettlingError(f"the precision of node {node} vanished: relative_precision = {beta:g} is "
-                            "too small for its states")
+        raise SettlingError(
+            f"the precision of node {node} vanished: relative_precision = {beta:g} is "
+            "too small for its states"
+        )
     return precision
 
 
 def mean_square(s: Float[Tensor, "B T D"], per: Per, reach: Bool[Tensor, "B T"] | None) -> Tensor:
-    "`()`, `(D,)` or `(B, T, 1)`, over the positions in reach; a token beyond has the mean of those, 1 if there is none."
+    """`()`, `(D,)` or `(B, T, 1)`, over the positions in reach; a token beyond has the mean of
+    those, 1 if there is none."""
     over = {"node": (0, 1, 2), "coordinate": (0, 1), "token": (2,)}[per]
     if reach is None:
         return s.square().mean(over, keepdim=per == "token")
@@ -91,20 +106,29 @@ Weigh = Callable[[list[Tensor], Bool[Tensor, "B T"] | None], Sequence[Tensor]]
 def given_precisions(
     states: list[Tensor], weigh: Weigh, reach: Bool[Tensor, "B T"] | None = None
 ) -> list[Tensor]:
-    "`Pi_l` as `weigh` gives them, each `()`, `(D,)` or `(B, T, 1)`. Raises SettlingError, naming the node, for any other."
+    """`Pi_l` as `weigh` gives them, each `()`, `(D,)` or `(B, T, 1)`. Raises SettlingError,
+    naming the node, for any other."""
     found = [widened(p.detach()) for p in weigh(states, reach)]
     if len(found) != len(states):
         raise SettlingError(f"{len(found)} precisions were given for {len(states)} nodes")
     for node, (p, s) in enumerate(zip(found, states, strict=True)):
-        if p.shape not in ((), s.shape[-1:], (*s.shape[:-1], 1)) or not ((p > 0) & p.isfinite()).all():
+        if (
+            p.shape not in ((), s.shape[-1:], (*s.shape[:-1], 1))
+            or not ((p > 0) & p.isfinite()).all()
+        ):
             what = "must be positive and finite, one for the node, each coordinate or each token"
-            raise SettlingError(f"the precision of node {node}, of shape {tuple(p.shape)} and at least {p.min().item()}, {what}")
+            raise SettlingError(
+                f"the precision of node {node}, of shape {tuple(p.shape)} and at least"
+                f" {p.min().item()}, {what}"
+            )
     return found
 
 
 def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
     "The mean over all processes, from each one's own over so many positions."
-    return (reduce(mean.double() * positions) / reduce(mean.new_tensor(positions, dtype=torch.float64))).to(mean.dtype)
+    return (
+        reduce(mean.double() * positions) / reduce(mean.new_tensor(positions, dtype=torch.float64))
+    ).to(mean.dtype)
 
 
 def weight_at_zero(family: Elliptical, D: int) -> float:
@@ -112,7 +136,10 @@ def weight_at_zero(family: Elliptical, D: int) -> float:
     w = float(family.weight(torch.zeros((), dtype=torch.float64), D))
     if not 0 < w < 1e12:
         what = "is flat" if w == 0 else "has a spike"
-        raise ValueError(f"{family} {what} at zero error, where settling starts: use a rounded density, such as Laplace(eps=1)")
+        raise ValueError(
+            f"{family} {what} at zero error, where settling starts: use a rounded density, such as"
+            " Laplace(eps=1)"
+        )
     return w
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #b29875bc
@@ -120,7 +147,11 @@ def quadratics(error: Tensor, precision: Tensor) -> Float[Tensor, "B T"]:
     "`u`, the squared distance in units of the precision, of every position."
     if precision.dim() == 1:
         return (precision * error.square()).sum(-1)
-    return precision.squeeze(-1) * error.square().sum(-1) if precision.dim() else precision * error.square().sum(-1)
+    return (
+        precision.squeeze(-1) * error.square().sum(-1)
+        if precision.dim()
+        else precision * error.square().sum(-1)
+    )
 
 
 def moving_energies(
@@ -130,9 +161,14 @@ def moving_energies(
     family: Elliptical = Gaussian(),
     nudge: float = 1.0,            # weight of the output energy
 ) -> Float[Tensor, " nodes"]:
-    "Per node `g(0) - g(u_l)` (Gaussian: `1/2 Pi_l |eps_l|^2`) summed over positions, then the output energy; float64."
-    if isinstance(family, Gaussian) and all(p.dim() == 0 for p in precision):     # the same, with nothing kept
-        terms = [p * e.square().sum(dtype=torch.float64) / 2 for p, e in zip(precision, errors, strict=True)]
+    """Per node `g(0) - g(u_l)` (Gaussian: `1/2 Pi_l |eps_l|^2`) summed over positions, then the
+    output energy; float64."""
+    # the same, with nothing kept
+    if isinstance(family, Gaussian) and all(p.dim() == 0 for p in precision):
+        terms = [
+            p * e.square().sum(dtype=torch.float64) / 2
+            for p, e in zip(precision, errors, strict=True)
+        ]
     else:
         D = errors[0].shape[-1]
         distances = [quadratics(e, p).double() for p, e in zip(precision, errors, strict=True)]
@@ -144,7 +180,8 @@ def normalisers(
     states: Sequence[Tensor], precision: Sequence[Tensor], family: Elliptical = Gaussian(),
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> Float[Tensor, " nodes"]:
-    "Per node the energy of a zero error (Gaussian: `D/2 (log 2pi - log Pi_l)`) summed over positions, zero for the output."
+    """Per node the energy of a zero error (Gaussian: `D/2 (log 2pi - log Pi_l)`) summed over
+    positions, zero for the output."""
     sums = []
     for s, p in zip(states, precision, strict=True):
         p = p if live is None or p.dim() < 3 else p[live]
@@ -158,7 +195,10 @@ def stiffness(error: Tensor, precision: Tensor, family: Elliptical = Gaussian())
     "`w(u) Pi` of one node, broadcastable to `(B, T, D)`."
     if isinstance(family, Gaussian):
         return precision
-    return family.weight(quadratics(error, precision), error.shape[-1]).unsqueeze(-1).to(error.dtype) * precision
+    return (
+        family.weight(quadratics(error, precision), error.shape[-1]).unsqueeze(-1).to(error.dtype)
+        * precision
+    )
 
 
 def no_errors(states: Sequence[Tensor]) -> list[Tensor]:
@@ -167,7 +207,11 @@ def no_errors(states: Sequence[Tensor]) -> list[Tensor]:
 
 
 def step_errors(
-    errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: Sequence[Tensor], eta: float, family: Elliptical = Gaussian()
+    errors: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    precision: Sequence[Tensor],
+    eta: float,
+    family: Elliptical = Gaussian(),
 ) -> list[Tensor]:
     "Equation (4): a preconditioned gradient step on every error at once."
     trios = zip(errors, deltas, precision, strict=True)
@@ -175,10 +219,15 @@ def step_errors(
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #71956f92
 def gradient_norm(
-    errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: Sequence[Tensor], family: Elliptical = Gaussian()
+    errors: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    precision: Sequence[Tensor],
+    family: Elliptical = Gaussian(),
 ) -> float:
     "Norm of the gradient by the errors in units of (4): the numerator of equation (5)."
-    slopes = [stiffness(e, p, family) * e + d for e, d, p in zip(errors, deltas, precision, strict=True)]
+    slopes = [
+        stiffness(e, p, family) * e + d for e, d, p in zip(errors, deltas, precision, strict=True)
+    ]
     squares = [(g.double().square() / p).sum() for g, p in zip(slopes, precision, strict=True)]
     return math.sqrt(sum(s.item() for s in squares))
 

@@ -25,13 +25,17 @@ class Settled:
     errors: list[Tensor]                # `eps_l (B, T, D)`
     precision: list[Tensor]             # `Pi_l`, positive: `()`, `(D,)` or `(B, T, 1)`
     count: int                          # n, predicted tokens
-    loss: float                         # cross-entropy of the feed-forward pass, nats per token; its logits are target-free
-    node_energy: Float[Tensor, "steps nodes"]   # per upward pass, 0 to K, per node and output; nats per predicted token
+    # cross-entropy of the feed-forward pass, nats per token; its logits are target-free
+    loss: float
+    # per upward pass, 0 to K, per node and output; nats per predicted token
+    node_energy: Float[Tensor, "steps nodes"]
     step_sizes: list[float] = field(default_factory=list)  # accepted step sizes, after halving
-    residual: float | None = None       # equation (5); `None` when not asked for, or when no pass went up after the last step
+    # equation (5); `None` when not asked for, or when no pass went up after the last step
+    residual: float | None = None
     family: Elliptical = Gaussian()     # density of every node
     nudge: float = 1.0                  # weight that the output energy had
-    taught: list[tuple[Tensor, ...]] | None = None   # gradients found on the way, per predictor and output; of sums
+    # gradients found on the way, per predictor and output; of sums
+    taught: list[tuple[Tensor, ...]] | None = None
 
     @property
     def states(self) -> list[Tensor]:
@@ -48,7 +52,10 @@ class Settled:
     def __repr__(self) -> str:
         moved = self.energy[-1].item() - self.energy[0].item()
         size = f"{len(self.step_sizes)} steps, {len(self.errors)} nodes"
-        return f"Settled({size}, loss {self.loss:.4f}, energy moved by {moved:.3g} nats per token, residual {self.residual})"
+        return (
+            f"Settled({size}, loss {self.loss:.4f}, energy moved by {moved:.3g} nats per token,"
+            f" residual {self.residual})"
+        )
 
     @property
     def energy(self) -> Float[Tensor, " steps"]:

@@ -32,7 +32,8 @@ from .settled import Settled
 
 # %% ../../nbs/2_learning/07_states.ipynb #7d4f208f
 def distance(up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]) -> float:
-    "Equation (5) of `settling.settled` at the fixed predictions of a pass that keeps its graphs, by one more sweep down."
+    """Equation (5) of `settling.settled` at the fixed predictions of a pass that keeps its
+    graphs, by one more sweep down."""
     exact = errors_down(up, keep_graph=True)
     start = gradient_norm(no_errors(up.states), exact, precision)
     return gradient_norm(errors, exact, precision) / start if start else 0.0
@@ -46,10 +47,13 @@ def predict_all(
     noise: int | None = None,      # seed of dropout
     lean: bool = False,            # keep states only; predictions are made when asked for
 ) -> Pass:
-    "Every prediction at once, each from the state below it as it is; the errors are `states - predictions`."
+    """Every prediction at once, each from the state below it as it is; the errors are `states -
+    predictions`."""
     inputs = [tokens, *(s.detach().requires_grad_() for s in states)]
     with torch.set_grad_enabled(not lean):
-        predictions = None if lean else [predict_node(model, l, inputs[l], noise) for l in range(len(states))]
+        predictions = (
+            None if lean else [predict_node(model, l, inputs[l], noise) for l in range(len(states))]
+        )
         energy = output_energy(model, inputs[-1], targets)
     return Pass(model, targets, inputs, predictions, list(states), energy, noise)
 
@@ -58,12 +62,16 @@ def errors_of(
     up: Pass,
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> list[Tensor]:
-    "`eps_l = s_l - mu_l` of a pass. A position that cannot matter follows its prediction: its error is zero, at no cost."
+    """`eps_l = s_l - mu_l` of a pass. A position that cannot matter follows its prediction: its
+    error is zero, at no cost."""
     if up.predictions is not None:
         errors = [s - mu.detach() for s, mu in zip(up.states, up.predictions, strict=True)]
     else:
         with torch.no_grad():
-            errors = [s - predict_node(up.model, l, up.inputs[l], up.noise) for l, s in enumerate(up.states)]
+            errors = [
+                s - predict_node(up.model, l, up.inputs[l], up.noise)
+                for l, s in enumerate(up.states)
+            ]
     return errors if live is None else [e.masked_fill(~live.unsqueeze(-1), 0.0) for e in errors]
 
 
@@ -72,7 +80,9 @@ def state_gradients(
 ) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
     pulls = [stiffness(e, p, family) * e for e, p in zip(errors, precision, strict=True)]
-    down = lambda l: torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=up.keeps)[0]
+    down = lambda l: torch.autograd.grad(
+        up.predict(l), up.inputs[l], pulls[l], retain_graph=up.keeps
+    )[0]
     from_above = [down(l) for l in range(1, len(pulls))]
     (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
     return [own - above for own, above in zip(pulls, [*from_above, -top], strict=True)]
@@ -84,14 +94,20 @@ def largest(
     iterations: int,
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
 ) -> float:
-    "Largest eigenvalue, in size, of a symmetric operator by power iteration from a random direction, one for all positions."
-    v = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like).expand_as(like)
+    """Largest eigenvalue, in size, of a symmetric operator by power iteration from a random
+    direction, one for all positions."""
+    v = (
+        torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0))
+        .to(like)
+        .expand_as(like)
+    )
     v = v if live is None else v * live.unsqueeze(-1)
     value = 0.0
     for _ in range(iterations):
         v = v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
         w = apply(v)
-        value, v = w.norm().item(), w      # of either sign: an output behind a norm also curves down
+        # of either sign: an output behind a norm also curves down
+        value, v = w.norm().item(), w
     return value
 
 
@@ -99,8 +115,10 @@ def curvatures(
     up: Pass,                      # any pass that keeps its graphs
     iterations: int = 8,           # of power iteration; approaches the truth from below
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
-) -> list[float]:                  # `|J_{l+1}|^2` for the nodes 0..N-1, then the output's curvature at s_N (nats)
-    "How steeply each node's surroundings curve: squared spectral norms by power iteration with finite differences."
+# `|J_{l+1}|^2` for the nodes 0..N-1, then the output's curvature at s_N (nats)
+) -> list[float]:
+    """How steeply each node's surroundings curve: squared spectral norms by power iteration with
+    finite differences."""
     within = lambda x: x if live is None else x * live.unsqueeze(-1)
     found = []
     for l in range(1, len(up.inputs)):
@@ -116,7 +134,9 @@ def curvatures(
                 return (slopes[0] - slopes[1]) / (2 * h)
             with torch.no_grad():
                 ahead, behind = (predict_node(up.model, l, m, up.noise) for m in moved)
-            return torch.autograd.grad(up.predict(l), s, within((ahead - behind) / (2 * h)), retain_graph=up.keeps)[0]
+            return torch.autograd.grad(
+                up.predict(l), s, within((ahead - behind) / (2 * h)), retain_graph=up.keeps
+            )[0]
 
         found.append(largest(apply, s.detach(), iterations, live))
     return found
@@ -136,14 +156,17 @@ FAR = 0.5      # the residual above which parallel states say that they are not 
 
 
 class UnsettledWarning(UserWarning):
-    "States stopped far from equilibrium: what is learned there is neither backprop's gradient nor the equilibrium's."
+    """States stopped far from equilibrium: what is learned there is neither backprop's gradient
+    nor the equilibrium's."""
 
 
 @dataclass(frozen=True)
 class StateSettling:
-    """Move all states at once, each from its two neighbours, equations (1) and (2): the textbook form (Rao & Ballard 1999).
+    """Move all states at once, each from its two neighbours, equations (1) and (2): the textbook
+    form (Rao & Ballard 1999).
 
-    Model parameters and buffers are only read. Raises SettlingError when a number is not finite or when no step of at
+    Model parameters and buffers are only read. Raises SettlingError when a number is not finite
+    or when no step of at
     least `eta / 2**max_halvings` keeps the energy from rising.
     """
 
@@ -153,7 +176,8 @@ class StateSettling:
     method: Method = "gradient"
     memory: float = 0.9                 # of momentum, and of Adam's first moment, in [0, 1)
     max_halvings: int = 8               # how often a rejected step is halved before giving up
-    curvature: tuple[float, ...] | None = None   # what `curvatures` found; `None`: found on every batch
+    # what `curvatures` found; `None`: found on every batch
+    curvature: tuple[float, ...] | None = None
     family: Elliptical = Gaussian()     # density of every node
     per: Per = "node"                   # one precision for each node, coordinate or token
     lean: bool = False                  # keep states only and make each layer's graph again
@@ -162,21 +186,32 @@ class StateSettling:
     def __post_init__(self):
         check_types(self)
         counts = self.steps >= 1 and self.max_halvings >= 0
-        if not (counts and 0 < self.relative_precision and 0 < self.step_size and 0 <= self.memory < 1):
-            limits = "whole steps >= 1, finite relative_precision and step_size > 0, memory in [0, 1), max_halvings >= 0"
+        if not (
+            counts and 0 < self.relative_precision and 0 < self.step_size and 0 <= self.memory < 1
+        ):
+            limits = (
+                "whole steps >= 1, finite relative_precision and step_size > 0, memory in [0, 1),"
+                " max_halvings >= 0"
+            )
             raise ValueError(f"settling needs {limits}: got {self}")
         if self.curvature is not None and not all(c >= 0 for c in self.curvature):
             raise ValueError(f"curvatures must not be negative, got {self.curvature}")
 
     def __call__(
-        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure_residual: bool = True
+        self,
+        model: Chain,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure_residual: bool = True,
     ) -> Settled:
         walk = StateWalk.begin(self, model, tokens, targets)
         for _ in range(self.steps):
             walk.step()
         return walk.settled(measure_residual)
 
-    def tuned(self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> "StateSettling":
+    def tuned(
+        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+    ) -> "StateSettling":
         "The same solver with the curvatures of this batch, to be used on others."
         with torch.enable_grad():
             up = predict_up(model, tokens, targets, lean=self.lean, noise=noise_seed(model))
@@ -186,7 +221,8 @@ class StateSettling:
 
 @dataclass
 class StateWalk:
-    "States on their way; each `step` is one parallel update. What `StateSettling` and `IncrementalPC` share."
+    """States on their way; each `step` is one parallel update. What `StateSettling` and
+    `IncrementalPC` share."""
 
     solver: StateSettling
     model: Chain
@@ -205,38 +241,58 @@ class StateWalk:
     forgot: int = 0                # steps after which both were last forgotten
 
     @classmethod
-    def begin(cls, solver: StateSettling, model: Chain, tokens: Tensor, targets: Tensor) -> "StateWalk":
+    def begin(
+        cls, solver: StateSettling, model: Chain, tokens: Tensor, targets: Tensor
+    ) -> "StateWalk":
         "At the feed-forward states, every error zero."
         count, noise = check_batch(model, tokens, targets), noise_seed(model)
         with torch.enable_grad():
-            up, reach = predict_up(model, tokens, targets, lean=solver.lean, noise=noise), in_reach(targets)
+            up, reach = predict_up(model, tokens, targets, lean=solver.lean, noise=noise), in_reach(
+                targets
+            )
             if (dtype := up.states[0].dtype).itemsize < 4:
                 name = str(dtype).removeprefix("torch.")
-                raise TypeError(f"states in {name} have too few digits for their errors, which are differences: "
-                                "keep the weights in float32, or settle errors instead (`ErrorSettling`)")
-            precision = given_precisions(up.states, solver.weigh, reach) if solver.weigh is not None else relative_precisions(
-                up.states, solver.relative_precision, solver.per, solver.family, reach=reach)
+                raise TypeError(
+                    f"states in {name} have too few digits for their errors, which are differences:"
+                    " keep the weights in float32, or settle errors instead (`ErrorSettling`)"
+                )
+            precision = (
+                given_precisions(up.states, solver.weigh, reach)
+                if solver.weigh is not None
+                else relative_precisions(
+                    up.states, solver.relative_precision, solver.per, solver.family, reach=reach
+                )
+            )
             zero = no_errors(up.states)
             energies = moving_energies(up, zero, precision, solver.family)
             if not energies.isfinite().all():
-                raise SettlingError(f"the energy of the output is {up.output_energy.item()}: its weights or logits overflowed")
+                raise SettlingError(
+                    f"the energy of the output is {up.output_energy.item()}: its weights or logits"
+                    " overflowed"
+                )
             deltas = errors_down(up, keep_graph=True)
             live = that_matter(targets, deltas)
             curves = solver.curvature or tuple(curvatures(up, live=live))
             if len(curves) != len(up.states):
-                raise ValueError(f"{len(curves)} curvatures do not fit a chain of {len(up.states)} nodes")
+                raise ValueError(
+                    f"{len(curves)} curvatures do not fit a chain of {len(up.states)} nodes"
+                )
             stiff = [stiffness(e, p, solver.family) for e, p in zip(zero, precision, strict=True)]
             stiff = [(w if live is None or w.dim() < 3 else w[live]).max().item() for w in stiff]
             above = [c * p for c, p in zip(curves, [*stiff[1:], 1.0], strict=True)]
             start = gradient_norm(zero, deltas, precision, solver.family)
         bounds = [own + c for own, c in zip(stiff, above, strict=True)]
         loss = up.output_energy.item() / count
-        return cls(solver, model, tokens, targets, up, precision, bounds, loss, start, [energies], live)
+        return cls(
+            solver, model, tokens, targets, up, precision, bounds, loss, start, [energies], live
+        )
 
     @torch.enable_grad()
     def look(self, states: Sequence[Tensor]) -> tuple[Pass, list[Tensor], Tensor]:
         "A pass at these states, its errors and its energies."
-        up = predict_all(self.model, self.tokens, self.targets, states, self.up.noise, self.solver.lean)
+        up = predict_all(
+            self.model, self.tokens, self.targets, states, self.up.noise, self.solver.lean
+        )
         errors = errors_of(up, self.live)
         return up, errors, moving_energies(up, errors, self.precision, self.solver.family)
 
@@ -246,7 +302,9 @@ class StateWalk:
 
     def direction(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         "What a step of size one takes away: gradients over bounds, with memory if there is any."
-        natural, m = [g / b for g, b in zip(gradients, self.bounds, strict=True)], self.solver.memory
+        natural, m = [
+            g / b for g, b in zip(gradients, self.bounds, strict=True)
+        ], self.solver.memory
         k = len(self.sizes) + 1 - self.forgot      # gradients in memory, this one included
         if self.solver.method == "gradient":
             return natural
@@ -256,9 +314,12 @@ class StateWalk:
             return self.first
         self.first = [m * f + (1 - m) * g for f, g in zip(old, natural, strict=True)]
         squares = self.second or [torch.zeros_like(g) for g in natural]
-        self.second = [0.999 * s + 0.001 * g.square() for s, g in zip(squares, natural, strict=True)]
+        self.second = [
+            0.999 * s + 0.001 * g.square() for s, g in zip(squares, natural, strict=True)
+        ]
         counted = self.up.states if self.live is None else [s[self.live] for s in self.up.states]
-        scale = [s.square().mean().sqrt() * 0.01 for s in counted]     # Adam's steps have the size of its rate
+        # Adam's steps have the size of its rate
+        scale = [s.square().mean().sqrt() * 0.01 for s in counted]
         pairs = zip(scale, self.first, self.second, strict=True)
         return [a * (f / (1 - m**k)) / ((s / (1 - 0.999**k)).sqrt() + 1e-12) for a, f, s in pairs]
 
@@ -271,13 +332,18 @@ class StateWalk:
         count = int((self.targets != -100).sum())
         allowed = before.sum() + rounding(before, count, errors[0].dtype)
         while True:
-            up, _, energies = self.look([s - eta * d for s, d in zip(self.up.states, direction, strict=True)])
+            up, _, energies = self.look(
+                [s - eta * d for s, d in zip(self.up.states, direction, strict=True)]
+            )
             if energies.sum() <= allowed:
                 break
             if eta <= self.solver.step_size / 2**self.solver.max_halvings:
                 old = "measure the curvature more often, " if self.solver.curvature else ""
-                raise SettlingError(f"no step from {self.solver.step_size:g} down to {eta:.2g} lowered the energy of "
-                                    f"{before.sum().item():.4g} nats: {old}lower step_size or allow more halvings")
+                raise SettlingError(
+                    f"no step from {self.solver.step_size:g} down to {eta:.2g} lowered the energy"
+                    f" of {before.sum().item():.4g} nats: {old}lower step_size or allow more"
+                    " halvings"
+                )
             eta /= 2
             direction = [g / b for g, b in zip(slopes, self.bounds, strict=True)]
             self.first, self.second, self.forgot = [], [], len(self.sizes) + 1
@@ -287,7 +353,11 @@ class StateWalk:
 
     def settled(self, measure_residual: bool = True) -> Settled:
         "The present states as a result."
-        errors, count, family = errors_of(self.up, self.live), int((self.targets != -100).sum()), self.solver.family
+        errors, count, family = (
+            errors_of(self.up, self.live),
+            int((self.targets != -100).sum()),
+            self.solver.family,
+        )
         residual = None
         if measure_residual:
             with torch.enable_grad():
@@ -295,9 +365,23 @@ class StateWalk:
             end = gradient_norm(errors, deltas, self.precision, family)
             residual = end / self.start if self.start else 0.0
             if residual > FAR:      # the sentence has no number in it, so that Python shows it once
-                warnings.warn(f"parallel states stopped at a residual above {FAR}, far from equilibrium: what they teach is "
-                              "neither backprop's gradient nor the equilibrium's; take more steps (some hundreds, and more "
-                              "for more layers) or `ErrorSettling`", UnsettledWarning, stacklevel=3)
+                warnings.warn(
+                    f"parallel states stopped at a residual above {FAR}, far from equilibrium: what"
+                    " they teach is neither backprop's gradient nor the equilibrium's; take more"
+                    " steps (some hundreds, and more for more layers) or `ErrorSettling`",
+                    UnsettledWarning,
+                    stacklevel=3,
+                )
         resting = normalisers(self.up.states, self.precision, family, self.live)
         node_energy = (torch.stack(self.trace) + resting).cpu() / count
-        return Settled(self.up, errors, self.precision, count, self.loss, node_energy, list(self.sizes), residual, family)
+        return Settled(
+            self.up,
+            errors,
+            self.precision,
+            count,
+            self.loss,
+            node_energy,
+            list(self.sizes),
+            residual,
+            family,
+        )

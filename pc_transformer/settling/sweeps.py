@@ -27,23 +27,30 @@ from .states import distance
 # %% ../../nbs/2_learning/06_sweeps.ipynb #bfa77d1b
 def at_rest(
     model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], beta: float, lean: bool,
-) -> tuple[int, Pass, list[Tensor], list[Tensor], Tensor]:   # predicted tokens, pass, precisions, zero errors, energies
-    "The feed-forward states, where every error is zero. Raises SettlingError when the output's energy is not finite."
+# predicted tokens, pass, precisions, zero errors, energies
+) -> tuple[int, Pass, list[Tensor], list[Tensor], Tensor]:
+    """The feed-forward states, where every error is zero. Raises SettlingError when the output's
+    energy is not finite."""
     count, noise = check_batch(model, tokens, targets), noise_seed(model)
     up = predict_up(model, tokens, targets, lean=lean, noise=noise)
     precision = relative_precisions(up.states, beta, reach=in_reach(targets))
     zero = no_errors(up.states)
     energies = moving_energies(up, zero, precision)
     if not energies.isfinite().all():
-        raise SettlingError(f"the energy of the output is {up.output_energy.item()}: its weights or logits overflowed")
+        raise SettlingError(
+            f"the energy of the output is {up.output_energy.item()}: its weights or logits"
+            " overflowed"
+        )
     return count, up, precision, zero, energies
 
 
 @dataclass(frozen=True)
 class SweepSettling:
-    """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any precision (Song et al. 2020).
+    """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any
+    precision (Song et al. 2020).
 
-    Its residual is not measured (`None`): at fixed predictions a second sweep would only repeat the first.
+    Its residual is not measured (`None`): at fixed predictions a second sweep would only repeat
+    the first.
     """
 
     relative_precision: float = 1e4     # beta; scales the errors, not what is learned
@@ -55,10 +62,16 @@ class SweepSettling:
             raise ValueError(f"a sweep needs finite relative_precision > 0: got {self}")
 
     def __call__(
-        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure_residual: bool = True
+        self,
+        model: Chain,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure_residual: bool = True,
     ) -> Settled:
         with torch.enable_grad():
-            count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
+            count, up, precision, zero, energies = at_rest(
+                model, tokens, targets, self.relative_precision, self.lean
+            )
             deltas, taught = self.down(model, up)
             errors = step_errors(zero, deltas, precision, 1.0)
             check_errors(errors)
@@ -68,7 +81,8 @@ class SweepSettling:
         return Settled(up, errors, precision, count, loss, node_energy, [1.0], taught=taught)
 
     def down(self, model: Any, up: Pass) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        "Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l = delta_l` reads what `mu_l` was made of."
+        """Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l =
+        delta_l` reads what `mu_l` was made of."""
         own = lambda f: [p for p in f.parameters() if p.requires_grad]
         delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *own(model.output)])
         deltas, taught = [delta], [tuple(found)]
@@ -84,44 +98,69 @@ class SweepSettling:
 # %% ../../nbs/2_learning/06_sweeps.ipynb #e12f5df1
 @dataclass(frozen=True)
 class HighwaySettling:
-    """Messages in layer-parallel rounds over the residual stream, equation (3); learning at fixed predictions.
+    """Messages in layer-parallel rounds over the residual stream, equation (3); learning at
+    fixed predictions.
 
-    With `rounds + ordered` at least the number of layers it is backprop exactly. Works for any layer whose input and
+    With `rounds + ordered` at least the number of layers it is backprop exactly. Works for any
+    layer whose input and
     output have one shape; few rounds are enough where branches are small against the stream.
     """
 
     rounds: int = 3                     # rounds in which all layers work at once
     ordered: int = 0                    # lowest layers whose messages are then passed in order
     relative_precision: float = 1e4     # beta; scales the errors, not what is learned
-    lean: bool = False                  # keep states only and make each layer's graph again, once a round
+    # keep states only and make each layer's graph again, once a round
+    lean: bool = False
 
     def __post_init__(self):
         check_types(self)
         if not (self.rounds >= 0 and self.ordered >= 0 and 0 < self.relative_precision):
-            raise ValueError(f"the highway needs whole rounds >= 0, ordered >= 0 and finite relative_precision > 0: got {self}")
+            raise ValueError(
+                "the highway needs whole rounds >= 0, ordered >= 0 and finite relative_precision >"
+                f" 0: got {self}"
+            )
 
     def __call__(
-        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], measure_residual: bool = True
+        self,
+        model: Chain,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        measure_residual: bool = True,
     ) -> Settled:
         with torch.enable_grad():
-            count, up, precision, zero, energies = at_rest(model, tokens, targets, self.relative_precision, self.lean)
+            count, up, precision, zero, energies = at_rest(
+                model, tokens, targets, self.relative_precision, self.lean
+            )
             deltas = self.messages(up)
             errors = step_errors(zero, deltas, precision, 1.0)
             check_errors(errors)
             residual = distance(up, errors, precision) if measure_residual else None
         resting = normalisers(up.states, precision, live=that_matter(targets, deltas))
         node_energy = (energies + resting)[None].cpu() / count
-        return Settled(up, errors, precision, count, up.output_energy.item() / count, node_energy, [1.0], residual)
+        return Settled(
+            up,
+            errors,
+            precision,
+            count,
+            up.output_energy.item() / count,
+            node_energy,
+            [1.0],
+            residual,
+        )
 
     def messages(self, up: Pass) -> list[Tensor]:
         "`delta_l` of every node after the rounds."
         N = len(up.states) - 1
         (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
-        down = lambda l, delta: torch.autograd.grad(up.predict(l), up.inputs[l], delta, retain_graph=up.keeps)[0]
+        down = lambda l, delta: torch.autograd.grad(
+            up.predict(l), up.inputs[l], delta, retain_graph=up.keeps
+        )[0]
         deltas = [top] * (N + 1)
         for _ in range(min(self.rounds, N)):
-            corrections = [down(l, deltas[l]) - deltas[l] for l in range(1, N + 1)]     # each layer by itself
-            sums = torch.stack(corrections).flip(0).cumsum(0).flip(0)                   # from the top
+            # each layer by itself
+            corrections = [down(l, deltas[l]) - deltas[l] for l in range(1, N + 1)]
+            # from the top
+            sums = torch.stack(corrections).flip(0).cumsum(0).flip(0)
             deltas = [*(top + c for c in sums), top]
         for l in range(min(self.ordered, N), 0, -1):
             deltas[l - 1] = down(l, deltas[l])

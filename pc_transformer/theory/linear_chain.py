@@ -21,18 +21,25 @@ from torch import Tensor
 # %% ../../nbs/0_theory/09_node_precision.ipynb #bf79e3e5
 @dataclass(frozen=True, eq=False)
 class LinearChain:
-    "Nodes `s_l = W_l s_{l-1} + noise` and read-outs `y_j = s_l(j) + noise`, equation (3); constant. Raises ValueError."
+    """Nodes `s_l = W_l s_{l-1} + noise` and read-outs `y_j = s_l(j) + noise`, equation (3);
+    constant. Raises ValueError."""
 
     weights: Sequence[Tensor]    # `W_l (D_l, D_{l-1})`; the first reads the input
-    readouts: Sequence[int]      # the node that each read-out looks at; twice the same: repeated reading
+    # the node that each read-out looks at; twice the same: repeated reading
+    readouts: Sequence[int]
 
     def __post_init__(self) -> None:
         for l, (W, below) in enumerate(zip(self.weights[1:], self.weights, strict=False), 1):
             if W.shape[1] != below.shape[0]:
-                raise ValueError(f"W_{l} reads {W.shape[1]} coordinates, but node {l - 1} has {below.shape[0]}")
+                raise ValueError(
+                    f"W_{l} reads {W.shape[1]} coordinates, but node {l - 1} has {below.shape[0]}"
+                )
         last = len(self.weights) - 1
         if not self.readouts or not all(0 <= r <= last for r in self.readouts):
-            raise ValueError(f"read-outs must name at least one of the nodes 0 to {last}, got {list(self.readouts)}")
+            raise ValueError(
+                f"read-outs must name at least one of the nodes 0 to {last}, got"
+                f" {list(self.readouts)}"
+            )
 
     @property
     def widths(self) -> list[int]:
@@ -50,18 +57,23 @@ class LinearChain:
 # %% ../../nbs/0_theory/09_node_precision.ipynb #834da8ba
 def spread(
     chain: LinearChain,
-    precision: Sequence[float | Tensor],   # of each part, nodes then read-outs: a number, or `(D_l,)`
+    # of each part, nodes then read-outs: a number, or `(D_l,)`
+    precision: Sequence[float | Tensor],
 ) -> Float[Tensor, " K"]:
     "The precision of every coordinate of every error. Raises ValueError, naming the part."
     widths, W = chain.widths, chain.weights[0]
     if len(precision) != len(widths):
         n = len(chain.weights)
-        raise ValueError(f"the chain needs {n} precisions of nodes and {len(widths) - n} of read-outs, "
-                         f"got {len(precision)}")
+        raise ValueError(
+            f"the chain needs {n} precisions of nodes and {len(widths) - n} of read-outs, "
+            f"got {len(precision)}"
+        )
     parts = [torch.as_tensor(p, dtype=W.dtype, device=W.device) for p in precision]
     for j, (p, D) in enumerate(zip(parts, widths, strict=True)):
         if p.shape not in ((), (D,)) or not ((p > 0) & p.isfinite()).all():
-            raise ValueError(f"the precision of part {j} must be one positive number or {D}, got {p.tolist()}")
+            raise ValueError(
+                f"the precision of part {j} must be one positive number or {D}, got {p.tolist()}"
+            )
     return torch.cat([p.expand(D) for p, D in zip(parts, widths, strict=True)])
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #cdab9b6d
@@ -84,9 +96,14 @@ def sample(
 def check_data(chain: LinearChain, inputs: Tensor, readouts: Sequence[Tensor]) -> None:
     "Raise ValueError, one sentence, unless inputs and read-outs fit the chain."
     want = [(len(inputs), D) for D in chain.widths[len(chain.weights):]]
-    if tuple(inputs.shape[1:]) != chain.weights[0].shape[1:] or [tuple(y.shape) for y in readouts] != want:
-        raise ValueError(f"inputs (n, {chain.weights[0].shape[1]}) need read-outs of shapes {want}, but got inputs "
-                         f"{tuple(inputs.shape)} and read-outs {[tuple(y.shape) for y in readouts]}")
+    if (
+        tuple(inputs.shape[1:]) != chain.weights[0].shape[1:]
+        or [tuple(y.shape) for y in readouts] != want
+    ):
+        raise ValueError(
+            f"inputs (n, {chain.weights[0].shape[1]}) need read-outs of shapes {want}, but got"
+            f" inputs {tuple(inputs.shape)} and read-outs {[tuple(y.shape) for y in readouts]}"
+        )
 
 
 def design(chain: LinearChain) -> Float[Tensor, "K M"]:
@@ -103,7 +120,8 @@ def settle(
     precision: Sequence[float | Tensor],
     inputs: Float[Tensor, "n D_in"],
     readouts: Sequence[Tensor],              # `y_j (n, D_l(j))`
-) -> tuple[list[Tensor], list[Tensor]]:  # settled states `(n, D_l)`; settled errors of all parts, nodes first
+# settled states `(n, D_l)`; settled errors of all parts, nodes first
+) -> tuple[list[Tensor], list[Tensor]]:
     "The states of least energy, which are the posterior mean, and their errors."
     check_data(chain, inputs, readouts)
     T, p = design(chain), spread(chain, precision)
@@ -111,7 +129,9 @@ def settle(
     rest = first.new_zeros(len(first), T.shape[1] - first.shape[1])
     c = torch.cat([first, rest, *(-y for y in readouts)], 1)
     states = torch.linalg.solve(T.T @ (p[:, None] * T), T.T @ (p * c).T).T
-    return list(states.split(chain.widths[: len(chain.weights)], 1)), list((states @ T.T - c).split(chain.widths, 1))
+    return list(states.split(chain.widths[: len(chain.weights)], 1)), list(
+        (states @ T.T - c).split(chain.widths, 1)
+    )
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #5af3bf27
 def posterior_variance(
@@ -129,7 +149,9 @@ def response(chain: LinearChain) -> Float[Tensor, "O K"]:
     M = sum(chain.widths[: len(chain.weights)])
     T = design(chain)
     G, H = T[:M], -T[M:]
-    return torch.cat([torch.linalg.solve(G, H, left=False), torch.eye(len(H), dtype=T.dtype, device=T.device)], 1)
+    return torch.cat(
+        [torch.linalg.solve(G, H, left=False), torch.eye(len(H), dtype=T.dtype, device=T.device)], 1
+    )
 
 
 def second_moment(
@@ -155,7 +177,8 @@ def evidence(
 def contrast(
     chain: LinearChain, precision: Sequence[float | Tensor], S: Float[Tensor, "O O"]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    "Mean squared settled errors of each part, on data and expected in dreams: scalar or `(D_l,)` as its precision is."
+    """Mean squared settled errors of each part, on data and expected in dreams: scalar or
+    `(D_l,)` as its precision is."""
     B, p = response(chain), spread(chain, precision)
     C = torch.linalg.solve((B / p) @ B.T, B)
 
@@ -189,7 +212,10 @@ class Learned:
         return len(self.evidence) - 1
 
 
-RULES: dict[str, Callable[[float | Tensor, Tensor, Tensor], Tensor]] = {"em": em_step, "ratio": ratio_step}
+RULES: dict[str, Callable[[float | Tensor, Tensor, Tensor], Tensor]] = {
+    "em": em_step,
+    "ratio": ratio_step,
+}
 
 
 def learning_parts(
@@ -200,9 +226,14 @@ def learning_parts(
     N, parts = len(chain.weights), len(chain.widths)
     on = [j < N for j in range(parts)] if learned is None else list(learned)
     if len(on) != parts or not any(on):
-        raise ValueError(f"learned must say True or False for each of {parts} parts, at least one True: got {on}")
+        raise ValueError(
+            f"learned must say True or False for each of {parts} parts, at least one True: got {on}"
+        )
     for l in range(max(chain.readouts) + 1, N):
-        if on[l]: raise ValueError(f"the precision of node {l} cannot be learned: its noise reaches no read-out")
+        if on[l]:
+            raise ValueError(
+                f"the precision of node {l} cannot be learned: its noise reaches no read-out"
+            )
     return on
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #0b6a38bd
@@ -219,10 +250,16 @@ def learn_precisions(
     "Raise the evidence of the read-outs by equation (6) or (7). Raises ValueError."
     if rule not in RULES: raise ValueError(f"unknown rule {rule!r}: choose 'em' or 'ratio'")
     on, S, gap = learning_parts(chain, learned), second_moment(chain, inputs, readouts), math.inf
-    trace, precision = [evidence(chain, start, S)], [torch.as_tensor(p, dtype=S.dtype, device=S.device) for p in start]
+    trace, precision = [evidence(chain, start, S)], [
+        torch.as_tensor(p, dtype=S.dtype, device=S.device) for p in start
+    ]
     for _ in range(steps):
         pairs = list(zip(*contrast(chain, precision, S), strict=True))
-        gap = max((d / e).log().abs().max().item() for learns, (e, d) in zip(on, pairs, strict=True) if learns)
+        gap = max(
+            (d / e).log().abs().max().item()
+            for learns, (e, d) in zip(on, pairs, strict=True)
+            if learns
+        )
         if gap < tolerance: break
         moves = zip(on, precision, pairs, strict=True)
         precision = [RULES[rule](p, *pair) if learns else p for learns, p, pair in moves]
@@ -237,7 +274,10 @@ def information(
     B, p = response(chain), spread(chain, precision)
     C = B.T @ torch.linalg.solve((B / p) @ B.T, B)
     sizes = [torch.as_tensor(q).numel() for q in precision]
-    entry = [torch.eye(D) if m == D else torch.ones(D, 1) for D, m in zip(chain.widths, sizes, strict=True)]
+    entry = [
+        torch.eye(D) if m == D else torch.ones(D, 1)
+        for D, m in zip(chain.widths, sizes, strict=True)
+    ]
     E = torch.block_diag(*entry).to(p)
     return E.T @ (C.square() / torch.outer(p, p) / 2) @ E
 
@@ -247,8 +287,10 @@ def standard_errors(
     precision: Sequence[float | Tensor],
     n: int,                                  # examples
     learned: Sequence[bool] | None = None,   # of every part; the others are known
-) -> list[Tensor]:                           # of every part: 0 where known, inf where the evidence is flat
-    "Relative standard error of each learned precision (Cramer and Rao's bound, reached for many examples)."
+# of every part: 0 where known, inf where the evidence is flat
+) -> list[Tensor]:
+    """Relative standard error of each learned precision (Cramer and Rao's bound, reached for
+    many examples)."""
     sizes, I = [torch.as_tensor(q).numel() for q in precision], information(chain, precision)
     parts = zip(learning_parts(chain, learned), sizes, strict=True)
     on = torch.tensor([learns for learns, m in parts for _ in range(m)], device=I.device)
@@ -258,20 +300,29 @@ def standard_errors(
     variance = (vectors[:, ~flat].square() / values[~flat]).sum(1) / scale.square()
     variance[vectors[:, flat].square().sum(1) > 1e-8] = math.inf
     errors = values.new_zeros(len(on)).masked_scatter(on, (variance / n).sqrt())
-    return [e.view(torch.as_tensor(q).shape) for e, q in zip(errors.split(sizes), precision, strict=True)]
+    return [
+        e.view(torch.as_tensor(q).shape)
+        for e, q in zip(errors.split(sizes), precision, strict=True)
+    ]
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #5a5a0192
 def fit_predicted_precision(
     features: Float[Tensor, "n C"],      # h of each token
     errors: Float[Tensor, "n D"],        # observed errors
     steps: int = 100,
-) -> tuple[Float[Tensor, " C"], Float[Tensor, ""]]:      # a, b: the precision of a token is `exp(h @ a + b)`
+# a, b: the precision of a token is `exp(h @ a + b)`
+) -> tuple[Float[Tensor, " C"], Float[Tensor, ""]]:
     "Most likely log-linear precision per token, equation (9). Raises ValueError or RuntimeError."
     X, u = torch.cat([features, torch.ones_like(features[:, :1])], 1), errors.square().mean(1)
     if torch.linalg.matrix_rank(X) < X.shape[1] or not u.mean() > 0:
-        raise ValueError("a precision per token needs linearly independent, varying features and errors not all zero")
+        raise ValueError(
+            "a precision per token needs linearly independent, varying features and errors not all"
+            " zero"
+        )
     energy = lambda a: ((X @ a).exp() * u - X @ a).mean()
-    a = torch.zeros_like(X[0]).index_fill(0, torch.tensor([X.shape[1] - 1], device=X.device), -u.mean().log().item())
+    a = torch.zeros_like(X[0]).index_fill(
+        0, torch.tensor([X.shape[1] - 1], device=X.device), -u.mean().log().item()
+    )
     for _ in range(steps):
         w = (X @ a).exp() * u
         move, eta = torch.linalg.solve(X.T @ (w[:, None] * X), X.T @ (w - 1)), 1.0

@@ -16,14 +16,16 @@ import torch
 
 # %% ../../nbs/0_theory/00_notation.ipynb #22fbf171
 class NotProved(AssertionError):
-    "A claimed identity or limit does not hold (or SymPy cannot show it); the message says what is left."
+    """A claimed identity or limit does not hold (or SymPy cannot show it); the message says what
+    is left."""
 
 # %% ../../nbs/0_theory/00_notation.ipynb #be4914f8
 def residual(
     lhs: sp.Expr | sp.MatrixBase,  # scalar or matrix
     rhs: sp.Expr | sp.MatrixBase,  # the same shape as `lhs`
 ) -> sp.MatrixBase:                # `lhs - rhs`, simplified; a scalar counts as 1 x 1
-    "What is left of `lhs - rhs` after carrying out derivatives and integrals and simplifying; zeros if they are equal."
+    """What is left of `lhs - rhs` after carrying out derivatives and integrals and simplifying;
+    zeros if they are equal."""
     rest = (sp.Matrix([lhs]) - sp.Matrix([rhs])).doit()
     for step in (sp.expand, sp.simplify, sp.expand_log, lambda e: sp.simplify(e.rewrite(sp.exp))):
         rest = rest.applyfunc(step)
@@ -36,7 +38,8 @@ def prove_equal(
     lhs: sp.Expr | sp.MatrixBase,  # scalar or matrix
     rhs: sp.Expr | sp.MatrixBase,  # the same shape as `lhs`
 ) -> sp.Basic:                     # the equation, for display
-    "Prove `lhs = rhs` symbolically; raises `NotProved` with the residual unless the difference simplifies to zero."
+    """Prove `lhs = rhs` symbolically; raises `NotProved` with the residual unless the difference
+    simplifies to zero."""
     rest = residual(lhs, rhs)
     if not rest.is_zero_matrix:
         raise NotProved(f"lhs - rhs = {rest[0] if len(rest) == 1 else rest}, not 0")
@@ -52,7 +55,8 @@ def prove_limit(
 ) -> sp.Basic:             # the equation, for display
     "Prove that `expr` tends to `expected`; raises `NotProved` with the limit found otherwise."
     found = sp.limit(expr, var, point, direction)
-    if found != expected and not residual(found, sp.sympify(expected)).is_zero_matrix:  # oo - oo is no number
+    # oo - oo is no number
+    if found != expected and not residual(found, sp.sympify(expected)).is_zero_matrix:
         raise NotProved(f"the limit is {found}, not {expected}")
     return sp.Eq(sp.Limit(expr, var, point, direction), expected, evaluate=False)
 
@@ -60,7 +64,8 @@ def prove_limit(
 def random_points(
     symbols: Sequence[sp.Symbol],  # positive symbols get positive values
     n: int = 24,                   # number of points
-    scales: Sequence[float] = (1.0, 1e-3, 30.0),  # each value picks one of these sizes: ordinary and extreme
+    # each value picks one of these sizes: ordinary and extreme
+    scales: Sequence[float] = (1.0, 1e-3, 30.0),
     seed: int = 0,
 ) -> list[tuple[float, ...]]:      # `n` points, one float per symbol
     "Seeded random points for `symbols`, with ordinary and extreme sizes mixed within a point."
@@ -81,7 +86,9 @@ def exact_values(
     for digits in (30, 60, 120, 240, 480, 960):
         with mpmath.workdps(digits):
             now = [mpmath.mpf(v) for v in f(*(mpmath.mpf(p) for p in point))]
-            if last is not None and all(abs(v - w) <= abs(v) * mpmath.mpf("1e-20") for v, w in zip(now, last, strict=True)):
+            if last is not None and all(
+                abs(v - w) <= abs(v) * mpmath.mpf("1e-20") for v, w in zip(now, last, strict=True)
+            ):
                 return now
         last = now
     raise NotProved(f"no stable value at {tuple(point)}")
@@ -92,16 +99,22 @@ def agrees_with_torch(
     symbols: Sequence[sp.Symbol],
     fn: Callable[..., torch.Tensor],      # called with one float64 scalar tensor per symbol
     samples: Sequence[Sequence[float]],   # points, such as `random_points(symbols)`
-    rtol: float = 1e-10,                  # largest allowed error, relative to the largest entry of the exact value
+    # largest allowed error, relative to the largest entry of the exact value
+    rtol: float = 1e-10,
 ) -> float:                               # the worst relative error
-    "Compare `fn` in float64 with `expr` evaluated in high precision; raises `NotProved` with the first bad point."
+    """Compare `fn` in float64 with `expr` evaluated in high precision; raises `NotProved` with
+    the first bad point."""
     worst = 0.0
     for sample in samples:
         want = exact_values(expr, symbols, sample)
         got = fn(*(torch.tensor(v, dtype=torch.float64) for v in sample)).reshape(-1).tolist()
-        size = max(max(abs(w) for w in want), mpmath.mpf("1e-290"))  # below this float64 has no digits left
+        # below this float64 has no digits left
+        size = max(max(abs(w) for w in want), mpmath.mpf("1e-290"))
         error = float(max(abs(w - g) for w, g in zip(want, got, strict=True)) / size)
         if not error <= rtol:  # also catches nan
-            raise NotProved(f"relative error {error:.1e} > {rtol:.0e} at {dict(zip(symbols, sample, strict=True))}")
+            raise NotProved(
+                f"relative error {error:.1e} > {rtol:.0e} at"
+                f" {dict(zip(symbols, sample, strict=True))}"
+            )
         worst = max(worst, error)
     return worst

@@ -50,9 +50,14 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: 
     """Names and shapes must be those of a model's parameters, values of a kind that weights have;
     else CheckpointError."""
     if missing := sorted(own.keys() - tensors.keys()):
-        raise CheckpointError(f"{source} lacks {len(missing)} tensors that the model has, first {missing[0]!r}")
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors that the model has, first {missing[0]!r}"
+        )
     if unknown := sorted(tensors.keys() - own.keys()):
-        raise CheckpointError(f"{source} holds {len(unknown)} tensors that the model does not have, first {unknown[0]!r}")
+        raise CheckpointError(
+            f"{source} holds {len(unknown)} tensors that the model does not have, first"
+            f" {unknown[0]!r}"
+        )
     for name, p in own.items():
         found = tensors[name]
         if p.shape != found.shape:
@@ -90,8 +95,10 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
     components = ("n_component",) * (config.attention == "mixture")
     wanted = {k: getattr(config, k) for k in ("vocab_size", "block_size", "d_model", *components)}
     if huge := [k for k, v in wanted.items() if v > room]:
-        raise CheckpointError(f"{source} holds {room} numbers, too few for a model with {huge[0]} = "
-                              f"{brief(wanted[huge[0]])}")
+        raise CheckpointError(
+            f"{source} holds {room} numbers, too few for a model with {huge[0]} = "
+            f"{brief(wanted[huge[0]])}"
+        )
     if 6 * config.n_layer > len(tensors):      # a block has at least six
         raise CheckpointError(f"{source} holds {len(tensors)} tensors, too few for a model with "
                               f"n_layer = {brief(config.n_layer)}")
@@ -169,9 +176,12 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
 def check_savable(model: PCTransformer) -> None:
     """Raise ValueError unless `load` can make this model from its configuration and its weights.
 
-    FloatingPointError for weights that are not finite. One sentence, which names what cannot be saved.
+    FloatingPointError for weights that are not finite. One sentence, which names what cannot be
+    saved.
     """
-    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
+    if not isinstance(model, nn.Module) or not isinstance(
+        getattr(model, "config", None), ModelConfig
+    ):
         raise ValueError(f"only a PCTransformer can be saved, not a {type(model).__name__}")
     with torch.device("meta"):
         fresh = PCTransformer(model.config)
@@ -182,9 +192,11 @@ def check_savable(model: PCTransformer) -> None:
         raise ValueError(f"{UNSAVED}: {wrong[0]} is {got} where its configuration has {want}")
     table = model.predictors[0].token.weight      # pyright: ignore[reportAttributeAccessIssue]
     if model.output.weight is not table:
-        raise ValueError(f"{UNSAVED}: output.weight is no longer the embedding's table (load_state_dict "
-                         "with assign=True unties them); set model.output.weight = "
-                         "model.predictors[0].token.weight")
+        raise ValueError(
+            f"{UNSAVED}: output.weight is no longer the embedding's table (load_state_dict "
+            "with assign=True unties them); set model.output.weight = "
+            "model.predictors[0].token.weight"
+        )
     shapes, own = ({n: t.shape for n, t in m.state_dict().items()} for m in (fresh, model))
     if wrong := sorted(n for n in shapes | own if shapes.get(n) != own.get(n)):
         raise ValueError(f"{UNSAVED}: {wrong[0]!r} is missing, added or of another shape than its "
@@ -267,7 +279,8 @@ def as_path(name: Any) -> Path:
     return Path(name)
 
 # %% ../../nbs/4_practice/09_checkpoints.ipynb #42343892
-ADDED = {"bias", "gelu"}    # settings that older saved models lack: their defaults say what those models are
+# settings that older saved models lack: their defaults say what those models are
+ADDED = {"bias", "gelu"}
 
 
 _T = TypeVar("_T")
@@ -311,7 +324,8 @@ def load(
     folder: str | Path,                       # of a saved model; of a run: its newest checkpoint
     config: ModelConfig | None = None,        # insist on this configuration
 ) -> PCTransformer:
-    """The model that `save` wrote, in its own precision, logits bit-equal; on the CPU, in training mode.
+    """The model that `save` wrote, in its own precision, logits bit-equal; on the CPU, in
+    training mode.
 
     Raises CheckpointError, one sentence, for what does not fit, is damaged or is not finite.
     """
@@ -327,14 +341,25 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
     about = read_json(folder / "config.json", "config", "tokenizer")
     saved = about["config"]
     if not isinstance(saved, dict) or saved.keys() | ADDED != to_dict(ModelConfig()).keys():
-        raise CheckpointError(f"{folder / 'config.json'} does not have exactly the settings of a model of this version")
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not have exactly the settings of a model of this"
+            " version"
+        )
     try:
         stored = from_dict(ModelConfig, saved)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a model: {error}"
+        ) from None
     if config is not None and config != stored:
-        names = [f"{k} {v!r} (wanted {to_dict(config)[k]!r})" for k, v in to_dict(stored).items() if v != to_dict(config)[k]]
-        raise CheckpointError(f"{folder} holds a model of another configuration: {', '.join(names)}")
+        names = [
+            f"{k} {v!r} (wanted {to_dict(config)[k]!r})"
+            for k, v in to_dict(stored).items()
+            if v != to_dict(config)[k]
+        ]
+        raise CheckpointError(
+            f"{folder} holds a model of another configuration: {', '.join(names)}"
+        )
     weights = folder / "model.safetensors"
     tensors = read_tensors(weights)
     check_fit(dict(blueprint(stored, tensors, weights).named_parameters()), tensors, weights)
@@ -381,7 +406,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of fused AdamW
 def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     "The optimiser's state as flat tensors, `moment:parameter`."
     state = {n: trainer.optimizer.state.get(p, {}) for n, p in trainer.model.named_parameters()}
-    return {f"{key}:{n}": value.detach().cpu().contiguous() for n, moments in state.items() for key, value in moments.items()}
+    return {
+        f"{key}:{n}": value.detach().cpu().contiguous()
+        for n, moments in state.items()
+        for key, value in moments.items()
+    }
 
 
 def check_moments(trainer: Trainer, tensors: dict[str, Tensor], step: int) -> None:
@@ -405,7 +434,8 @@ def save_checkpoint(
     run: Path,                                # folder of the run
     tokenizer: SavedTokenizer | None = None,
 ) -> Path:                                    # the checkpoint's folder
-    """Write `run/step-NNNNNN`, whole or not at all, then remove old ones and what a killed run left.
+    """Write `run/step-NNNNNN`, whole or not at all, then remove old ones and what a killed run
+    left.
 
     Raises ValueError or FloatingPointError, nothing written, for what `resume` could not take up.
     """
@@ -415,12 +445,18 @@ def save_checkpoint(
                                  "saved: lower the learning rate")
     check_batch(trainer.model, *trainer.batch(trainer.step))
     try:
-        found = f"the loss of the next batch is {loss}" if not math.isfinite(loss := trainer.plain_loss()) else ""
+        found = (
+            f"the loss of the next batch is {loss}"
+            if not math.isfinite(loss := trainer.plain_loss())
+            else ""
+        )
     except ValueError as error:
         found = f"the model refuses the next batch ({error})"
     if found:
-        raise FloatingPointError(f"training diverged by step {trainer.step}, {found}, so nothing is "
-                                 "saved: lower the learning rate")
+        raise FloatingPointError(
+            f"training diverged by step {trainer.step}, {found}, so nothing is "
+            "saved: lower the learning rate"
+        )
     about = description(trainer.model, tokenizer)
     check_moments(trainer, moments, trainer.step)
     sweep(run)
@@ -455,13 +491,17 @@ def outdated(trainer: Trainer, run: Path) -> list[Path]:
 
 def data_hash(trainer: Trainer) -> str:
     "SHA-256 of the training and validation tokens."
-    return hashlib.sha256(b"|".join(ids.cpu().numpy().tobytes() for ids in (trainer.train_ids, trainer.valid_ids))).hexdigest()
+    return hashlib.sha256(
+        b"|".join(ids.cpu().numpy().tobytes() for ids in (trainer.train_ids, trainer.valid_ids))
+    ).hexdigest()
 
 
 def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None) -> None:
-    """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must be the saved one.
+    """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must
+    be the saved one.
 
-    Raises CheckpointError, the trainer unchanged, when there is no checkpoint or when configuration,
+    Raises CheckpointError, the trainer unchanged, when there is no checkpoint or when
+    configuration,
     data, tokenizer or tensors do not fit.
     """
     if not checkpoints(run):
@@ -479,11 +519,13 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
     if progress["data"] != data_hash(trainer):
         raise CheckpointError(f"{place} was trained on other data: its tokens have another SHA-256")
     try:
-        theirs = flat(to_dict(from_dict(RunConfig, progress["run"])))     # what an older version did not have is as usual
+        # what an older version did not have is as usual
+        theirs = flat(to_dict(from_dict(RunConfig, progress["run"])))
     except ConfigError as error:
         raise CheckpointError(f"{place} has settings that this version does not know: "
                               f"{error}") from None
-    own = flat(to_dict(trainer.config))      # where the data lies does not count: its content was compared above
+    # where the data lies does not count: its content was compared above
+    own = flat(to_dict(trainer.config))
     if names := [k for k, v in own.items() if theirs[k] != v and k != "data"]:
         raise CheckpointError(f"{place} belongs to a run with another configuration "
                               f"({', '.join(names)} differ)")
@@ -496,7 +538,11 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
     check_finite(moments, place / "optimizer.safetensors")
     restore(trainer.model, weights, place)
     restore_optimizer(trainer, moments, progress["step"])
-    trainer.step, trainer.losses, trainer.record = progress["step"], progress["losses"], progress["record"]
+    trainer.step, trainer.losses, trainer.record = (
+        progress["step"],
+        progress["losses"],
+        progress["record"],
+    )
     trainer.curvature = None if progress["curvature"] is None else tuple(progress["curvature"])
 
 
@@ -511,8 +557,10 @@ def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> 
         "record": isinstance(record, list) and all(map(is_entry, record)),
         "curvature": curvature is None or numbers and len(curvature) == config.model.n_node}
     if wrong := [k for k, ok in right.items() if not ok]:
-        raise CheckpointError(f"{place / 'training.json'}: {wrong[0]} is not what a run writes at this "
-                              f"step, but {brief(progress[wrong[0]])}")
+        raise CheckpointError(
+            f"{place / 'training.json'}: {wrong[0]} is not what a run writes at this "
+            f"step, but {brief(progress[wrong[0]])}"
+        )
 
 
 PROGRESS = ("step", "losses", "record", "curvature")
@@ -548,7 +596,9 @@ def sole_run(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{run} cannot be the folder of a run ({error.strerror}): choose another") from None
+        raise CheckpointError(
+            f"{run} cannot be the folder of a run ({error.strerror}): choose another"
+        ) from None
     lock = locked(run / ".lock")
     try:
         yield
@@ -584,8 +634,10 @@ def locked(path: Path) -> int | None:
         except BlockingIOError:
             owner = os.read(lock, 20).decode() or "another"
             os.close(lock)
-            raise CheckpointError(f"{path.parent} is in use, process {owner} is training there: wait for "
-                                  "it, stop it, or choose another folder") from None
+            raise CheckpointError(
+                f"{path.parent} is in use, process {owner} is training there: wait for "
+                "it, stop it, or choose another folder"
+            ) from None
         except OSError as error:
             os.close(lock)
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS): raise
@@ -599,8 +651,10 @@ def check_folder(trainer: Trainer, run: Path) -> None:
     """CheckpointError unless what a run's folder holds is this trainer's past; writes the
     configuration where there is none yet."""
     if (held := checkpoints(run)) and step_of(held[-1]) > trainer.step:
-        raise CheckpointError(f"{run} holds {held[-1].name}, which this run, at step {trainer.step}, did "
-                              "not write: resume it or choose another folder")
+        raise CheckpointError(
+            f"{run} holds {held[-1].name}, which this run, at step {trainer.step}, did "
+            "not write: resume it or choose another folder"
+        )
     if trainer.step == 0 or not (run / "config.yaml").exists():
         write_text(run / "config.yaml", to_yaml(trainer.config))
 
@@ -639,19 +693,24 @@ def write_run_config(config: RunConfig, run: Path) -> None:
 
 
 def read_run_config(run: Path) -> RunConfig:
-    "The configuration of a run's folder or of one of its checkpoints; CheckpointError when there is none."
+    """The configuration of a run's folder or of one of its checkpoints; CheckpointError when
+    there is none."""
     try:
         return from_yaml(RunConfig, (run / "config.yaml").read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{run / 'config.yaml'} is damaged: {error}") from None
     except FileNotFoundError:
-        newest = checkpoints(run)[-1] if checkpoints(run) else run      # every checkpoint holds a copy
+        # every checkpoint holds a copy
+        newest = checkpoints(run)[-1] if checkpoints(run) else run
     except OSError as error:
-        raise CheckpointError(f"{run / 'config.yaml'} cannot be read ({error}): not the folder of a "
-                              "run") from None
+        raise CheckpointError(
+            f"{run / 'config.yaml'} cannot be read ({error}): not the folder of a run"
+        ) from None
     if not (newest / "training.json").exists():
         raise CheckpointError(f"there is no config.yaml in {run}: not the folder of a run")
     try:
         return from_dict(RunConfig, read_json(newest / "training.json", "run")["run"])
     except ConfigError as error:
-        raise CheckpointError(f"{newest / 'training.json'} has no usable configuration: {error}") from None
+        raise CheckpointError(
+            f"{newest / 'training.json'} has no usable configuration: {error}"
+        ) from None

@@ -29,7 +29,11 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 # %% ../../nbs/4_practice/07_files.ipynb #2c176fc9
 def exchange(a: Path, b: Path) -> None:
     "Swap two folders: in one step where the system can (Linux's renameat2), else by two renames."
-    rename2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    rename2 = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if os.name == "posix"
+        else None
+    )
     here, swap = -100, 2    # AT_FDCWD, RENAME_EXCHANGE
     if rename2 is None or rename2(here, os.fsencode(a), here, os.fsencode(b), swap) != 0:
         os.rename(b, aside := a.with_name(a.name + "-old"))
@@ -50,8 +54,10 @@ def whole_folder(place: Path) -> Iterator[Path]:
     """
     place = place.resolve() if place.is_symlink() else place
     if not place.name or place.exists() and os.path.samefile(place, "."):
-        raise IsADirectoryError(f"{str(place)!r} is the working folder or the root, which cannot be "
-                                "replaced: name a folder in it")
+        raise IsADirectoryError(
+            f"{str(place)!r} is the working folder or the root, which cannot be "
+            "replaced: name a folder in it"
+        )
     place.parent.mkdir(parents=True, exist_ok=True)
     (work := beside(place)).mkdir()
     try:
@@ -87,11 +93,14 @@ class CheckpointError(ValueError):
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    "A JSON object with these keys; CheckpointError, one sentence, when it is missing, broken or something else."
+    """A JSON object with these keys; CheckpointError, one sentence, when it is missing, broken
+    or something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"there is no {path.name} in {path.parent}: not a saved model or checkpoint") from None
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}: not a saved model or checkpoint"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): not a saved model or "
                               "checkpoint") from None
@@ -100,7 +109,9 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
                               "damaged") from None
     lacking = keys if not isinstance(found, dict) else [k for k in keys if k not in found]
     if lacking:
-        raise CheckpointError(f"{path} lacks {', '.join(lacking)}: the file is damaged or of another kind")
+        raise CheckpointError(
+            f"{path} lacks {', '.join(lacking)}: the file is damaged or of another kind"
+        )
     return found
 
 
@@ -117,7 +128,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no {path.name} in {path.parent}: not a saved model or checkpoint") from None
+        raise CheckpointError(
+            f"there is no {path.name} in {path.parent}: not a saved model or checkpoint"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): not a saved model or "
                               "checkpoint") from None

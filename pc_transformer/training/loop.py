@@ -23,9 +23,11 @@ from .trainer import Trainer
 # %% ../../nbs/4_practice/10_loop.ipynb #d74b7035
 @contextmanager
 def graceful_stop() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT, SIGTERM and SIGHUP only set a flag, which the yielded function reads.
+    """Within the block SIGINT, SIGTERM and SIGHUP only set a flag, which the yielded function
+    reads.
 
-    A second signal raises Interrupted wherever the program is. Outside the main thread nothing changes.
+    A second signal raises Interrupted wherever the program is. Outside the main thread nothing
+    changes.
     """
     received: list[int] = []
 
@@ -36,7 +38,9 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
                               "checkpoint is lost")
 
     own = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")] if own else []
+    numbers = (
+        [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")] if own else []
+    )
     handlers = {s: signal.getsignal(s) for s in numbers if s is not None}
     old = {s: handler for s, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     try:
@@ -52,11 +56,14 @@ def train(
     trainer: Trainer,
     run: Path | None = None,                     # where checkpoints go; `None`: none are written
     tokenizer: SavedTokenizer | None = None,     # saved with them
-    after_step: Callable[[Trainer], None] | None = None,   # called after each step, e.g. for a progress bar
+    # called after each step, e.g. for a progress bar
+    after_step: Callable[[Trainer], None] | None = None,
 ) -> Trainer:
-    """Run a trainer to its last step. Raises Interrupted, after a checkpoint, on Ctrl-C, SIGTERM or SIGHUP.
+    """Run a trainer to its last step. Raises Interrupted, after a checkpoint, on Ctrl-C, SIGTERM
+    or SIGHUP.
 
-    While it trains the folder is its own: CheckpointError when another run is in it, or when it holds
+    While it trains the folder is its own: CheckpointError when another run is in it, or when it
+    holds
     steps that this run did not do.
     In a team all stop together when one is asked to, and number 0 writes the checkpoints.
     """
@@ -80,7 +87,13 @@ def progress_bar(label: str, trainer: Trainer) -> Callable[[Trainer], None]:
     "A tqdm bar on stderr for `train(..., after_step=...)`; shows the losses."
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=trainer.config.train.iters, initial=trainer.step, desc=label, file=sys.stderr, mininterval=0.5)
+    bar = tqdm(
+        total=trainer.config.train.iters,
+        initial=trainer.step,
+        desc=label,
+        file=sys.stderr,
+        mininterval=0.5,
+    )
 
     def after_step(t: Trainer) -> None:
         bar.update(t.step - bar.n)

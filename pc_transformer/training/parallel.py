@@ -31,9 +31,13 @@ def check_seconds(name: str, value: Any) -> None:
 
 # %% ../../nbs/4_practice/11_parallel.ipynb #c3448fc2
 def all_sum(x: Tensor) -> Tensor:
-    "The sum of a tensor over all processes of torch.distributed's default group. Raises ProcessError when there is none."
+    """The sum of a tensor over all processes of torch.distributed's default group. Raises
+    ProcessError when there is none."""
     if not (dist.is_available() and dist.is_initialized()):
-        raise ProcessError("torch.distributed is not initialised here: run within `join`, or make an Accelerator first")
+        raise ProcessError(
+            "torch.distributed is not initialised here: run within `join`, or make an Accelerator"
+            " first"
+        )
     total = x.detach().clone()
     plainly("add up over the processes", lambda: dist.all_reduce(total))
     return total
@@ -47,13 +51,18 @@ def plainly(
     said = None
     try:
         act()
-    except RuntimeError as error:   # of all its errors the common kind, of the gloo backend's the only
+    # of all its errors the common kind, of the gloo backend's the only
+    except RuntimeError as error:
         said = str(error)
-    if said is not None:    # the first error is gone by now, and with it its hold on the process group
-        why = said.rpartition("cc:")[2].partition("] ")[2] or said      # without its place in C++ code
+    # the first error is gone by now, and with it its hold on the process group
+    if said is not None:
+        # without its place in C++ code
+        why = said.rpartition("cc:")[2].partition("] ")[2] or said
         why = " ".join(why.partition(". ")[0].split()).rstrip(".")
-        raise ProcessError(f"torch.distributed could not {what} ({why}): one of them has ended or is "
-                           "late, look for its own message")
+        raise ProcessError(
+            f"torch.distributed could not {what} ({why}): one of them has ended or is "
+            "late, look for its own message"
+        )
 
 # %% ../../nbs/4_practice/11_parallel.ipynb #7cfb1282
 def sync_gradients(
@@ -61,17 +70,23 @@ def sync_gradients(
     count: int,                  # n_p, predicted tokens of this process's rows
     reduce: Reduce = all_sum,    # sums a tensor over the processes
 ) -> None:
-    "Replace every `p.grad` by the whole batch's, equation (1). Every process must call it, even one that predicts nothing."
+    """Replace every `p.grad` by the whole batch's, equation (1). Every process must call it,
+    even one that predicts nothing."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    share = count / reduce(torch.tensor(count, dtype=torch.float64, device=parameters[0].device)).item()
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad * share).flatten() for p in parameters])
+    share = (
+        count / reduce(torch.tensor(count, dtype=torch.float64, device=parameters[0].device)).item()
+    )
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad * share).flatten() for p in parameters]
+    )
     for p, g in zip(parameters, reduce(flat).split([p.numel() for p in parameters]), strict=True):
         p.grad = g.view_as(p).to(p.dtype).clone()
 
 # %% ../../nbs/4_practice/11_parallel.ipynb #6521b7a8
 @dataclass(frozen=True)
 class DataParallel:
-    "Which of the processes that share every batch this one is; the default is alone. Raises ValueError."
+    """Which of the processes that share every batch this one is; the default is alone. Raises
+    ValueError."""
 
     rank: int = 0        # 0 .. size - 1; number 0 writes the files
     size: int = 1        # number of processes
@@ -86,7 +101,8 @@ class DataParallel:
 
     @classmethod
     def here(cls) -> "DataParallel":
-        "As torch.distributed (or an Accelerator, which uses it) has it; alone when it is not in use."
+        """As torch.distributed (or an Accelerator, which uses it) has it; alone when it is not
+        in use."""
         there = dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if there else cls()
 
@@ -96,9 +112,12 @@ class DataParallel:
         return all_sum if self.size > 1 else None
 
     def share(self, rows: Tensor) -> Tensor:
-        "This process's rows of a batch. Raises ValueError when there are fewer rows than processes."
+        """This process's rows of a batch. Raises ValueError when there are fewer rows than
+        processes."""
         if len(rows) < self.size:
-            raise ValueError(f"{len(rows)} rows cannot be shared by {self.size} processes: each needs one")
+            raise ValueError(
+                f"{len(rows)} rows cannot be shared by {self.size} processes: each needs one"
+            )
         return rows.tensor_split(self.size)[self.rank]
 
 
@@ -106,7 +125,8 @@ class DataParallel:
 def join(
     timeout: float = 600.0,      # seconds to wait for the others
 ) -> Iterator[DataParallel]:
-    """Within the block this process works with those that `torchrun` or `accelerate launch` started.
+    """Within the block this process works with those that `torchrun` or `accelerate launch`
+    started.
 
     Alone without them. Raises ProcessError, one sentence, when the others do not come or one ends.
     """

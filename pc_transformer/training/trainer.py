@@ -39,10 +39,12 @@ from .parallel import DataParallel, all_sum, sync_gradients
 def evaluate(
     model: nn.Module,
     ids: Int[Tensor, " N"],      # tokens of the split; every one but the first is predicted once
-    block_size: int,             # T: windows do not overlap, so early positions of each see little context
+    # T: windows do not overlap, so early positions of each see little context
+    block_size: int,
     batch_size: int = 64,
 ) -> float:                      # nats per token
-    """Mean cross-entropy over a whole split. Reads the model only, without dropout, whatever its mode.
+    """Mean cross-entropy over a whole split. Reads the model only, without dropout, whatever its
+    mode.
 
     Raises FloatingPointError when the loss is not finite: a table must not show it as a result.
     """
@@ -53,7 +55,9 @@ def evaluate(
     with evaluating(model) as still:
         for tokens, targets in windows(ids, block_size, batch_size):
             logits = still(tokens.to(device))
-            total += F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum"
+            ).item()
             count += targets.numel()
     if not math.isfinite(total):
         bad = not_finite(model.named_parameters())
@@ -65,7 +69,8 @@ def evaluate(
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #0f2b43bc
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    "AdamW with three groups: matrices (decayed), gains, what attention's distributions learn (own learning rate)."
+    """AdamW with three groups: matrices (decayed), gains, what attention's distributions learn
+    (own learning rate)."""
     named = list(model.named_parameters())
     precisions = [p for n, p in named if n.endswith(LEARNED)]
     matrices = [p for n, p in named if p.dim() >= 2 and not n.endswith(LEARNED)]
@@ -76,7 +81,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": precisions, "weight_decay": 0.0, "scale": config.precision_lr_scale},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+    )
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #a46b288c
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -96,7 +103,10 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()     # "meta" holds no numbers that could be read back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'") from None
+        raise ValueError(
+            f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'auto' or"
+            " 'cpu'"
+        ) from None
     return device
 
 
@@ -109,7 +119,8 @@ class Trainer:
     valid_ids: Int[Tensor, " M"]          # validation tokens
     device: torch.device = field(default_factory=pick_device)
     step: int = 0                         # steps done
-    losses: list[float] = field(default_factory=list)            # training loss of each step, nats per token
+    # training loss of each step, nats per token
+    losses: list[float] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)   # one entry per evaluation
     team: DataParallel = DataParallel()   # the processes that share every batch; alone by default
     curvature: tuple[float, ...] | None = None   # of parallel state steps, as last seen
@@ -117,7 +128,9 @@ class Trainer:
     def __post_init__(self):
         c = self.config
         if (rows := c.train.batch_size // c.train.accumulate) < self.team.size:
-            raise ValueError(f"{rows} rows cannot be shared by {self.team.size} processes: each needs one")
+            raise ValueError(
+                f"{rows} rows cannot be shared by {self.team.size} processes: each needs one"
+            )
         self.model = PCTransformer(c.model, seed=c.train.seed).to(self.device)
         self.learner = make_learner(c.learner, apply=self.apply, reduce=self.team.reduce)
         self.optimizer = make_optimizer(self.model, c.train)
@@ -129,23 +142,35 @@ class Trainer:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        "Mixed precision, if configured; and dropout that is a function of seed and step, so that a resumed run repeats it."
+        """Mixed precision, if configured; and dropout that is a function of seed and step, so
+        that a resumed run repeats it."""
         c = self.config.train
-        apart = self.team.rank * 2_654_435_761      # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
+        # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
+        apart = self.team.rank * 2_654_435_761
         draws = Draws((c.seed * 1_000_003 + self.step + apart) % 2**63)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"), drawing(draws):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"
+        ), drawing(draws):
             yield
 
     def backward(self) -> float:
-        "Fill `p.grad` from this step's batch, in one or several parts, each shared by the team; the loss in nats per token."
+        """Fill `p.grad` from this step's batch, in one or several parts, each shared by the
+        team; the loss in nats per token."""
         tokens, targets = self.batch(self.step)
         whole = check_batch(self.model, tokens, targets)
-        parts = [part for part in zip(*(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True)
-                 if (part[1] != -100).any()]      # a part that predicts nothing teaches nothing
+        parts = [
+            part
+            for part in zip(
+                *(x.chunk(self.config.train.accumulate) for x in (tokens, targets)), strict=True
+            )
+            if (part[1] != -100).any()
+        ]  # a part that predicts nothing teaches nothing
         own = [(self.team.share(x), self.team.share(y)) for x, y in parts]
         counts = [int((y != -100).sum()) for _, y in own]
-        count, loss, unit = sum(counts), 0.0, 0    # `p.grad` is a sum over predicted tokens, divided by `unit`
-        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None    # for all of the team
+        # `p.grad` is a sum over predicted tokens, divided by `unit`
+        count, loss, unit = sum(counts), 0.0, 0
+        # for all of the team
+        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None
         learner = self.of_the_whole(own)
         for (x, y), n in zip(own, counts, strict=True):
             if n == 0 and not waits:     # this process's rows predict nothing, others' do
@@ -161,22 +186,36 @@ class Trainer:
         return loss
 
     def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
-        "This step's learner for the parts of a batch: where precisions are relative, to the whole batch's mean squares."
+        """This step's learner for the parts of a batch: where precisions are relative, to the
+        whole batch's mean squares."""
         learner = self.learner
         if len(parts) == 1 or not isinstance(learner, PredictiveCoding): return learner
         solver = learner.solver
-        if not isinstance(solver, ErrorSettling | StateSettling) or solver.weigh is not None or solver.per == "token":
+        if (
+            not isinstance(solver, ErrorSettling | StateSettling)
+            or solver.weigh is not None
+            or solver.per == "token"
+        ):
             return learner
         sums, positions = [], 0
         for x, y in parts:
-            up, reach = predict_up(self.model, x, y, lean=True, noise=noise_seed(self.model)), in_reach(y)
+            up, reach = predict_up(
+                self.model, x, y, lean=True, noise=noise_seed(self.model)
+            ), in_reach(y)
             n = y.numel() if reach is None else int(reach.sum())
-            sums.append(n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states]))
+            sums.append(
+                n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states])
+            )
             positions += n
         own = torch.stack(sums).sum(0) / max(positions, 1)
         mean = shared_mean(own, positions, self.team.reduce or (lambda x: x))
-        precision = list(solver.relative_precision / (mean * weight_at_zero(solver.family, self.config.model.d_model)))
-        return dataclasses.replace(learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision))
+        precision = list(
+            solver.relative_precision
+            / (mean * weight_at_zero(solver.family, self.config.model.d_model))
+        )
+        return dataclasses.replace(
+            learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision)
+        )
 
     def divide_gradients(self, by: float) -> None:
         if by != 1:
@@ -191,19 +230,30 @@ class Trainer:
         return all_sum(torch.tensor(number, dtype=torch.float64, device=self.device)).item()
 
     def look(self) -> None:
-        "Every `curvature_interval` steps: how steep are the surroundings of each node on this step's batch?"
+        """Every `curvature_interval` steps: how steep are the surroundings of each node on this
+        step's batch?"""
         c = self.config.learner
-        if c.solver == "state" and c.curvature_interval > 1 and self.step % c.curvature_interval == 0:
-            self.curvature = StateSettling(lean=c.lean).tuned(self.model, *self.batch(self.step)).curvature
+        if (
+            c.solver == "state"
+            and c.curvature_interval > 1
+            and self.step % c.curvature_interval == 0
+        ):
+            self.curvature = (
+                StateSettling(lean=c.lean).tuned(self.model, *self.batch(self.step)).curvature
+            )
 
     def apply(self) -> None:
-        "Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched, when it is not finite."
+        """Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched,
+        when it is not finite."""
         clip = self.config.train.grad_clip or math.inf
         if not nn.utils.clip_grad_norm_(self.model.parameters(), clip).isfinite():
-            raise FloatingPointError(f"a gradient is not finite at step {self.step}, and the weights "
-                                     "were not touched: lower the learning rate")
+            raise FloatingPointError(
+                f"a gradient is not finite at step {self.step}, and the weights "
+                "were not touched: lower the learning rate"
+            )
         self.optimizer.step()
-        torch.autograd.graph.increment_version(tuple(self.model.parameters()))   # fused steps do not say that weights moved
+        # fused steps do not say that weights moved
+        torch.autograd.graph.increment_version(tuple(self.model.parameters()))
         self.optimizer.zero_grad(set_to_none=True)
 
     def exploded(self, loss: float) -> bool:
@@ -220,7 +270,9 @@ class Trainer:
             if (what := self.divergence()) is None:
                 raise
             rate = f"lower the learning rate ({self.config.train.learning_rate:g})"
-            raise FloatingPointError(f"training diverged by step {self.step}, {what}: {rate}") from error
+            raise FloatingPointError(
+                f"training diverged by step {self.step}, {what}: {rate}"
+            ) from error
 
     def divergence(self) -> str | None:
         """What shows that training has diverged: weights that are not finite, or a loss far worse
@@ -229,19 +281,24 @@ class Trainer:
             return f"the weights {bad!r} are not finite"
         try:
             loss = self.plain_loss()
-        except (TypeError, ValueError):      # the batch is wrong, or a layer refuses: that has its own words
+        # the batch is wrong, or a layer refuses: that has its own words
+        except (TypeError, ValueError):
             return None
-        return f"the loss of its batch is {loss:.4g} nats per token" if self.exploded(loss) else None
+        return (
+            f"the loss of its batch is {loss:.4g} nats per token" if self.exploded(loss) else None
+        )
 
     def plain_loss(self) -> float:
-        "The feed-forward loss of this step's batch, without dropout. Raises TypeError or ValueError for a wrong batch."
+        """The feed-forward loss of this step's batch, without dropout. Raises TypeError or
+        ValueError for a wrong batch."""
         tokens, targets = self.batch(self.step)
         check_batch(self.model, tokens, targets)
         with evaluating(self.model) as still:
             return F.cross_entropy(still(tokens).flatten(0, 1), targets.flatten()).item()
 
     def advance(self) -> float:
-        "One optimiser step; returns the training loss before it. Raises FloatingPointError when that is not finite."
+        """One optimiser step; returns the training loss before it. Raises FloatingPointError
+        when that is not finite."""
         with self.naming_divergence():
             loss = self.learn()
         self.step += 1
@@ -256,10 +313,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with self.surroundings():
             self.look()
-            self.learner = make_learner(self.config.learner, self.step / c.iters, self.apply, self.curvature, self.team.reduce)
+            self.learner = make_learner(
+                self.config.learner,
+                self.step / c.iters,
+                self.apply,
+                self.curvature,
+                self.team.reduce,
+            )
             loss = self.backward()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {self.step}: lower the learning rate")
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {self.step}: lower the learning rate"
+            )
         self.apply()
         return loss
 
@@ -269,8 +334,10 @@ class Trainer:
         return make_learner(self.config.learner, progress, self.optimizer.zero_grad, self.curvature)
 
     def measure(self) -> dict[str, Any]:
-        "Evaluate on the whole validation split and note where the learner sits; appended to the record."
-        tokens, targets = self.batch(0)      # all of it, in every process of a team: they agree without asking
+        """Evaluate on the whole validation split and note where the learner sits; appended to
+        the record."""
+        # all of it, in every process of a team: they agree without asking
+        tokens, targets = self.batch(0)
         look = self.alone()
         with self.naming_divergence(), self.surroundings():
             report, _ = rehearse(look, self.model, tokens, targets, measure=True)
@@ -289,9 +356,14 @@ class Trainer:
         return entry
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #0859dbd2
-def start(config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()) -> Trainer:
+def start(
+    config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()
+) -> Trainer:
     "A fresh trainer; ConfigError when the configuration's vocabulary is not the corpus's."
     if config.model.vocab_size != data.tokenizer.vocab_size:
-        has = f"the corpus has {data.tokenizer.vocab_size} characters: leave it out and it follows the corpus"
+        has = (
+            f"the corpus has {data.tokenizer.vocab_size} characters: leave it out and it follows"
+            " the corpus"
+        )
         raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, but {has}")
     return Trainer(config, data.train_ids, data.valid_ids, pick_device(device), team=team)

@@ -33,34 +33,82 @@ def choose(
 ) -> tuple[str, str]:            # name of a backend, and why
     "The backend for these arguments, and the reason in a sentence."
     if query_precision is not None and link != "dot":
-        return "chunked", "a precision per query multiplies whole distances: row chunks do that for every link"
+        return (
+            "chunked",
+            "a precision per query multiplies whole distances: row chunks do that for every link",
+        )
     if q.device.type == "cuda":
         found = _choose_gpu(q, link, mask, log_mix, dropout_p, window, need_lse)
         if found is not None: return found
-    if k.dim() == 5 and k.shape[2] > 1: return "chunked", "one pass over all components of a key, with one output"
+    if k.dim() == 5 and k.shape[2] > 1:
+        return "chunked", "one pass over all components of a key, with one output"
     if link != "dot" and not isinstance(link, Gaussian):
-        return "chunked", f"no dot product gives the scores of {type(link).__name__}: row chunks work for every link"
-    if q.device.type != "cpu": return "chunked", f"row chunks are exact everywhere; nothing faster serves this on {q.device.type}"
+        return (
+            "chunked",
+            (
+                f"no dot product gives the scores of {type(link).__name__}: row chunks work for"
+                " every link"
+            ),
+        )
+    if q.device.type != "cpu":
+        return (
+            "chunked",
+            f"row chunks are exact everywhere; nothing faster serves this on {q.device.type}",
+        )
     if dropout_p: return "chunked", "the fused CPU kernel has no dropout"
     if window is not None: return "chunked", "row chunks skip the keys outside the window"
     if needs_grad(mask): return "chunked", "the fused kernel gives a mask no gradient"
-    if not flash_agrees(): return "chunked", "this PyTorch's fused CPU kernel is not the one that was verified"
+    if not flash_agrees():
+        return "chunked", "this PyTorch's fused CPU kernel is not the one that was verified"
     if link == "dot": return "sdpa", "the scores are dot products: PyTorch's fused kernel as it is"
     if precision.shape[-2] > 1 and precision.shape[-1] > 1:
-        return "chunked", "a diagonal precision per key doubles the width of keys, and the fused kernel would double values too"
+        return (
+            "chunked",
+            (
+                "a diagonal precision per key doubles the width of keys, and the fused kernel would"
+                " double values too"
+            ),
+        )
     grads = needs_grad(q, k, v, precision, log_mix) if grads is None else grads
     if not grads and precision.shape[-2] == 1:
         return "sdpa", "without gradients the Gaussian is the fused kernel plus one bias per key"
-    if k.shape[-2] < LONG: return "chunked", f"below {LONG} keys row chunks are faster than the fused kernel with extra lanes"
-    return "sdpa", f"from {LONG} keys on the fused kernel with extra lanes is no slower than row chunks"
+    if k.shape[-2] < LONG:
+        return (
+            "chunked",
+            f"below {LONG} keys row chunks are faster than the fused kernel with extra lanes",
+        )
+    return (
+        "sdpa",
+        f"from {LONG} keys on the fused kernel with extra lanes is no slower than row chunks",
+    )
 
 
-def _choose_gpu(q: Tensor, link: Link, mask: Tensor | None, log_mix: Tensor | None, dropout_p: float, window: int | None,
-                need_lse: bool) -> tuple[str, str] | None:
+def _choose_gpu(
+    q: Tensor,
+    link: Link,
+    mask: Tensor | None,
+    log_mix: Tensor | None,
+    dropout_p: float,
+    window: int | None,
+    need_lse: bool,
+) -> tuple[str, str] | None:
     "A GPU kernel, where there is one for these arguments."
     from pc_transformer.attention.kernels import triton
-    plain = link == "dot" and log_mix is None and window is None and not need_lse and not needs_grad(mask)
-    if plain: return "sdpa", "the scores are dot products and nobody asks for lse: PyTorch's fused GPU kernel as it is"
+    plain = (
+        link == "dot"
+        and log_mix is None
+        and window is None
+        and not need_lse
+        and not needs_grad(mask)
+    )
+    if plain:
+        return (
+            "sdpa",
+            (
+                "the scores are dot products and nobody asks for lse: PyTorch's fused GPU kernel as"
+                " it is"
+            ),
+        )
     known = link == "dot" or type(link) in FAMILIES.values()
     if dropout_p or not known: return None
     name = "triton" if mask is None or (mask.dim() == 4 and mask.shape[-2] == 1) else "flex"

@@ -29,8 +29,10 @@ def affine(
     Lam: Tensor,                     # precision, broadcastable to `k`
     scale: float | Tensor = 1.0,     # y is `scale * u`
     row: bool = True,                # whether rho is wanted
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # queries, keys, rho `(..., Tq, 1)` or `None`, kappa `(..., Tk, 1)`
-    "Equation (6): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the precision is the keys' own."
+# queries, keys, rho `(..., Tq, 1)` or `None`, kappa `(..., Tk, 1)`
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Equation (6): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the
+    precision is the keys' own."""
     Lam = Lam * scale
     kappa = squares(k, Lam)
     if Lam.shape[-2] == 1: return q, k * (-2 * Lam), squares(q, Lam) if row else None, kappa
@@ -41,7 +43,8 @@ def affine(
 # %% ../../../nbs/5_speed/04_chunked.ipynb #01ba77d3
 @dataclasses.dataclass
 class Near:
-    "What it takes to compute single distances directly: flat queries, keys and precisions, `(n, T or 1, d or 1)`."
+    """What it takes to compute single distances directly: flat queries, keys and precisions,
+    `(n, T or 1, d or 1)`."""
 
     q: Tensor
     k: Tensor
@@ -57,7 +60,8 @@ class Near:
         most, k2 = self.most[..., j] if self.most.shape[-1] > 1 else self.most, self.k2[..., j]
         lam = None if self.lam is None else self.lam[:, i]
         least = NEAR if lam is None else NEAR * lam.amax()
-        if bool(y.amin() >= least * (self.q2[:, i].amax() * most.amax() + k2.amax())): return  # not so if there is a NaN
+        # not so if there is a NaN
+        if bool(y.amin() >= least * (self.q2[:, i].amax() * most.amax() + k2.amax())): return
         pairs = (y < (NEAR if lam is None else NEAR * lam) * (self.q2[:, i] * most + k2)).nonzero()
         for n, a, b in (part.unbind(1) for part in pairs.split(1 << 14)):
             key = b + j.start
@@ -68,7 +72,8 @@ class Near:
 # %% ../../../nbs/5_speed/04_chunked.ipynb #62e20610
 @dataclasses.dataclass
 class Blocks:
-    "How attention is cut up: slices `b`, `h` of batch and heads are a group, slices `i`, `j` of queries and keys a block."
+    """How attention is cut up: slices `b`, `h` of batch and heads are a group, slices `i`, `j`
+    of queries and keys a block."""
 
     is_causal: bool = False
     window: int | None = None
@@ -77,7 +82,8 @@ class Blocks:
     elements: int = 1 << 18        # scores in a block, about
 
     def groups(self, B: int, H: int, Tq: int, Tk: int, M: int = 1) -> Iterator[tuple[slice, slice]]:
-        "Whole batches, or some heads of one, whose blocks (of M components) have about the wanted size."
+        """Whole batches, or some heads of one, whose blocks (of M components) have about the
+        wanted size."""
         reach = Tk if self.window is None else min(Tk, 2 * self.window + self.rows)
         heads = max(1, self.elements // (min(self.rows, Tq) * reach * M))
         for b in range(0, B, max(1, heads // H)):
@@ -94,10 +100,17 @@ class Blocks:
 
     def buffer(self, like: Tensor, Tq: int, Tk: int, M: int = 1) -> Tensor:
         "Room for the scores of any block of the heads along the first axis of `like`."
-        return like.new_empty(like.shape[0] * M * max((i.stop - i.start) * (j.stop - j.start) for i, j in self.cut(Tq, Tk)))
+        return like.new_empty(
+            like.shape[0]
+            * M
+            * max((i.stop - i.start) * (j.stop - j.start) for i, j in self.cut(Tq, Tk))
+        )
 
-    def forbid(self, s: Float[Tensor, "n I M J"], i: slice, j: slice, mask: Tensor | None) -> Tensor:
-        "The block's scores with everything masked at minus infinity; `mask` has the axes of `s`, or is `None`."
+    def forbid(
+        self, s: Float[Tensor, "n I M J"], i: slice, j: slice, mask: Tensor | None
+    ) -> Tensor:
+        """The block's scores with everything masked at minus infinity; `mask` has the axes of
+        `s`, or is `None`."""
         if self.window is not None or (self.is_causal and i.stop - i.start > 1):
             first = j.start if self.window is not None else i.start
             a = torch.arange(i.start, i.stop, device=s.device)[:, None]
@@ -113,7 +126,11 @@ class Blocks:
         flat = s.flatten(2)
         if not self.blind: return torch.softmax(flat, -1, out=flat).view_as(s)
         blind = flat.amax(-1, keepdim=True) == -math.inf
-        return torch.softmax(flat.masked_fill_(blind, 0.0), -1, out=flat).masked_fill_(blind, 0.0).view_as(s)
+        return (
+            torch.softmax(flat.masked_fill_(blind, 0.0), -1, out=flat)
+            .masked_fill_(blind, 0.0)
+            .view_as(s)
+        )
 
 # %% ../../../nbs/5_speed/04_chunked.ipynb #73eee504
 @dataclasses.dataclass
@@ -123,7 +140,8 @@ class Plan:
     blocks: Blocks
     step: Straight
     scale: float | None            # y = scale * u; `None`: dot products
-    additive: bool = False         # y is the score: what belongs to a key may be added before the link
+    # y is the score: what belongs to a key may be added before the link
+    additive: bool = False
     log_det: bool = False          # whether half the log-determinant is part of a key's score
     eps2: float | Tensor = 0.0     # added to the distance, once per head (Laplace)
     sharp: bool = False
@@ -137,7 +155,11 @@ class Plan:
 
     def keep(self, p: Tensor, draw: torch.Generator | None) -> Tensor:
         "0 for a dropped weight, 1/(1 - dropout_p) for a kept one."
-        return torch.empty_like(p).bernoulli_(1 - self.dropout_p, generator=draw).div_(1 - self.dropout_p)
+        return (
+            torch.empty_like(p)
+            .bernoulli_(1 - self.dropout_p, generator=draw)
+            .div_(1 - self.dropout_p)
+        )
 
 
 def _pick(x: Tensor, b: slice, h: slice) -> Tensor:
@@ -160,25 +182,38 @@ def _collect(total: Tensor, part: Tensor, b: slice, h: slice) -> None:
 
 
 class _Group:
-    "The heads `(b, h)`, ready for their blocks: equation (6) with all that belongs to a query or a key."
+    """The heads `(b, h)`, ready for their blocks: equation (6) with all that belongs to a query
+    or a key."""
 
     rho: Any
     kappa: Any
     prior: Any
 
-    def __init__(self, plan: Plan, at: tuple[slice, slice], tensors: Sequence[Any], shape: Sequence[Tensor]):
+    def __init__(
+        self, plan: Plan, at: tuple[slice, slice], tensors: Sequence[Any], shape: Sequence[Tensor]
+    ):
         q, k, v, Lam, c, prior, self.mask, lam = tensors
         full = torch.promote_types(q.dtype, torch.float32)
-        self.plan, self.at, self.whole = plan, at, (slice(0, at[0].stop - at[0].start), slice(0, at[1].stop - at[1].start))
+        self.plan, self.at, self.whole = (
+            plan,
+            at,
+            (slice(0, at[0].stop - at[0].start), slice(0, at[1].stop - at[1].start)),
+        )
         self.q, self.k, self.v = (_heads(x, *at, dtype=full) for x in (q, k, v))
-        self.Lam, self.shape, b = _heads(Lam, *at), [_heads(x, *at)[..., None] for x in shape], _heads(prior, *at)
+        self.Lam, self.shape, b = (
+            _heads(Lam, *at),
+            [_heads(x, *at)[..., None] for x in shape],
+            _heads(prior, *at),
+        )
         self.lam = _heads(lam, *at)
-        if c is not None: self.q, self.k = self.q - (shift := _heads(c, *at, dtype=full)), self.k - shift[:, None]
+        if c is not None:
+            self.q, self.k = self.q - (shift := _heads(c, *at, dtype=full)), self.k - shift[:, None]
         if plan.scale is None:
             self.qa, self.ka, self.rho = self.q * self.Lam[:, 0], self.k, None
             self.kappa, self.prior, self.near = None if b is None else b[:, None], None, []
             return
-        alone = plan.additive and self.Lam.shape[1:3] == (1, 1)  # then the softmax does not see the query's own term
+        # then the softmax does not see the query's own term
+        alone = plan.additive and self.Lam.shape[1:3] == (1, 1)
         qa, self.ka, rho, kappa = affine(self.q[:, None], self.k, self.Lam, plan.scale, not alone)
         self.qa, self.rho = qa[:, 0], None if rho is None else rho.transpose(1, 2)
         kappa = (kappa if self.lam is None else self.weigh(kappa)).mT.transpose(1, 2)
@@ -187,37 +222,56 @@ class _Group:
         if plan.additive and b is not None: kappa, self.prior = kappa + self.prior, None
         self.kappa = kappa if isinstance(plan.eps2, float) and not plan.eps2 else kappa + plan.eps2
         one = lambda x, m: x[:, m if x.shape[1] > 1 else 0]
-        self.near = [Near(self.q, self.k[:, m], one(self.Lam, m), self.lam) for m in range(self.k.shape[1])] if plan.sharp else []
+        self.near = (
+            [Near(self.q, self.k[:, m], one(self.Lam, m), self.lam) for m in range(self.k.shape[1])]
+            if plan.sharp
+            else []
+        )
 
     def weigh(self, kappa: Tensor) -> Tensor:
-        "Equation (8): the query's precision scales its side, the key's term becomes a lane; what is left of kappa is zero."
+        """Equation (8): the query's precision scales its side, the key's term becomes a lane;
+        what is left of kappa is zero."""
         lam: Any = self.lam
         self.qa = torch.cat([self.qa * lam, lam.expand(*self.qa.shape[:-1], 1)], -1)
         self.ka = torch.cat([self.ka, kappa.expand(*self.ka.shape[:-1], 1)], -1)
         if self.rho is not None: self.rho = self.rho * lam[..., None]
         return kappa.new_zeros(1, *self.ka.shape[1:3], 1)
 
-    def unweigh(self, dqa: Tensor, dka: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def unweigh(
+        self, dqa: Tensor, dka: Tensor, row: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         "The gradient of the query's precision, and from those of equation (8) those of (6)."
         lam, factor = self.lam, self.plan.step.factor(self.shape)
         dlam = (dqa * self.qa).sum(-1, keepdim=True)
         if row is not None: dlam += (row * self.rho[..., 0]).sum(-1, keepdim=True)
         dlam = dlam / lam * (factor[..., 0] if isinstance(factor, Tensor) else factor)
-        return dlam, dqa[..., :-1] * lam, dka[..., :-1], dka[..., -1], None if row is None else row * lam
+        return (
+            dlam,
+            dqa[..., :-1] * lam,
+            dka[..., :-1],
+            dka[..., -1],
+            None if row is None else row * lam,
+        )
 
     def scores(self, i: slice, j: slice, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        "One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the buffers given."
+        """One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the
+        buffers given."""
         size = (self.q.shape[0], i.stop - i.start, self.k.shape[1], j.stop - j.start)
         y, s = y[: math.prod(size)].view(size), s[: math.prod(size)].view(size)
         if self.rho is not None: torch.add(self.rho[:, i], self.kappa[..., j], out=y)
         elif self.kappa is not None: y.copy_(self.kappa[..., j])
         for m in range(size[2]):
-            y[:, :, m].baddbmm_(self.qa[:, i], self.ka[:, m, j].mT, beta=0 if self.kappa is None else 1)
+            y[:, :, m].baddbmm_(
+                self.qa[:, i], self.ka[:, m, j].mT, beta=0 if self.kappa is None else 1
+            )
             if self.near: self.near[m].fix(y[:, :, m], i, j)
         s = self.plan.step.score(y, s, self.shape)
-        if self.prior is not None: s.add_(self.prior[..., j] if self.prior.shape[-1] > 1 else self.prior)
+        if self.prior is not None:
+            s.add_(self.prior[..., j] if self.prior.shape[-1] > 1 else self.prior)
         part = self.part(self.mask, i, j)
-        return y, self.plan.blocks.forbid(s, i, j, None if part is None else _heads(part, *self.whole)[:, :, None])
+        return y, self.plan.blocks.forbid(
+            s, i, j, None if part is None else _heads(part, *self.whole)[:, :, None]
+        )
 
     def spread_mask(self, total: Tensor, g: Tensor, i: slice, j: slice) -> None:
         "Add a block's part to the gradient of a mask."
@@ -227,12 +281,22 @@ class _Group:
     def part(self, m: Tensor | None, i: slice, j: slice) -> Tensor | None:
         "A block's part of a mask or its gradient, as a view; shared axes stay shared."
         if m is None: return None
-        return _pick(m, *self.at)[:, :, i if m.shape[2] > 1 else slice(None), j if m.shape[3] > 1 else slice(None)]
+        return _pick(m, *self.at)[
+            :, :, i if m.shape[2] > 1 else slice(None), j if m.shape[3] > 1 else slice(None)
+        ]
 
     def pull(
-        self, dq: Tensor, dqa: Tensor, dk: Tensor, dka: Tensor, row: Tensor | None, col: Tensor, need: bool
+        self,
+        dq: Tensor,
+        dqa: Tensor,
+        dk: Tensor,
+        dka: Tensor,
+        row: Tensor | None,
+        col: Tensor,
+        need: bool,
     ) -> Tensor | None:
-        "Equation (7): gradients of queries and keys into `dq` and `dk`, and that of the precision, from those of equation (6)."
+        """Equation (7): gradients of queries and keys into `dq` and `dk`, and that of the
+        precision, from those of equation (6)."""
         d, factor, Lam = self.q.shape[-1], self.plan.step.factor(self.shape), self.Lam
         if self.plan.scale is None:
             dk.copy_(dka)
@@ -242,14 +306,19 @@ class _Group:
         scale, m, lanes = self.plan.scale * factor, dka[..., :d], dqa[..., d:]
         x, spread = col[..., None], None if row is None else row.mT[..., None]
         short = need and Lam.shape[1:] == (1, 1, 1)
-        dLam = self._precision(m, dka[..., d:], x, spread).mul_(scale) if need and not short else None
-        torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(self.ka[..., :d], x if _unit(factor) else x * factor, value=-1)
+        dLam = (
+            self._precision(m, dka[..., d:], x, spread).mul_(scale) if need and not short else None
+        )
+        torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(
+            self.ka[..., :d], x if _unit(factor) else x * factor, value=-1
+        )
         if dq is not dqa: dq.copy_(dqa[..., :d])
         if lanes.shape[-1]: dq.addcmul_(self.q, lanes, value=2)
         if not _unit(factor): dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
         if spread is not None: dq.addcmul_(self.q, (spread * (Lam * scale)).sum(1), value=2)
         if not short: return dLam
-        return ((_dot(self.q, dq) + _dot(self.k, dk)).view(-1, 1, 1, 1) / (2 * Lam))  # y is a square: Euler's rule
+        # y is a square: Euler's rule
+        return ((_dot(self.q, dq) + _dot(self.k, dk)).view(-1, 1, 1, 1) / (2 * Lam))
 
     def _precision(self, m: Tensor, s: Tensor, x: Tensor, spread: Tensor | None) -> Tensor:
         "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
@@ -257,7 +326,11 @@ class _Group:
         own = total((self.k * x).sub_(m, alpha=2).mul_(self.k))
         if self.Lam.shape[2] > 1 or s.shape[-1]: return own.add_(s)
         own = own.sum(2, keepdim=True)
-        return own if spread is None else own.add_((total(self.q.square())[:, None] * spread).sum(2, keepdim=True))
+        return (
+            own
+            if spread is None
+            else own.add_((total(self.q.square())[:, None] * spread).sum(2, keepdim=True))
+        )
 
 
 def _unit(factor: float | Tensor) -> bool:
@@ -271,12 +344,15 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Chunked(torch.autograd.Function):
-    "Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients through both."
+    """Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients
+    through both."""
 
     @staticmethod
     def forward(ctx, plan, q, k, v, Lam, c, prior, mask, lam, *shape):  # type: ignore[override]
         (B, H, Tq, _), (M, Tk) = q.shape, k.shape[2:4]
-        tensors, full = (q, k, v, Lam, c, prior, mask, lam), torch.promote_types(q.dtype, torch.float32)
+        tensors, full = (q, k, v, Lam, c, prior, mask, lam), torch.promote_types(
+            q.dtype, torch.float32
+        )
         out = v.new_empty(B, H, Tq, v.shape[-1], dtype=full)
         lse = out.new_empty(B, H, Tq) if plan.need_lse else None
         buffer, draw = None, plan.draw(q.device)
@@ -288,11 +364,14 @@ class _Chunked(torch.autograd.Function):
                 top = s.flatten(2).amax(-1) if plan.need_lse else None
                 p = plan.blocks.posterior(s)
                 if lse is not None and top is not None:
-                    _heads(lse, *at)[:, i] = torch.where(top == -math.inf, top, top - p.flatten(2).amax(-1).log_())
+                    _heads(lse, *at)[:, i] = torch.where(
+                        top == -math.inf, top, top - p.flatten(2).amax(-1).log_()
+                    )
                 if plan.dropout_p: p.mul_(plan.keep(p, draw))
                 torch.bmm(p[:, :, 0] if M == 1 else p.sum(2), here.v[:, j], out=o[:, i])
             if M > 1 and plan.blocks.is_causal and not plan.blocks.blind and not plan.dropout_p:
-                o[:, 0] = here.v[:, 0]  # several weights that add up to one: not to owe key 1 their rounding
+                # several weights that add up to one: not to owe key 1 their rounding
+                o[:, 0] = here.v[:, 0]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, *shape)
@@ -304,7 +383,9 @@ class _Chunked(torch.autograd.Function):
         *tensors, out = ctx.saved_tensors[:9]
         (q, k, v, Lam, _, prior, mask, lam), shape, plan = tensors, ctx.saved_tensors[9:], ctx.plan
         (B, H, Tq, d), (M, Tk) = q.shape, k.shape[2:4]
-        zero = lambda x, at: None if x is None or not ctx.needs_input_grad[at] else torch.zeros_like(x)
+        zero = lambda x, at: (
+            None if x is None or not ctx.needs_input_grad[at] else torch.zeros_like(x)
+        )
         dq, dk, dv = out.new_empty(q.shape), out.new_empty(k.shape), out.new_zeros(v.shape)
         dLam, dprior, dmask, dlam = zero(Lam, 4), zero(prior, 6), zero(mask, 7), zero(lam, 8)
         dshape = [zero(x, 9 + m) for m, x in enumerate(shape)]
@@ -318,7 +399,13 @@ class _Chunked(torch.autograd.Function):
                 rest = _heads(dlse, *at)[..., None]
                 delta -= rest.nan_to_num(0.0) if plan.blocks.blind else rest
             buffers = buffers or [plan.blocks.buffer(o, Tq, Tk, m) for m in (M, M, 1)]
-            n, wide, dqn, dkn, dvn = len(here.q), here.qa.shape[-1], _heads(dq, *at), _heads(dk, *at), _heads(dv, *at)
+            n, wide, dqn, dkn, dvn = (
+                len(here.q),
+                here.qa.shape[-1],
+                _heads(dq, *at),
+                _heads(dk, *at),
+                _heads(dv, *at),
+            )
             dqa, dka = dqn if wide == d else o.new_empty(n, Tq, wide), o.new_zeros(n, M, Tk, wide)
             row = None if here.rho is None else o.new_empty(n, Tq, M)
             col = o.new_zeros(n, M, Tk)
@@ -328,7 +415,9 @@ class _Chunked(torch.autograd.Function):
                 y, s = here.scores(i, j, buffers[0], buffers[1])
                 p = plan.blocks.posterior(s)
                 size = (n, i.stop - i.start, j.stop - j.start)
-                g = torch.bmm(do[:, i], here.v[:, j].mT, out=buffers[2][: math.prod(size)].view(size))
+                g = torch.bmm(
+                    do[:, i], here.v[:, j].mT, out=buffers[2][: math.prod(size)].view(size)
+                )
                 if plan.dropout_p:
                     keep = plan.keep(p, draw)
                     dvn[:, j].baddbmm_((p * keep).sum(2).mT, do[:, i])
@@ -341,7 +430,8 @@ class _Chunked(torch.autograd.Function):
                 if dmask is not None: here.spread_mask(dmask, g, i, j)
                 if any(x is not None for x in dshape):
                     for total, part in zip(dshape, plan.step.moved(y, g, here.shape), strict=True):
-                        if total is not None: _collect(total, part.sum((-1, -2, -3))[:, None, None], *at)
+                        if total is not None:
+                            _collect(total, part.sum((-1, -2, -3))[:, None, None], *at)
                 g = plan.step.slope(y, g, here.shape)
                 for m in range(M):
                     if m: dqa[:, i].baddbmm_(g[:, :, m], here.ka[:, m, j])
@@ -356,23 +446,27 @@ class _Chunked(torch.autograd.Function):
             if dLam is not None:
                 _collect(dLam, part, *at)
                 half = 0.5 if Lam.shape[-1] == d else d / 2
-                if key is not None and plan.log_det: _collect(dLam, key[..., None] * half / here.Lam, *at)
+                if key is not None and plan.log_det:
+                    _collect(dLam, key[..., None] * half / here.Lam, *at)
             if dprior is not None and key is not None: _collect(dprior, key, *at)
         back = lambda g, x: g.to(x.dtype)
         return None, back(dq, q), back(dk, k), back(dv, v), dLam, None, dprior, dmask, dlam, *dshape
 
 # %% ../../../nbs/5_speed/04_chunked.ipynb #2289b7a6
 def _row_const(q: Tensor, link: Link, Lam: Tensor) -> Tensor:  # `(B, H, Tq or 1)`
-    "What the loop leaves out of all scores of a query, when the keys (one component) share their precision."
+    """What the loop leaves out of all scores of a query, when the keys (one component) share
+    their precision."""
     const = log_key_prior(Lam, None, q.shape[-1])
     return const - squares(q, Lam)[..., 0] / 2 if isinstance(link, Gaussian) else const
 
 
 def chunked(
     q: Float[Tensor, "B H Tq d"],
-    k: Float[Tensor, "B H *M Tk d"],  # `(B, H, Tk, d)`, or M components of each key, `(B, H, M, Tk, d)`
+    # `(B, H, Tk, d)`, or M components of each key, `(B, H, M, Tk, d)`
+    k: Float[Tensor, "B H *M Tk d"],
     v: Float[Tensor, "B H Tk dv"],
-    link: Link,                       # "dot" or an elliptical family; its parameters: float, or four axes to `(B, H, 1, 1)`
+    # "dot" or an elliptical family; its parameters: float, or four axes to `(B, H, 1, 1)`
+    link: Link,
     precision: Tensor,                # as many axes as `k`, broadcastable to it
     log_mix: Tensor | None = None,    # broadcastable to `k` without `d`, may be `-inf`
     mask: Tensor | None = None,       # bool or float, broadcastable to `(B, H, Tq, Tk)`
@@ -380,43 +474,82 @@ def chunked(
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
     need_lse: bool = True,
-    query_precision: Tensor | None = None,  # four axes, broadcastable to `(B, H, Tq, 1)`: multiplies the query's distances
+    # four axes, broadcastable to `(B, H, Tq, 1)`: multiplies the query's distances
+    query_precision: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention with any link, a few rows of scores at a time; equations (1), (6), (7) and (8).
 
-    Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow with `Tq x Tk`.
+    Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow
+    with `Tq x Tk`.
     """
     check(q, k if k.dim() == 4 else k[:, :, 0], v, link, precision, is_causal, window)
     Tq, Tk, d, dtype = q.shape[-2], k.shape[-2], q.shape[-1], q.dtype
     full = torch.promote_types(dtype, torch.float32)
-    Lam = precision.to(full) if precision.dim() == k.dim() else per_coordinate(precision, q.to(full))
+    Lam = (
+        precision.to(full) if precision.dim() == k.dim() else per_coordinate(precision, q.to(full))
+    )
     lam = None if query_precision is None else query_precision.to(full)
     if link == "dot" and lam is not None: q, lam = (q.to(full) * lam), None
     if lam is not None: lam = lam.expand(*lam.shape[:2], Tq, 1)
     if log_mix is not None: log_mix = torch.as_tensor(log_mix, dtype=full, device=q.device)
-    if log_mix is not None: log_mix = log_mix.view(*[1] * (k.dim() - 1 - log_mix.dim()), *log_mix.shape)
-    if mask is not None: mask = (mask if mask.dtype == torch.bool else mask.to(full)).view(*[1] * (4 - mask.dim()), *mask.shape)
-    masked = mask is not None or (log_mix is not None and bool((log_mix.detach() == -math.inf).any()))
+    if log_mix is not None:
+        log_mix = log_mix.view(*[1] * (k.dim() - 1 - log_mix.dim()), *log_mix.shape)
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask.to(full)).view(
+            *[1] * (4 - mask.dim()), *mask.shape
+        )
+    masked = mask is not None or (
+        log_mix is not None and bool((log_mix.detach() == -math.inf).any())
+    )
     step, scale, shape = as_step(link, d)
-    inside = link != "dot" and (Lam.shape[-2] > 1 or Lam.dim() == 5 and Lam.shape[2] > 1)  # keys differ in log-determinant
+    # keys differ in log-determinant
+    inside = link != "dot" and (Lam.shape[-2] > 1 or Lam.dim() == 5 and Lam.shape[2] > 1)
     c = None if link == "dot" or masked else centre(k if k.dim() == 4 else k[:, :, 0])
     c = c if c is not None and bool(c.any()) else None
     five = lambda x: x if x.dim() == 5 else x[:, :, None]
     prior = None if log_mix is None else log_mix if log_mix.dim() == 4 else log_mix[:, :, None]
-    blocks = Blocks(is_causal, window, masked or (window is not None and Tq != Tk), 64 if Tk <= 2048 else 128)
+    blocks = Blocks(
+        is_causal, window, masked or (window is not None and Tq != Tk), 64 if Tk <= 2048 else 128
+    )
     factor = None if link == "dot" else scale if isinstance(scale, float) else 1.0
-    plan = Plan(blocks, step, factor, isinstance(link, Gaussian), inside,
-                link.eps**2 if isinstance(step, Root) and isinstance(link, Laplace) else 0.0, is_sharp(link), dropout_p,
-                int(torch.randint(2**62, (), generator=generator())) if dropout_p else 0, need_lse)
+    plan = Plan(
+        blocks,
+        step,
+        factor,
+        isinstance(link, Gaussian),
+        inside,
+        link.eps**2 if isinstance(step, Root) and isinstance(link, Laplace) else 0.0,
+        is_sharp(link),
+        dropout_p,
+        int(torch.randint(2**62, (), generator=generator())) if dropout_p else 0,
+        need_lse,
+    )
     prior = None if prior is None else prior.expand(*prior.shape[:-1], Tk)
-    out, lse = _Chunked.apply(plan, q, five(k), v, five(Lam) * five(scale) if isinstance(scale, Tensor) else five(Lam), c,
-                              prior, mask, lam, *(x.to(full) for x in shape))
+    out, lse = _Chunked.apply(
+        plan,
+        q,
+        five(k),
+        v,
+        five(Lam) * five(scale) if isinstance(scale, Tensor) else five(Lam),
+        c,
+        prior,
+        mask,
+        lam,
+        *(x.to(full) for x in shape)
+    )
     if lse is not None and link != "dot":
         centred_q = q.to(full) if c is None else q.to(full) - c
         both_sides = lambda x, m: x if m is None else x * m
-        if not inside: lse = lse + _row_const(centred_q, link, both_sides(Lam if Lam.dim() == 4 else Lam[:, :, 0], lam))
-        elif isinstance(scale, Tensor): lse = lse - scale.log()[..., 0] * (d / 2)
+        if not inside:
+            lse = lse + _row_const(
+                centred_q, link, both_sides(Lam if Lam.dim() == 4 else Lam[:, :, 0], lam)
+            )
+        elif isinstance(scale, Tensor):
+            lse = lse - scale.log()[..., 0] * (d / 2)
         if inside and lam is not None: lse = lse + lam.log()[..., 0] * (d / 2)
         own = None if lam is None else lam[..., :1, :] if k.dim() == 4 else lam[:, :, None, :1]
-        if is_causal: lse = first_row(lse, q.to(full), k.to(full), link, both_sides(Lam[..., :1, :], own), log_mix, mask)
+        if is_causal:
+            lse = first_row(
+                lse, q.to(full), k.to(full), link, both_sides(Lam[..., :1, :], own), log_mix, mask
+            )
     return out.to(dtype), lse

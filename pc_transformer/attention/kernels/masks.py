@@ -21,7 +21,8 @@ from ...energies.elliptical import Elliptical, check_whole, shown
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #516c0ee3
 def per_coordinate(
-    precision: float | Tensor,  # scalar, or broadcastable to `(B, H, Tk)`, or diagonal: to `(B, H, Tk, d)`
+    # scalar, or broadcastable to `(B, H, Tk)`, or diagonal: to `(B, H, Tk, d)`
+    precision: float | Tensor,
     like: Tensor,               # a tensor that sets dtype and device
 ) -> Tensor:                    # four axes, broadcastable to `(B, H, Tk, d)`
     "Attention precision with an explicit last axis for the coordinates."
@@ -32,10 +33,12 @@ def per_coordinate(
 # %% ../../../nbs/5_speed/01_masks.ipynb #647ab202
 def log_key_prior(
     precision: Tensor,                # `(B, H, Tk or 1, d or 1)`, positive
-    log_mix: float | Tensor | None,   # log mixing weight, broadcastable to `(B, H, Tk)`; `None`: equal
+    # log mixing weight, broadcastable to `(B, H, Tk)`; `None`: equal
+    log_mix: float | Tensor | None,
     d: int,                           # head width
 ) -> Tensor:                          # broadcastable to `(B, H, Tk)`
-    "What a key's score holds before any query is seen: log mixing weight plus half the log-determinant."
+    """What a key's score holds before any query is seen: log mixing weight plus half the
+    log-determinant."""
     log = precision.log()
     half_log_det = log.sum(-1) / 2 if log.shape[-1] == d else log.squeeze(-1) * (d / 2)
     return half_log_det if log_mix is None else half_log_det + log_mix
@@ -46,13 +49,16 @@ def additive_mask(
     Tq: int,
     Tk: int,
     is_causal: bool,
-    attn_mask: Tensor | None,            # bool (True: may attend) or float (added), broadcastable to `(B, H, Tq, Tk)`
+    # bool (True: may attend) or float (added), broadcastable to `(B, H, Tq, Tk)`
+    attn_mask: Tensor | None,
 ) -> Tensor | None:
     "One additive mask from `is_causal` and `attn_mask`; `None` when everything is allowed."
     if attn_mask is not None:
         attn_mask = attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=scores_like.dtype).masked_fill(~attn_mask, -math.inf)
+            attn_mask = torch.zeros_like(attn_mask, dtype=scores_like.dtype).masked_fill(
+                ~attn_mask, -math.inf
+            )
         attn_mask = attn_mask.to(scores_like.dtype)
     if not is_causal:
         return attn_mask
@@ -70,7 +76,8 @@ def responsibilities(scores: Float[Tensor, "... Tk"]) -> Float[Tensor, "... Tk"]
 def split_prior(
     log_mix: float | Tensor | None,                 # broadcastable to `(B, H, Tk)`, may be `-inf`
     like: Tensor,                                   # sets dtype and device
-) -> tuple[Tensor | None, Tensor | None]:           # finite, three axes; bool `(B, H, 1, Tk)` or `None`
+# finite, three axes; bool `(B, H, 1, Tk)` or `None`
+) -> tuple[Tensor | None, Tensor | None]:
     "The finite part of the log mixing weights, and a mask of the keys whose weight is not zero."
     if log_mix is None: return None, None
     log_mix = torch.as_tensor(log_mix, dtype=like.dtype, device=like.device)
@@ -88,20 +95,23 @@ def both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def window_mask(Tq: int, Tk: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
-    "True where key j is nearer than `window` to query i: j > i - window, and j <= i (causal) or j < i + window."
+    """True where key j is nearer than `window` to query i: j > i - window, and j <= i (causal)
+    or j < i + window."""
     i, j = torch.arange(Tq, device=device)[:, None], torch.arange(Tk, device=device)
     near = (j > i - window) & ((j <= i) if is_causal else (j < i + window))
     return near[None, None]
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #4a8c1a8a
 def squares(x: Float[Tensor, "B H T d"], Lam: Tensor) -> Float[Tensor, "B H T 1"]:
-    "`sum_c Lambda_c x_c^2`; one precision for all coordinates is multiplied after the sum, which saves memory."
+    """`sum_c Lambda_c x_c^2`; one precision for all coordinates is multiplied after the sum,
+    which saves memory."""
     if Lam.shape[-1] == 1: return Lam * x.square().sum(-1, keepdim=True)
     return (Lam * x.square()).sum(-1, keepdim=True)
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #311acd5a
 def centre(k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H 1 d"]:
-    "Equation (4): what to subtract from queries and keys; a constant for gradients, and zero if it is not finite."
+    """Equation (4): what to subtract from queries and keys; a constant for gradients, and zero
+    if it is not finite."""
     first, second = k.detach()[..., :1, :].float(), k.detach()[..., 1:2, :].float()
     second = first if second.shape[-2] == 0 else second
     square = lambda x: x.square().sum(-1, keepdim=True)
@@ -110,12 +120,16 @@ def centre(k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H 1 d"]:
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #d6971acc
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    "A hand-written backward pass that is asked for a graph (`create_graph=True`) raises RuntimeError, and keeps none otherwise."
+    """A hand-written backward pass that is asked for a graph (`create_graph=True`) raises
+    RuntimeError, and keeps none otherwise."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError("fused attention has no second derivative: use backend='reference', or differences of gradients")
+            raise RuntimeError(
+                "fused attention has no second derivative: use backend='reference', or differences"
+                " of gradients"
+            )
         return backward(ctx, *grads)
 
     return checked
@@ -123,13 +137,24 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 # %% ../../../nbs/5_speed/01_masks.ipynb #2b895cf2
 def first_row(
     lse: Float[Tensor, "B H Tq"],
-    q: Tensor, k: Tensor, link: Elliptical, Lam: Tensor, log_mix: Tensor | None, mask: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    link: Elliptical,
+    Lam: Tensor,
+    log_mix: Tensor | None,
+    mask: Tensor | None,
 ) -> Float[Tensor, "B H Tq"]:
-    "Causal lse with that of query 0 computed directly: it is the score of key 0 (one a component), and owes nothing to key 1."
+    """Causal lse with that of query 0 computed directly: it is the score of key 0 (one a
+    component), and owes nothing to key 1."""
     first, q = Lam[..., :1, :], q[..., :1, :] if k.dim() == 4 else q[:, :, None, :1]
     u = (first * (q - k[..., :1, :]).square()).sum(-1, keepdim=True)
     s = link.link(u if k.dim() == 4 else u.flatten(2)[..., None], q.shape[-1])
-    s = s.view_as(u) + log_key_prior(first, None if log_mix is None else log_mix[..., :1], q.shape[-1])[..., None]
+    s = (
+        s.view_as(u)
+        + log_key_prior(first, None if log_mix is None else log_mix[..., :1], q.shape[-1])[
+            ..., None
+        ]
+    )
     if mask is not None:
         seen = mask[..., :1, :1] if k.dim() == 4 else mask[:, :, None, :1, :1]
         s = s.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else s + seen
@@ -143,12 +168,15 @@ def log_total(s: Tensor) -> Tensor:
     return s.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #93be3cf8
-def blind_rows(mask: Float[Tensor, "b h #Tq Tk"], is_causal: bool) -> Tensor:  # bool `(b, h, Tq or 1)`
+# bool `(b, h, Tq or 1)`
+def blind_rows(mask: Float[Tensor, "b h #Tq Tk"], is_causal: bool) -> Tensor:
     "True for a query all of whose keys are masked by an additive mask and, if asked, by causality."
     never = mask == -math.inf
     if not is_causal: return never.all(-1)
     if never.shape[-2] == 1: return never[..., 0, :].int().cummin(-1).values.bool()
-    return (never | torch.ones(never.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)).all(-1)
+    return (never | torch.ones(never.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)).all(
+        -1
+    )
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #8212ede6
 Link = Literal["dot"] | Elliptical
@@ -160,22 +188,46 @@ def needs_grad(*args: object) -> bool:
 
 
 def check_tensors(q: Any, k: Any, v: Any, precision: Any) -> None:
-    "Raise TypeError, one sentence, unless these are tensors: a backend takes what `attend` has made of its arguments."
+    """Raise TypeError, one sentence, unless these are tensors: a backend takes what `attend` has
+    made of its arguments."""
     for what, x in (("q", q), ("k", k), ("v", v), ("precision", precision)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, link: Link, precision: Tensor, is_causal: bool, window: int | None) -> None:
-    "Raise one clear sentence for arguments that no backend can mean; numbers are looked at by `attend`."
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    link: Link,
+    precision: Tensor,
+    is_causal: bool,
+    window: int | None,
+) -> None:
+    """Raise one clear sentence for arguments that no backend can mean; numbers are looked at by
+    `attend`."""
     check_tensors(q, k, v, precision)
     if link != "dot" and not isinstance(link, Elliptical):
-        raise TypeError(f"link must be 'dot' or an elliptical family of pc_transformer.energies, not {link!r}")
-    if not (q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
-            and k.shape[:3] == v.shape[:3] and 0 not in (*q.shape, *k.shape, *v.shape)):
-        raise ValueError("a backend needs q (B, H, Tq, d), k (B, H, Tk, d) and v (B, H, Tk, dv), no axis empty, but got "
-                         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+        raise TypeError(
+            f"link must be 'dot' or an elliptical family of pc_transformer.energies, not {link!r}"
+        )
+    if not (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[-1] == k.shape[-1]
+        and k.shape[:3] == v.shape[:3]
+        and 0 not in (*q.shape, *k.shape, *v.shape)
+    ):
+        raise ValueError(
+            "a backend needs q (B, H, Tq, d), k (B, H, Tk, d) and v (B, H, Tk, dv), no axis empty,"
+            f" but got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
     if is_causal and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"is_causal needs as many queries as keys, not {q.shape[-2]} and {k.shape[-2]}: pass a mask")
+        raise ValueError(
+            f"is_causal needs as many queries as keys, not {q.shape[-2]} and {k.shape[-2]}: pass a"
+            " mask"
+        )
     if link == "dot" and precision.shape[-2] > 1:
-        raise ValueError("dot products have one scale for all keys: a precision per key needs a distance")
+        raise ValueError(
+            "dot products have one scale for all keys: a precision per key needs a distance"
+        )
     if window is not None: check_whole("window", window, 1)

@@ -18,13 +18,18 @@ def merge(
     outs: Sequence[Float[Tensor, "B H Tq dv"]],  # the read-outs of disjoint sets of keys
     lses: Sequence[Float[Tensor, "B H Tq"]],     # their log-sum-exps
 ) -> tuple[Tensor, Tensor]:                      # read-out and lse of the union
-    "Equation (9): attention over the union of sets of keys from attention over each; zero and `-inf` where all are blind."
-    if len(outs) != len(lses) or not outs: raise ValueError(f"merge needs one lse per output, got {len(outs)} and {len(lses)}")
+    """Equation (9): attention over the union of sets of keys from attention over each; zero and
+    `-inf` where all are blind."""
+    if len(outs) != len(lses) or not outs:
+        raise ValueError(f"merge needs one lse per output, got {len(outs)} and {len(lses)}")
     parts = torch.stack(tuple(lses))
     top = parts.detach().amax(0).nan_to_num(math.nan, neginf=0.0)
     mass = (parts - top).exp()
     total = mass.sum(0)
     blind = total == 0
     total = total.masked_fill(blind, 1.0)
-    out = sum(((m / total)[..., None].to(o.dtype) * o for m, o in zip(mass, outs, strict=True)), torch.zeros_like(outs[0]))
+    out = sum(
+        ((m / total)[..., None].to(o.dtype) * o for m, o in zip(mass, outs, strict=True)),
+        torch.zeros_like(outs[0]),
+    )
     return out, (total.log() + top).masked_fill(blind, -math.inf)

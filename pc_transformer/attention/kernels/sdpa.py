@@ -28,7 +28,8 @@ def augment(
     precision: float | Tensor,              # see `per_coordinate`
     log_mix: float | Tensor | None = None,  # broadcastable to `(B, H, Tk)`
 ) -> tuple[Tensor, Tensor]:                 # `(B, H, Tq, d')`, `(B, H, Tk, d')`
-    "Equation (3): queries and keys whose dot products are the Gaussian scores, up to `dropped` per query."
+    """Equation (3): queries and keys whose dot products are the Gaussian scores, up to `dropped`
+    per query."""
     Lam = per_coordinate(precision, q)
     b = log_key_prior(Lam, log_mix, q.shape[-1])[..., None] - squares(k, Lam) / 2
     one, b = q.new_ones(*q.shape[:-1], 1), b.expand(*k.shape[:-1], 1)
@@ -39,8 +40,11 @@ def augment(
     return torch.cat([q, square, one], -1), torch.cat([Lam * k, lanes, b], -1)
 
 
-def dropped(q: Float[Tensor, "B H Tq d"], precision: float | Tensor) -> Float[Tensor, "B H Tq"] | None:
-    "The term of every score of a query that `augment` leaves out: `-1/2 sum_c Lambda_c q_c^2`, or nothing."
+def dropped(
+    q: Float[Tensor, "B H Tq d"], precision: float | Tensor
+) -> Float[Tensor, "B H Tq"] | None:
+    """The term of every score of a query that `augment` leaves out: `-1/2 sum_c Lambda_c q_c^2`,
+    or nothing."""
     Lam = per_coordinate(precision, q)
     return -squares(q, Lam)[..., 0] / 2 if Lam.shape[-2] == 1 else None
 
@@ -62,45 +66,62 @@ def carry(value: Tensor, source: Tensor) -> Tensor:
     return (value.detach().to(source.dtype) + (source - source.detach())).to(value.dtype)
 
 
-def augment_short(q: Tensor, k: Tensor, Lam: Tensor, log_mix: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    "`augment` of float32 for a shorter dtype and a precision that is not diagonal per key: two lanes per number."
+def augment_short(
+    q: Tensor, k: Tensor, Lam: Tensor, log_mix: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`augment` of float32 for a shorter dtype and a precision that is not diagonal per key: two
+    lanes per number."""
     one = q.new_ones(*q.shape[:-1], 1, dtype=dtype)
     shared = Lam.shape[-2] == 1
     qs, ks = (q * Lam, k) if shared else (q, Lam * k)
     qs, ks = qs.to(dtype), ks.to(dtype)
     seen = ks.to(k.dtype) if shared else ks.to(k.dtype) / Lam
-    b = log_key_prior(Lam, log_mix, q.shape[-1])[..., None] - (Lam * seen**2).sum(-1, keepdim=True) / 2
+    b = (
+        log_key_prior(Lam, log_mix, q.shape[-1])[..., None]
+        - (Lam * seen**2).sum(-1, keepdim=True) / 2
+    )
     b_hi, b_lo = hi_lo(b.expand(*k.shape[:-1], 1), dtype)
     if shared: return torch.cat([qs, one, one], -1), torch.cat([ks, b_hi, b_lo], -1)
     s, l = (qs.to(q.dtype)**2).sum(-1, keepdim=True), (-Lam / 2).expand(*k.shape[:-1], 1)
     (s1, s2), (l1, l2) = hi_lo(s, dtype), hi_lo(l, dtype)
-    return (torch.cat([qs, s1, s2, carry(s1, s), one, one], -1), torch.cat([ks, l1, carry(l1, l), l2, b_hi, b_lo], -1))
+    return (
+        torch.cat([qs, s1, s2, carry(s1, s), one, one], -1),
+        torch.cat([ks, l1, carry(l1, l), l2, b_hi, b_lo], -1),
+    )
 
 # %% ../../../nbs/5_speed/03_sdpa.ipynb #6f4cafdc
 _aten = torch.ops.aten
 
 
 class _Flash(torch.autograd.Function):
-    "PyTorch's fused CPU attention for keys wider than values: output and lse, with gradients through both."
+    """PyTorch's fused CPU attention for keys wider than values: output and lse, with gradients
+    through both."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, nan, is_causal):  # type: ignore[override]
         wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
-        q, k, wide = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, wide))  # the kernel does not look at that stride
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, wide, 0.0, is_causal, attn_mask=mask, scale=1.0)
+        # the kernel does not look at that stride
+        q, k, wide = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, wide))
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, wide, 0.0, is_causal, attn_mask=mask, scale=1.0
+        )
         ctx.save_for_backward(q, k, wide, mask, out, lse)
         ctx.dv, ctx.is_causal = v.shape[-1], is_causal
         ctx.set_materialize_grads(False)
         out = out[..., : v.shape[-1]]
-        if not torch.compiler.is_compiling() and not nan.isnan().any(): return out, lse  # nothing to poison: no copy
+        # nothing to poison: no copy
+        if not torch.compiler.is_compiling() and not nan.isnan().any(): return out, lse
         return out + nan, lse + nan.squeeze(-1)
 
     @staticmethod
     @first_order
     def backward(ctx, dout, dlse):  # type: ignore[override]
         q, k, wide, mask, out, lse = ctx.saved_tensors
-        if dout is None: dout = torch.zeros_like(out)
-        elif ctx.dv < out.shape[-1] or dlse is not None: dout = F.pad(dout, (0, out.shape[-1] - ctx.dv))  # copies in any case
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # copies in any case
+        elif ctx.dv < out.shape[-1] or dlse is not None:
+            dout = F.pad(dout, (0, out.shape[-1] - ctx.dv))
         if dlse is not None:  # equation (5)
             out = out.clone()
             dout[..., -1], out[..., -1] = 1, -dlse
@@ -111,7 +132,8 @@ class _Flash(torch.autograd.Function):
 # %% ../../../nbs/5_speed/03_sdpa.ipynb #bb9ebd54
 @functools.cache
 def flash_agrees() -> bool:
-    "Whether this PyTorch's private CPU operators do what `_Flash` expects of them, shown on a small example."
+    """Whether this PyTorch's private CPU operators do what `_Flash` expects of them, shown on a
+    small example."""
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         draw = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, 2, 5, 4, generator=draw).requires_grad_() for _ in range(2))
@@ -119,51 +141,97 @@ def flash_agrees() -> bool:
         mask = torch.randn(1, 2, 1, 5, generator=draw); mask[..., 0] = -math.inf
         s = (q @ k.mT + mask).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
         p, rest = responsibilities(s), s[..., 1:, :].logsumexp(-1)
-        expected = [p @ v, rest, *torch.autograd.grad((p @ v).sin().sum() + rest.cos().sum(), (q, k, v))]
+        expected = [
+            p @ v,
+            rest,
+            *torch.autograd.grad((p @ v).sin().sum() + rest.cos().sum(), (q, k, v)),
+        ]
         try:
             out, lse = _Flash.apply(q, k, v, mask, q.new_zeros(1), True)
-            found = [out, lse[..., 1:], *torch.autograd.grad(out.sin().sum() + lse[..., 1:].cos().sum(), (q, k, v))]
+            found = [
+                out,
+                lse[..., 1:],
+                *torch.autograd.grad(out.sin().sum() + lse[..., 1:].cos().sum(), (q, k, v)),
+            ]
         except (AttributeError, RuntimeError, TypeError):
             return False
-        return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+        return all(
+            a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+            for a, b in zip(found, expected, strict=True)
+        )
 
 # %% ../../../nbs/5_speed/03_sdpa.ipynb #6ccb5dc3
-def poison(q: Float[Tensor, "B H Tq d"], k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H #Tq 1"]:
-    "Zero; NaN for a query that is not finite or whose own key is not (any key, when keys are not the queries' own)."
-    total = lambda x: x.detach().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) * 0
+def poison(
+    q: Float[Tensor, "B H Tq d"], k: Float[Tensor, "B H Tk d"]
+) -> Float[Tensor, "B H #Tq 1"]:
+    """Zero; NaN for a query that is not finite or whose own key is not (any key, when keys are
+    not the queries' own)."""
+    total = (
+        lambda x: x.detach().sum(
+            -1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
+        * 0
+    )
     own = total(k) if q.shape[-2] == k.shape[-2] else total(k).sum(-2, keepdim=True)
     return (total(q) + own).to(q.dtype)
 
 # %% ../../../nbs/5_speed/03_sdpa.ipynb #397738af
-def poison_prior(Lam: Tensor, log_mix: Tensor | None, Tq: int) -> Tensor:  # `(B or 1, H or 1, Tq or 1, 1)`
-    "Zero; NaN where the precision or the prior of the query's own key (of any key, if keys are not its own) is not finite."
+# `(B or 1, H or 1, Tq or 1, 1)`
+def poison_prior(Lam: Tensor, log_mix: Tensor | None, Tq: int) -> Tensor:
+    """Zero; NaN where the precision or the prior of the query's own key (of any key, if keys are
+    not its own) is not finite."""
     nan = Lam.detach().sum(-1, keepdim=True) * 0
     nan = nan if log_mix is None else nan + log_mix.detach()[..., None] * 0
     return nan if nan.shape[-2] in (1, Tq) else nan.sum(-2, keepdim=True)
 
 # %% ../../../nbs/5_speed/03_sdpa.ipynb #2b8d0473
 def _lanes(
-    q: Tensor, k: Tensor, link: Link, Lam: Tensor, log_mix: Tensor | None, short: torch.dtype | None, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:  # queries, keys, and a bias `(B, H, 1, Tk)` that is no lane
+    q: Tensor,
+    k: Tensor,
+    link: Link,
+    Lam: Tensor,
+    log_mix: Tensor | None,
+    short: torch.dtype | None,
+    bias: bool,
+    # queries, keys, and a bias `(B, H, 1, Tk)` that is no lane
+) -> tuple[Tensor, Tensor, Tensor | None]:
     "What to multiply: augmented queries and keys, or plain ones and a bias per key."
     if link == "dot":
-        if log_mix is None or bias: return q * Lam, k, None if log_mix is None else log_mix[..., None, :]
+        if log_mix is None or bias:
+            return q * Lam, k, None if log_mix is None else log_mix[..., None, :]
         one = q.new_ones(*q.shape[:-1], 1)
-        return torch.cat([q * Lam, one], -1), torch.cat([k, log_mix.expand(k.shape[:-1])[..., None]], -1), None
+        return (
+            torch.cat([q * Lam, one], -1),
+            torch.cat([k, log_mix.expand(k.shape[:-1])[..., None]], -1),
+            None,
+        )
     if bias:
         b = log_key_prior(Lam, log_mix, q.shape[-1]) - squares(k, Lam)[..., 0] / 2
-        return q * Lam, k, b[..., None, :].nan_to_num(0.0, math.inf, -math.inf)  # else NaN + -inf would reach into the past
-    return *(augment(q, k, Lam, log_mix) if short is None else augment_short(q, k, Lam, log_mix, short)), None
+        # else NaN + -inf would reach into the past
+        return q * Lam, k, b[..., None, :].nan_to_num(0.0, math.inf, -math.inf)
+    return (
+        *(
+            augment(q, k, Lam, log_mix)
+            if short is None
+            else augment_short(q, k, Lam, log_mix, short)
+        ),
+        None,
+    )
 
 
-def _public(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float) -> Tensor:
-    "PyTorch's public function, which has no lse; a GPU's kernels take a mask or `is_causal`, not both."
+def _public(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
+) -> Tensor:
+    """PyTorch's public function, which has no lse; a GPU's kernels take a mask or `is_causal`,
+    not both."""
     mask = None if mask is None else additive_mask(q, q.shape[-2], k.shape[-2], is_causal, mask)
     if mask is not None:
         blind = (mask == -math.inf).all(-1, keepdim=True)
         mask, is_causal = mask.masked_fill(blind, 0.0), False
     wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-    out = F.scaled_dot_product_attention(q, k, wide, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=1.0)
+    out = F.scaled_dot_product_attention(
+        q, k, wide, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=1.0
+    )
     return out[..., : v.shape[-1]]
 
 
@@ -181,13 +249,29 @@ def sdpa(
     need_lse: bool = True,
     query_precision: Tensor | None = None,  # see `chunked`
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
-    """Attention by PyTorch's fused kernel on augmented queries and keys, equation (3); lse by equation (5).
+    """Attention by PyTorch's fused kernel on augmented queries and keys, equation (3); lse by
+    equation (5).
 
-    What the kernel cannot do exactly (other links, a Gaussian with a precision per query, dropout on a CPU, the gradient of a
-    mask, lse where the private operators are not verified) goes to `chunked`. A mask with a row per query, or a window, is
+    What the kernel cannot do exactly (other links, a Gaussian with a precision per query,
+    dropout on a CPU, the gradient of a
+    mask, lse where the private operators are not verified) goes to `chunked`. A mask with a row
+    per query, or a window, is
     written out as `Tq x Tk` numbers.
     """
-    given = (q, k, v, link, precision, log_mix, mask, is_causal, window, dropout_p, need_lse, query_precision)
+    given = (
+        q,
+        k,
+        v,
+        link,
+        precision,
+        log_mix,
+        mask,
+        is_causal,
+        window,
+        dropout_p,
+        need_lse,
+        query_precision,
+    )
     check(q, k, v, link, precision, is_causal, window)
     fits = link == "dot" or isinstance(link, Gaussian)
     on_cpu = q.device.type == "cpu"
@@ -204,9 +288,14 @@ def sdpa(
     log_mix, keys = split_prior(log_mix, q)
     nan = nan + poison_prior(Lam, log_mix, Tq)
     mask = both(None if mask is None else mask.view(*[1] * (4 - mask.dim()), *mask.shape), keys)
-    exact = functools.partial(first_row, q=q, k=k, Lam=Lam, log_mix=log_mix, mask=mask) if is_causal and need_lse else None
+    exact = (
+        functools.partial(first_row, q=q, k=k, Lam=Lam, log_mix=log_mix, mask=mask)
+        if is_causal and need_lse
+        else None
+    )
     if link != "dot" and mask is None: q, k = centred(q, k)
-    if window is not None: mask, is_causal = both(mask, window_mask(Tq, Tk, window, is_causal, q.device)), False
+    if window is not None:
+        mask, is_causal = both(mask, window_mask(Tq, Tk, window, is_causal, q.device)), False
     bias = on_cpu and short is None and Lam.shape[-2] == 1 and not needs_grad(q, k, v, Lam, log_mix)
     qa, ka, b = _lanes(q, k, link, Lam, log_mix, short, bias)
     if not on_cpu: qa, ka = qa.to(dtype), ka.to(dtype)
@@ -219,7 +308,8 @@ def sdpa(
     added = b if added is None else added if b is None else added + b
     if on_cpu: out, lse = _Flash.apply(qa, ka, v, added, nan.to(qa.dtype), is_causal)
     else: out, lse = _public(qa, ka, v, added, is_causal, dropout_p) + nan, nan[..., 0]
-    if blind is not None: out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
+    if blind is not None:
+        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
     if need_lse and isinstance(link, Gaussian):
         row = dropped(q, Lam)
         lse = lse if row is None else lse + row

@@ -48,7 +48,8 @@ class Power(Straight):
 
     def __init__(self, a: float | None): self.a = a
     def _a(self, shape): return shape[0] if self.a is None else self.a
-    def score(self, y, out, shape): return torch.log1p(y.clamp_min_(0), out=out).mul_(-self._a(shape))
+    def score(self, y, out, shape):
+        return torch.log1p(y.clamp_min_(0), out=out).mul_(-self._a(shape))
     def slope(self, y, g, shape): return g.div_(y.add_(1))
     def factor(self, shape): return -self._a(shape)
     def moved(self, y, g, shape): return (torch.log1p(y).mul_(g).neg_(),)
@@ -63,7 +64,8 @@ class Root(Straight):
 
 
 class Bell(Straight):
-    "g(y) = -2 log cosh(r / 2), r = sqrt(y): the logistic family. `exp2` and `sigmoid` are cheap, `exp` and `tanh` are not."
+    """g(y) = -2 log cosh(r / 2), r = sqrt(y): the logistic family. `exp2` and `sigmoid` are
+    cheap, `exp` and `tanh` are not."""
 
     def score(self, y, out, shape):
         tail = y.clamp_min_(1e-8).sqrt_().mul(-1 / math.log(2)).exp2_().log1p_()  # log(1 + e^-r)
@@ -74,7 +76,8 @@ class Bell(Straight):
 
 
 class TwoSlopes(Straight):
-    "g(y) = log((1-e) exp(-y/2) + e h^(d/2) exp(-h y/2)): the contaminated Gaussian, share e, ratio h, as a softplus."
+    """g(y) = log((1-e) exp(-y/2) + e h^(d/2) exp(-h y/2)): the contaminated Gaussian, share e,
+    ratio h, as a softplus."""
 
     def __init__(self, share: float, ratio: float, dim: int):
         self.ratio, self.base = ratio, math.log(share) + dim / 2 * math.log(ratio)
@@ -82,7 +85,8 @@ class TwoSlopes(Straight):
 
     def score(self, y, out, shape):
         odds = y.clamp_min_(0).mul((self.ratio - 1) / 2).add_(self.start)
-        rest = odds.abs().mul_(-1 / math.log(2)).exp2_().log1p_()  # softplus(x) = max(x, 0) + log(1 + e^-|x|)
+        # softplus(x) = max(x, 0) + log(1 + e^-|x|)
+        rest = odds.abs().mul_(-1 / math.log(2)).exp2_().log1p_()
         return odds.clamp_min_(0).add_(rest).add_(y, alpha=-self.ratio / 2).add_(self.base)
 
     def slope(self, y, g, shape):
@@ -100,7 +104,8 @@ def shape_tensors(link: Elliptical) -> list[Tensor]:
 
 
 def with_shape(link: Elliptical, shape: Iterator[Tensor]) -> Elliptical:
-    "The family with other tensors in the place of `shape_tensors`; they were checked when it was made."
+    """The family with other tensors in the place of `shape_tensors`; they were checked when it
+    was made."""
     link = copy.copy(link)
     for name in (f.name for f in dataclasses.fields(link)):
         value = getattr(link, name)
@@ -110,10 +115,12 @@ def with_shape(link: Elliptical, shape: Iterator[Tensor]) -> Elliptical:
 
 
 class AnyLink(Straight):
-    "Any elliptical family by its own `link` and `weight`; parameters that are tensors are passed in as `shape`."
+    """Any elliptical family by its own `link` and `weight`; parameters that are tensors are
+    passed in as `shape`."""
 
     def __init__(self, link: Elliptical, dim: int): self.link, self.dim = link, dim
-    def _at(self, shape: Sequence[Tensor]) -> Elliptical: return with_shape(self.link, iter(shape)) if shape else self.link
+    def _at(self, shape: Sequence[Tensor]) -> Elliptical:
+        return with_shape(self.link, iter(shape)) if shape else self.link
     def score(self, y, out, shape): return self._at(shape).link(y.clamp_min_(0), self.dim)
     def slope(self, y, g, shape): return g.mul_(self._at(shape).weight(y, self.dim))
     def factor(self, shape): return -0.5
@@ -129,10 +136,18 @@ def as_step(link: Link, d: int) -> tuple[Straight, float | Tensor, list[Tensor]]
     if link == "dot" or isinstance(link, Gaussian): return Straight(), -0.5, []
     if isinstance(link, StudentT):
         a = (link.nu + d) / 2
-        return (Power(None), 1 / link.nu, [a]) if isinstance(a, Tensor) else (Power(a), 1 / link.nu, [])
+        return (
+            (Power(None), 1 / link.nu, [a])
+            if isinstance(a, Tensor)
+            else (Power(a), 1 / link.nu, [])
+        )
     if isinstance(link, Laplace) and not isinstance(link.eps, Tensor): return Root(), 1.0, []
     if isinstance(link, Logistic): return Bell(), 1.0, []
-    if isinstance(link, Contaminated) and not isinstance(link.share, Tensor) and not isinstance(link.ratio, Tensor):
+    if (
+        isinstance(link, Contaminated)
+        and not isinstance(link.share, Tensor)
+        and not isinstance(link.ratio, Tensor)
+    ):
         return TwoSlopes(link.share, link.ratio, d), 1.0, []
     return AnyLink(link, d), 1.0, shape_tensors(link)
 

@@ -56,10 +56,21 @@ def available(
     if _tr is None: return False, "Triton is not installed: pip install 'pc_transformer[triton]'"
     if backend == "triton" and interpreted(): return True, "Triton's interpreter: right, and slow"
     if torch.device(device).type != "cuda":
-        return False, f"{backend} attention needs a CUDA device; for tests, set TRITON_INTERPRET=1 before Python starts"
-    if not torch.cuda.is_available() or torch.version.hip: return False, "PyTorch finds no NVIDIA GPU"
+        return (
+            False,
+            (
+                f"{backend} attention needs a CUDA device; for tests, set TRITON_INTERPRET=1 before"
+                " Python starts"
+            ),
+        )
+    if not torch.cuda.is_available() or torch.version.hip:
+        return False, "PyTorch finds no NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8: return False, f"the kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}"
+    if major < 8:
+        return (
+            False,
+            f"the kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}",
+        )
     return True, f"Triton {_tr.__version__} on {torch.cuda.get_device_name(device)}"
 
 # %% ../../../nbs/5_speed/08_triton.ipynb #1293c845
@@ -91,7 +102,8 @@ def power_of_two(n: int) -> int:
 
 
 def blocks_for(kernel: str, width: int, itemsize: int, device: str) -> Blocks:
-    "The table's entry for heads of this width (twice the width for a precision per key and coordinate)."
+    """The table's entry for heads of this width (twice the width for a precision per key and
+    coordinate)."""
     if device == "cpu": return Blocks(64, 64)
     return TABLE[itemsize, max(64, power_of_two(width))][KERNELS.index(kernel)]
 
@@ -114,24 +126,57 @@ def settings(plan: Plan, kernel: str, D: int, DV: int, dtype: torch.dtype, diago
     blocks = dict(plan.blocks).get(kernel) or blocks_for(kernel, width, 2 if half else 4, device)
     exact = not half and torch.get_float32_matmul_precision() == "highest"
     chosen = dict(
-        D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV), BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys,
-        LINK=plan.link, DIAG=diagonal, BACK=plan.back is not None, AHEAD=plan.ahead is not None,
-        FAST=half and device == "cuda" and not interpreted(), SPLIT=plan.split and diagonal and dtype == torch.bfloat16,
-        PRECISION="wide" if interpreted() else "tf32x3" if exact else "tf32")
-    return blocks, chosen | ({} if device == "cpu" else dict(num_warps=blocks.warps, num_stages=blocks.stages))
+        D=D,
+        DV=DV,
+        BLOCK_D=power_of_two(D),
+        BLOCK_DV=power_of_two(DV),
+        BLOCK_Q=blocks.queries,
+        BLOCK_K=blocks.keys,
+        LINK=plan.link,
+        DIAG=diagonal,
+        BACK=plan.back is not None,
+        AHEAD=plan.ahead is not None,
+        FAST=half and device == "cuda" and not interpreted(),
+        SPLIT=plan.split and diagonal and dtype == torch.bfloat16,
+        PRECISION="wide" if interpreted() else "tf32x3" if exact else "tf32",
+    )
+    return blocks, chosen | (
+        {} if device == "cpu" else dict(num_warps=blocks.warps, num_stages=blocks.stages)
+    )
 
 # %% ../../../nbs/5_speed/08_triton.ipynb #6c78b621
-def check(q: Tensor, k: Tensor, v: Tensor, link: str | Elliptical, precision: Tensor, mask: Tensor | None,
-          is_causal: bool, window: int | None, dropout_p: float, backend: str) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    link: str | Elliptical,
+    precision: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    dropout_p: float,
+    backend: str,
+) -> None:
     "Raise one clear sentence for arguments that the GPU kernels cannot serve."
     ok, why = available(q.device, backend)
     if not ok: raise ValueError(why)
     check_tensors(q, k, v, precision)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.dim() == k.dim() == v.dim() == 4 and q.shape[-1] == k.shape[-1] and k.shape[:-1] == v.shape[:-1]
-            and q.shape[:2] == k.shape[:2]):
-        raise ValueError(f"attention needs q (B, H, Tq, d), k (B, H, Tk, d) and v (B, H, Tk, dv), but got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[-1] == k.shape[-1]
+        and k.shape[:-1] == v.shape[:-1]
+        and q.shape[:2] == k.shape[:2]
+    ):
+        raise ValueError(
+            "attention needs q (B, H, Tq, d), k (B, H, Tk, d) and v (B, H, Tk, dv), but got"
+            f" {shapes}"
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         raise TypeError("the GPU kernels take q, k and v all in float32, bfloat16 or float16, "
                         f"not {q.dtype}, {k.dtype}, {v.dtype}")
     if max(q.shape[-1], v.shape[-1]) > 128:
@@ -141,11 +186,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, link: str | Elliptical, precision: Te
     if window is not None: check_whole("window", window, 1)
     if dropout_p: raise ValueError("the GPU kernels have no dropout: use backend='chunked'")
     if precision.dim() != 4:
-        raise ValueError(f"precision needs 4 axes, broadcastable to (B, H, Tk, d), got {tuple(precision.shape)}")
+        raise ValueError(
+            f"precision needs 4 axes, broadcastable to (B, H, Tk, d), got {tuple(precision.shape)}"
+        )
     if link == "dot" and precision.shape[-2] > 1:
         raise ValueError("dot-product attention has one scale per head, not one per key")
     if mask is not None and mask.dim() != 4:
-        raise ValueError(f"mask needs 4 axes, broadcastable to (B, H, Tq, Tk), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask needs 4 axes, broadcastable to (B, H, Tq, Tk), got {tuple(mask.shape)}"
+        )
 
 
 def additive(mask: Tensor) -> Tensor:
@@ -156,7 +205,8 @@ def additive(mask: Tensor) -> Tensor:
 
 def prepare(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log_mix: Tensor | None,
             key_mask: Tensor | None) -> tuple[Tensor, Tensor, str, Tensor, Tensor, Tensor, Tensor]:
-    "Queries, keys, family, lambda `(B, H, Tk)` or Lambda `(B, H, Tk, d)`, bias `(B, H, Tk)`, shapes `(B, H)`."
+    """Queries, keys, family, lambda `(B, H, Tk)` or Lambda `(B, H, Tk, d)`, bias `(B, H, Tk)`,
+    shapes `(B, H)`."""
     (B, H, _, d), Tk = q.shape, k.shape[2]
     name, shape = read_link(link)
     precision = precision.float()
@@ -169,7 +219,12 @@ def prepare(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log
         if name == "dot": q = (q * precision).to(q.dtype)
         else: q, k = ((x * precision.sqrt()).to(x.dtype) for x in (q, k))
     if key_mask is not None: bias = bias + additive(key_mask[:, :, 0])
-    per_head = lambda x: torch.as_tensor(x, device=q.device).float().expand(B, H, 1, 1)[..., 0, 0].contiguous()
+    per_head = (
+        lambda x: torch.as_tensor(x, device=q.device)
+        .float()
+        .expand(B, H, 1, 1)[..., 0, 0]
+        .contiguous()
+    )
     a, b = (per_head(x) for x in [*shape, 1.0, 1.0][:2])
     return q, k, name, lam, bias.expand(B, H, Tk), a, b
 
@@ -183,7 +238,9 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
     "Row-wise dot products `(B, H, T)` in float32, by `row_dots`."
     B, H, T, d = x.shape
     out = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
-    row_dots[-(-T // 64), B * H](x, y, out, T, H, *strides(x, y), D=d, BLOCK_D=power_of_two(d), BLOCK=64)
+    row_dots[-(-T // 64), B * H](
+        x, y, out, T, H, *strides(x, y), D=d, BLOCK_D=power_of_two(d), BLOCK=64
+    )
     return out
 
 
@@ -191,8 +248,17 @@ class Fused(torch.autograd.Function):
     "Read-out and log-sum-exp by `forward_kernel`, gradients by `query_kernel` and `key_kernel`."
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, bias: Tensor, a: Tensor, b: Tensor,
-                plan: Plan) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lam: Tensor,
+        bias: Tensor,
+        a: Tensor,
+        b: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor]:
         "All strided as they come; `lam` with four axes is a precision per key and coordinate."
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         (B, H, Tq, d), Tk, diagonal, m = q.shape, k.shape[2], lam.dim() == 4, k
@@ -204,10 +270,29 @@ class Fused(torch.autograd.Function):
         elif plan.link != "dot": q2, k2 = dots(q, q), dots(k, k)
         out = torch.empty(B, H, Tq, v.shape[-1], dtype=v.dtype, device=q.device)
         lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-        blocks, constants = settings(plan, "forward", d, v.shape[-1], q.dtype, diagonal, q.device.type)
+        blocks, constants = settings(
+            plan, "forward", d, v.shape[-1], q.dtype, diagonal, q.device.type
+        )
         forward_kernel[-(-Tq // blocks.queries), B * H](
-            q, m, v, lam, bias, q2, k2, a, b, out, lse, *strides(q, m, v, lam, bias), H, Tq, Tk, plan.back or 0,
-            plan.ahead or 0, **constants)
+            q,
+            m,
+            v,
+            lam,
+            bias,
+            q2,
+            k2,
+            a,
+            b,
+            out,
+            lse,
+            *strides(q, m, v, lam, bias),
+            H,
+            Tq,
+            Tk,
+            plan.back or 0,
+            plan.ahead or 0,
+            **constants
+        )
         ctx.save_for_backward(q, k, v, lam, bias, a, b, m, q2, k2, out, lse)
         ctx.plan = plan
         return out, lse * math.log(2)
@@ -224,14 +309,39 @@ class Fused(torch.autograd.Function):
         shape = any(wanted[5:7])
         dq = dk = dv = dlam = dbias = da = db = None
         if wanted[0] or shape:
-            blocks, constants = settings(plan, "query", d, v.shape[-1], q.dtype, diagonal, q.device.type)
-            n, most = -(-Tq // blocks.queries), lse.new_ones(B, H) if diagonal else lam.amax(-1).contiguous()
+            blocks, constants = settings(
+                plan, "query", d, v.shape[-1], q.dtype, diagonal, q.device.type
+            )
+            n, most = -(-Tq // blocks.queries), (
+                lse.new_ones(B, H) if diagonal else lam.amax(-1).contiguous()
+            )
             dq, dshape = q.new_empty(q.shape), lse.new_empty(B, H, n, 2)
-            query_kernel[n, B * H](q, m, v, lam, bias, q2, k2, a, b, most, dout, lse, delta, dq, dshape,
-                                   *strides(q, m, v, lam, bias), *sizes, **constants, SHAPE=shape)
+            query_kernel[n, B * H](
+                q,
+                m,
+                v,
+                lam,
+                bias,
+                q2,
+                k2,
+                a,
+                b,
+                most,
+                dout,
+                lse,
+                delta,
+                dq,
+                dshape,
+                *strides(q, m, v, lam, bias),
+                *sizes,
+                **constants,
+                SHAPE=shape
+            )
             if shape: da, db = dshape.sum(2).unbind(-1)
         if any(wanted[1:5]):
-            blocks, constants = settings(plan, "key", d, v.shape[-1], q.dtype, diagonal, q.device.type)
+            blocks, constants = settings(
+                plan, "key", d, v.shape[-1], q.dtype, diagonal, q.device.type
+            )
             dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
             dlam, dbias = lse.new_empty(lam.shape), lse.new_empty(B, H, Tk)
             key_kernel[-(-Tk // blocks.keys), B * H](
@@ -244,21 +354,30 @@ def triton(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B H Tk d"],
     v: Float[Tensor, "B H Tk dv"],
-    link: str | Elliptical,           # "dot" or a family of `energies.families`; its shapes: floats or tensors to `(B, H, 1, 1)`
+    # "dot" or a family of `energies.families`; its shapes: floats or tensors to `(B, H, 1, 1)`
+    link: str | Elliptical,
     precision: Tensor,                # four axes, broadcastable to `(B, H, Tk, d)`, positive
     log_mix: Tensor | None = None,    # broadcastable to `(B, H, Tk)`
-    mask: Tensor | None = None,       # over keys: broadcastable to `(B, H, 1, Tk)`, bool (True: may attend) or float (added)
+    # over keys: broadcastable to `(B, H, 1, Tk)`, bool (True: may attend) or float (added)
+    mask: Tensor | None = None,
     is_causal: bool = False,          # query i sees keys 0..i
-    window: int | None = None,        # only the last `window` keys; without `is_causal` also the next
+    # only the last `window` keys; without `is_causal` also the next
+    window: int | None = None,
     dropout_p: float = 0.0,           # not served
     need_lse: bool = True,
-    blocks: dict[str, Blocks] | None = None,  # instead of the table's: {"forward": ..., "query": ..., "key": ...}
-    split: bool = True,               # bfloat16, precision per key and coordinate: q^2 in two parts, one product more
+    # instead of the table's: {"forward": ..., "query": ..., "key": ...}
+    blocks: dict[str, Blocks] | None = None,
+    # bfloat16, precision per key and coordinate: q^2 in two parts, one product more
+    split: bool = True,
 ) -> tuple[Tensor, Tensor | None]:    # read-out `(B, H, Tq, dv)`, log-sum-exp `(B, H, Tq)` in nats
-    "Attention with any link by Triton kernels; gradients of every tensor argument. Raises `ValueError` or `TypeError`."
+    """Attention with any link by Triton kernels; gradients of every tensor argument. Raises
+    `ValueError` or `TypeError`."""
     check(q, k, v, link, precision, mask, is_causal, window, dropout_p, "triton")
     if mask is not None and mask.shape[-2] > 1:
-        raise ValueError("the Triton kernels know masks over keys; a mask that differs between queries needs another backend")
+        raise ValueError(
+            "the Triton kernels know masks over keys; a mask that differs between queries needs"
+            " another backend"
+        )
     dtype = v.dtype
     q, k, name, lam, bias, a, b = prepare(q, k, link, precision, log_mix, mask)
     if lam.dim() == 4 and dtype == torch.float16: q, k, v = q.float(), k.float(), v.float()
@@ -277,8 +396,10 @@ CANDIDATES = {  # tried beside the table's entry
 
 
 def tune(
-    run: Any,           # `run(blocks)` calls `triton(..., blocks=blocks)`, with a backward pass if that is what counts
-    timer: Any = None,  # `timer(f)` gives the milliseconds of `f()`; `None`: Triton's own, for a GPU
+    # `run(blocks)` calls `triton(..., blocks=blocks)`, with a backward pass if that is what counts
+    run: Any,
+    # `timer(f)` gives the milliseconds of `f()`; `None`: Triton's own, for a GPU
+    timer: Any = None,
 ) -> dict[str, Blocks]:
     "The fastest candidates, kernel by kernel; those that do not fit the GPU are passed over."
     if timer is None: timer = importlib.import_module("triton.testing").do_bench
@@ -302,35 +423,56 @@ def link_nats(u: Tensor, a: Tensor, b: Tensor, d: int, name: str) -> Tensor:
     if name == "student_t": return -(a + d) / 2 * torch.log1p(u / a)
     if name == "laplace": return -(u + a * a).clamp(min=1e-37).sqrt()
     if name == "huber": return torch.where(root <= a, -u / 2, a * (a / 2 - root))
-    if name == "generalized_gaussian": return -torch.exp(torch.log(u.clamp(min=1e-37)) * (a / 2)) / 2
+    if name == "generalized_gaussian":
+        return -torch.exp(torch.log(u.clamp(min=1e-37)) * (a / 2)) / 2
     if name == "logistic": return 2 * math.log(2) - root - 2 * torch.log1p(torch.exp(-root))
     near, far = torch.log(1 - a) - u / 2, torch.log(a) + d / 2 * torch.log(b) - b * u / 2
     return torch.maximum(near, far) + torch.log1p(torch.exp(-torch.abs(near - far)))
 
 
-def score_function(name: str, d: int, q2: Tensor, k2: Tensor, lam: Tensor, bias: Tensor, a: Tensor, b: Tensor,
-                   mask: Tensor | None) -> Any:
+def score_function(
+    name: str,
+    d: int,
+    q2: Tensor,
+    k2: Tensor,
+    lam: Tensor,
+    bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+) -> Any:
     "A `score_mod`: from the dot product of query i and key j to their score, equation (4)."
     def score(dot: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = lam[batch, head, j] * dot
         if name != "dot":
-            u = lam[batch, head, j] * (q2[batch, head, i] + k2[batch, head, j] - 2 * dot).clamp(min=0)
+            u = lam[batch, head, j] * (q2[batch, head, i] + k2[batch, head, j] - 2 * dot).clamp(
+                min=0
+            )
             s = link_nats(u, a[batch, head], b[batch, head], d, name)
         s = s + bias[batch, head, j]
         return s if mask is None else s + mask[batch, head, i, j]
     return score
 
 
-def flex_inputs(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log_mix: Tensor | None,
-                mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    "Queries, keys and `score_mod` for FlexAttention; differentiable but in a mask that differs between queries."
+def flex_inputs(
+    q: Tensor,
+    k: Tensor,
+    link: str | Elliptical,
+    precision: Tensor,
+    log_mix: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Any]:
+    """Queries, keys and `score_mod` for FlexAttention; differentiable but in a mask that differs
+    between queries."""
     per_key = mask is not None and mask.shape[-2] == 1
     d, q_shape = q.shape[-1], (*q.shape[:3], k.shape[2])
     q, k, name, lam, bias, a, b = prepare(q, k, link, precision, log_mix, mask if per_key else None)
     if lam.dim() == 4:
         lam = lam.to(q.dtype)
         m = lam * k
-        k2, q2 = (m.float().square() / lam.float()).sum(-1), q.new_zeros(q.shape[:3], dtype=torch.float32)
+        k2, q2 = (m.float().square() / lam.float()).sum(-1), q.new_zeros(
+            q.shape[:3], dtype=torch.float32
+        )
         q, k, lam = torch.cat([q, q * q], -1), torch.cat([m, -lam / 2], -1), torch.ones_like(k2)
     else: q2, k2 = (x.float().square().sum(-1) for x in (q, k))
     full = None if mask is None or per_key else additive(mask).detach().expand(q_shape)
@@ -339,11 +481,16 @@ def flex_inputs(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor,
 # %% ../../../nbs/5_speed/08_triton.ipynb #ca18cc8a
 @lru_cache(256)
 def compiled(*kind: Any) -> Any:
-    "`flex_attention`, compiled apart for each kind of call: PyTorch gives up on code that it has compiled eight times."
+    """`flex_attention`, compiled apart for each kind of call: PyTorch gives up on code that it
+    has compiled eight times."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def call(*args: Any, **options: Any) -> Any: return flex_attention(*args, **options)
-    own = FunctionType(call.__code__.replace(co_name=f"flex_{abs(hash(kind))}"), globals(), closure=call.__closure__)
+    own = FunctionType(
+        call.__code__.replace(co_name=f"flex_{abs(hash(kind))}"),
+        globals(),
+        closure=call.__closure__,
+    )
     return torch.compile(own, dynamic=False)
 
 
@@ -353,8 +500,14 @@ def block_mask(Tq: int, Tk: int, back: int | None, ahead: int | None, device: st
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i + (Tk if ahead is None else ahead)) & (j >= i - (Tq if back is None else back))
-    return None if back is None and ahead is None else create_block_mask(seen, None, None, Tq, Tk, device=device)
+        return (j <= i + (Tk if ahead is None else ahead)) & (
+            j >= i - (Tq if back is None else back)
+        )
+    return (
+        None
+        if back is None and ahead is None
+        else create_block_mask(seen, None, None, Tq, Tk, device=device)
+    )
 
 
 def flex(
@@ -364,26 +517,50 @@ def flex(
     link: str | Elliptical,           # as in `triton`
     precision: Tensor,                # four axes, broadcastable to `(B, H, Tk, d)`, positive
     log_mix: Tensor | None = None,    # broadcastable to `(B, H, Tk)`
-    mask: Tensor | None = None,       # broadcastable to `(B, H, Tq, Tk)`, bool or float; no gradient unless it is over keys
+    # broadcastable to `(B, H, Tq, Tk)`, bool or float; no gradient unless it is over keys
+    mask: Tensor | None = None,
     is_causal: bool = False,
     window: int | None = None,
     dropout_p: float = 0.0,           # not served
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:    # read-out `(B, H, Tq, dv)`, log-sum-exp `(B, H, Tq)` in nats
-    "Attention with any link by PyTorch's FlexAttention, on CUDA only. Raises `ValueError` or `TypeError`."
+    """Attention with any link by PyTorch's FlexAttention, on CUDA only. Raises `ValueError` or
+    `TypeError`."""
     check(q, k, v, link, precision, mask, is_causal, window, dropout_p, "flex")
-    kind = read_link(link)[0], q.dtype, q.shape[-1], v.shape[-1], precision.shape[-2:], mask is None, need_lse
-    return run_flex(q, k, v, link, precision, log_mix, mask, is_causal, window, need_lse, compiled(*kind))
+    kind = (
+        read_link(link)[0],
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        precision.shape[-2:],
+        mask is None,
+        need_lse,
+    )
+    return run_flex(
+        q, k, v, link, precision, log_mix, mask, is_causal, window, need_lse, compiled(*kind)
+    )
 
 
-def run_flex(q: Tensor, k: Tensor, v: Tensor, link: str | Elliptical, precision: Tensor, log_mix: Tensor | None,
-             mask: Tensor | None, is_causal: bool, window: int | None, need_lse: bool,
-             op: Any) -> tuple[Tensor, Tensor | None]:
-    "`flex` with the operator given: compiled on a GPU, as it is (and without gradients) on the CPU."
+def run_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    link: str | Elliptical,
+    precision: Tensor,
+    log_mix: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    need_lse: bool,
+    op: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`flex` with the operator given: compiled on a GPU, as it is (and without gradients) on the
+    CPU."""
     back = None if window is None else window - 1
     blocks = block_mask(q.shape[2], k.shape[2], back, 0 if is_causal else back, str(q.device))
     q1, k1, score = flex_inputs(q, k, link, precision, log_mix, mask)
-    q1, k1, wide = (torch.nn.functional.pad(x, (0, max(0, 16 - x.shape[-1]))) for x in (q1, k1, v))  # its least width
+    # its least width
+    q1, k1, wide = (torch.nn.functional.pad(x, (0, max(0, 16 - x.shape[-1]))) for x in (q1, k1, v))
     from torch.nn.attention import flex_attention as module
     aux = getattr(module, "AuxRequest", None)  # PyTorch before 2.9 has another name for it
     extra = (dict(return_aux=aux(lse=True)) if aux else dict(return_lse=True)) if need_lse else {}

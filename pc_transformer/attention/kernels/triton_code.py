@@ -25,8 +25,19 @@ LN2: Any = tl.constexpr(0.6931471805599453)
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #54e229ab
 @jit
-def span(first, OWN: constexpr, T, other, back, ahead, BLOCK: constexpr, BACK: constexpr, AHEAD: constexpr):
-    "Of the other side's positions: start, where all are visible, where no longer, end. Equation (3)."
+def span(
+    first,
+    OWN: constexpr,
+    T,
+    other,
+    back,
+    ahead,
+    BLOCK: constexpr,
+    BACK: constexpr,
+    AHEAD: constexpr,
+):
+    """Of the other side's positions: start, where all are visible, where no longer, end.
+    Equation (3)."""
     last = tl.minimum(first + OWN, T) - 1
     start = 0
     whole = 0
@@ -57,7 +68,9 @@ def log2_1p(x, FAST: constexpr):
     "log2(1 + x) for x >= 0."
     w = 1 + x
     if FAST:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], tl.float32, True, 1)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], tl.float32, True, 1
+        )
     lost = tl.where(x < 1, x - (w - 1), 0.0)
     return tl.log2(w) + lost * LOG2E
 
@@ -94,7 +107,8 @@ def link_bits(u, a, b, D: constexpr, LINK: constexpr, FAST: constexpr):
 
 @jit
 def outlier(u, a, b, D: constexpr, SIGN: constexpr):
-    "The contaminated Gaussian's responsibility of its outliers; with sign -1 of the others, no difference of near numbers."
+    """The contaminated Gaussian's responsibility of its outliers; with sign -1 of the others, no
+    difference of near numbers."""
     gap = tl.log2(1 - a) - tl.log2(a) - 0.5 * D * tl.log2(b) - u * (1 - b) * (0.5 * LOG2E)
     return 1 / (1 + tl.exp2(SIGN * gap))
 
@@ -154,7 +168,9 @@ def rest(x):
 
 
 @jit
-def score_tile(qk, q2, k2, lam, bias, a, b, D: constexpr, LINK: constexpr, DIAG: constexpr, FAST: constexpr):
+def score_tile(
+    qk, q2, k2, lam, bias, a, b, D: constexpr, LINK: constexpr, DIAG: constexpr, FAST: constexpr
+):
     "Scores in bits, the distance without lambda, and u, equations (4) and (5)."
     if LINK == "dot":
         distance = qk
@@ -197,15 +213,32 @@ def put(X, x, rows, T, D: constexpr, BLOCK_D: constexpr):
 
 @jit
 def matmul(x, y, acc, PRECISION: constexpr):
-    "acc + x y on the tensor cores; acc may be None. \"wide\" is for the interpreter, which cannot multiply bfloat16."
+    """acc + x y on the tensor cores; acc may be None. "wide" is for the interpreter, which
+    cannot multiply bfloat16."""
     if PRECISION == "wide":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc)
     return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 @jit
-def row_dots(A, B, Out, T, H, asb, ash, ast, bsb, bsh, bst, D: constexpr, BLOCK_D: constexpr, BLOCK: constexpr):
-    "Out[r] = sum_c A[r, c] B[r, c] in float32; NaN if four of them would overflow, for a distance has four such terms."
+def row_dots(
+    A,
+    B,
+    Out,
+    T,
+    H,
+    asb,
+    ash,
+    ast,
+    bsb,
+    bsh,
+    bst,
+    D: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK: constexpr,
+):
+    """Out[r] = sum_c A[r, c] B[r, c] in float32; NaN if four of them would overflow, for a
+    distance has four such terms."""
     bh = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tile(at(A, bh, H, asb, ash), rows, T, ast, D, BLOCK_D).to(tl.float32)
@@ -215,10 +248,36 @@ def row_dots(A, B, Out, T, H, asb, ash, ast, bsb, bsh, bst, D: constexpr, BLOCK_
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #90d4b51c
 @jit
-def scores_of(q, squares, q2, rows, K, Lam, Bias, K2, keys, kst, lst, bst, Tk, a, b, back, ahead, D: constexpr,
-              BLOCK_D: constexpr, LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr, FAST: constexpr,
-              SPLIT: constexpr, PRECISION: constexpr):
-    "Scores in bits of a block of queries with a block of keys; with them u, the keys and their precisions."
+def scores_of(
+    q,
+    squares,
+    q2,
+    rows,
+    K,
+    Lam,
+    Bias,
+    K2,
+    keys,
+    kst,
+    lst,
+    bst,
+    Tk,
+    a,
+    b,
+    back,
+    ahead,
+    D: constexpr,
+    BLOCK_D: constexpr,
+    LINK: constexpr,
+    DIAG: constexpr,
+    BACK: constexpr,
+    AHEAD: constexpr,
+    FAST: constexpr,
+    SPLIT: constexpr,
+    PRECISION: constexpr,
+):
+    """Scores in bits of a block of queries with a block of keys; with them u, the keys and their
+    precisions."""
     k = tile(K, keys, Tk, kst, D, BLOCK_D)
     bias = tl.load(Bias + keys * bst, mask=keys < Tk, other=-float("inf"))
     k2 = bias
@@ -234,17 +293,60 @@ def scores_of(q, squares, q2, rows, K, Lam, Bias, K2, keys, kst, lst, bst, Tk, a
         lam = tl.load(Lam + keys * lst, mask=keys < Tk, other=1.0)
     if LINK != "dot":
         k2 = tl.load(K2 + keys, mask=keys < Tk, other=0.0)
-    s, distance, u = score_tile(qk, q2[:, None], k2[None, :], lam[None, :], bias[None, :], a, b, D, LINK, DIAG, FAST)
+    s, distance, u = score_tile(
+        qk, q2[:, None], k2[None, :], lam[None, :], bias[None, :], a, b, D, LINK, DIAG, FAST
+    )
     s = hide(s, rows[:, None], keys[None, :], back, ahead, BACK, AHEAD)
     return s, u, k, lam, L
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #bbd0da21
 @jit
-def forward_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Out, Lse,
-                   qsb, qsh, qst, ksb, ksh, kst, vsb, vsh, vst, lsb, lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead,
-                   D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr,
-                   BLOCK_K: constexpr, LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr,
-                   FAST: constexpr, SPLIT: constexpr, PRECISION: constexpr):
+def forward_kernel(
+    Q,
+    K,
+    V,
+    Lam,
+    Bias,
+    Q2,
+    K2,
+    A,
+    B,
+    Out,
+    Lse,
+    qsb,
+    qsh,
+    qst,
+    ksb,
+    ksh,
+    kst,
+    vsb,
+    vsh,
+    vst,
+    lsb,
+    lsh,
+    lst,
+    bsb,
+    bsh,
+    bst,
+    H,
+    Tq,
+    Tk,
+    back,
+    ahead,
+    D: constexpr,
+    DV: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK_DV: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+    LINK: constexpr,
+    DIAG: constexpr,
+    BACK: constexpr,
+    AHEAD: constexpr,
+    FAST: constexpr,
+    SPLIT: constexpr,
+    PRECISION: constexpr,
+):
     "Read-out and log-sum-exp (in bits) of a block of queries, equation (2)."
     bh = tl.program_id(1).to(tl.int64)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
@@ -271,9 +373,33 @@ def forward_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Out, Lse,
             for n in range(lo, hi, BLOCK_K):
                 keys = n + tl.arange(0, BLOCK_K)
                 s, u, k, lam, L = scores_of(
-                    q, squares, q2, rows, at(K, bh, H, ksb, ksh), at(Lam, bh, H, lsb, lsh), at(Bias, bh, H, bsb, bsh),
-                    K2 + bh * Tk, keys, kst, lst, bst, Tk, a, b, back, ahead, D, BLOCK_D, LINK, DIAG,
-                    BACK and part != 1, AHEAD and part != 1, FAST, SPLIT, PRECISION)
+                    q,
+                    squares,
+                    q2,
+                    rows,
+                    at(K, bh, H, ksb, ksh),
+                    at(Lam, bh, H, lsb, lsh),
+                    at(Bias, bh, H, bsb, bsh),
+                    K2 + bh * Tk,
+                    keys,
+                    kst,
+                    lst,
+                    bst,
+                    Tk,
+                    a,
+                    b,
+                    back,
+                    ahead,
+                    D,
+                    BLOCK_D,
+                    LINK,
+                    DIAG,
+                    BACK and part != 1,
+                    AHEAD and part != 1,
+                    FAST,
+                    SPLIT,
+                    PRECISION,
+                )
                 new = tl.maximum(top, tl.max(s, 1))
                 base = tl.where(new == -float("inf"), 0.0, new)
                 p = tl.exp2(s - base[:, None])
@@ -287,11 +413,57 @@ def forward_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Out, Lse,
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #cc5d4f6e
 @jit
-def query_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Most, dOut, Lse, Delta, dQ, dShape,
-                 qsb, qsh, qst, ksb, ksh, kst, vsb, vsh, vst, lsb, lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead,
-                 D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr,
-                 BLOCK_K: constexpr, LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr,
-                 FAST: constexpr, SPLIT: constexpr, PRECISION: constexpr, SHAPE: constexpr):
+def query_kernel(
+    Q,
+    K,
+    V,
+    Lam,
+    Bias,
+    Q2,
+    K2,
+    A,
+    B,
+    Most,
+    dOut,
+    Lse,
+    Delta,
+    dQ,
+    dShape,
+    qsb,
+    qsh,
+    qst,
+    ksb,
+    ksh,
+    kst,
+    vsb,
+    vsh,
+    vst,
+    lsb,
+    lsh,
+    lst,
+    bsb,
+    bsh,
+    bst,
+    H,
+    Tq,
+    Tk,
+    back,
+    ahead,
+    D: constexpr,
+    DV: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK_DV: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+    LINK: constexpr,
+    DIAG: constexpr,
+    BACK: constexpr,
+    AHEAD: constexpr,
+    FAST: constexpr,
+    SPLIT: constexpr,
+    PRECISION: constexpr,
+    SHAPE: constexpr,
+):
     "Gradients of a block of queries and of the shape parameters, equations (6) and (7)."
     bh = tl.program_id(1).to(tl.int64)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -313,7 +485,9 @@ def query_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Most, dOut, Lse, Delta, dQ, d
     mass = tl.zeros([BLOCK_Q], tl.float32)
     da = tl.zeros([BLOCK_Q], tl.float32)
     db = tl.zeros([BLOCK_Q], tl.float32)
-    start, whole, cut, stop = span(block * BLOCK_Q, BLOCK_Q, Tq, Tk, back, ahead, BLOCK_K, BACK, AHEAD)
+    start, whole, cut, stop = span(
+        block * BLOCK_Q, BLOCK_Q, Tq, Tk, back, ahead, BLOCK_K, BACK, AHEAD
+    )
     for part in tl.static_range(3):
         if part == 0:
             lo, hi = start, whole
@@ -325,9 +499,33 @@ def query_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Most, dOut, Lse, Delta, dQ, d
             for n in range(lo, hi, BLOCK_K):
                 keys = n + tl.arange(0, BLOCK_K)
                 s, u, k, lam, L = scores_of(
-                    q, squares, q2, rows, at(K, bh, H, ksb, ksh), at(Lam, bh, H, lsb, lsh), at(Bias, bh, H, bsb, bsh),
-                    K2 + bh * Tk, keys, kst, lst, bst, Tk, a, b, back, ahead, D, BLOCK_D, LINK, DIAG,
-                    BACK and part != 1, AHEAD and part != 1, FAST, SPLIT, PRECISION)
+                    q,
+                    squares,
+                    q2,
+                    rows,
+                    at(K, bh, H, ksb, ksh),
+                    at(Lam, bh, H, lsb, lsh),
+                    at(Bias, bh, H, bsb, bsh),
+                    K2 + bh * Tk,
+                    keys,
+                    kst,
+                    lst,
+                    bst,
+                    Tk,
+                    a,
+                    b,
+                    back,
+                    ahead,
+                    D,
+                    BLOCK_D,
+                    LINK,
+                    DIAG,
+                    BACK and part != 1,
+                    AHEAD and part != 1,
+                    FAST,
+                    SPLIT,
+                    PRECISION,
+                )
                 v = tile(at(V, bh, H, vsb, vsh), keys, Tk, vst, DV, BLOCK_DV)
                 ds = tl.exp2(s - lse[:, None])
                 ds = ds * (matmul(dout, tl.trans(v), None, PRECISION) - delta[:, None])
@@ -360,11 +558,58 @@ def query_kernel(Q, K, V, Lam, Bias, Q2, K2, A, B, Most, dOut, Lse, Delta, dQ, d
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #1b8e4d48
 @jit
-def key_kernel(Q, K, M, V, Lam, Bias, Q2, K2, A, B, dOut, Lse, Delta, dK, dV, dLam, dBias,
-               qsb, qsh, qst, ksb, ksh, kst, vsb, vsh, vst, lsb, lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead,
-               D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr,
-               BLOCK_K: constexpr, LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr,
-               FAST: constexpr, SPLIT: constexpr, PRECISION: constexpr):
+def key_kernel(
+    Q,
+    K,
+    M,
+    V,
+    Lam,
+    Bias,
+    Q2,
+    K2,
+    A,
+    B,
+    dOut,
+    Lse,
+    Delta,
+    dK,
+    dV,
+    dLam,
+    dBias,
+    qsb,
+    qsh,
+    qst,
+    ksb,
+    ksh,
+    kst,
+    vsb,
+    vsh,
+    vst,
+    lsb,
+    lsh,
+    lst,
+    bsb,
+    bsh,
+    bst,
+    H,
+    Tq,
+    Tk,
+    back,
+    ahead,
+    D: constexpr,
+    DV: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK_DV: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+    LINK: constexpr,
+    DIAG: constexpr,
+    BACK: constexpr,
+    AHEAD: constexpr,
+    FAST: constexpr,
+    SPLIT: constexpr,
+    PRECISION: constexpr,
+):
     "Gradients of a block of keys, values, precisions and biases, equations (6) and (7)."
     bh = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_K
@@ -418,8 +663,19 @@ def key_kernel(Q, K, M, V, Lam, Bias, Q2, K2, A, B, dOut, Lse, Delta, dK, dV, dL
                         kq -= 0.5 * matmul(L, tl.trans(rest(exact)), None, PRECISION)
                 elif LINK != "dot":
                     q2 = tl.load(Q2 + bh * Tq + rows, mask=rows < Tq, other=0.0)
-                s, distance, u = score_tile(kq, q2[None, :], k2[:, None], lam[:, None], bias[:, None], a, b, D, LINK,
-                                            DIAG, FAST)
+                s, distance, u = score_tile(
+                    kq,
+                    q2[None, :],
+                    k2[:, None],
+                    lam[:, None],
+                    bias[:, None],
+                    a,
+                    b,
+                    D,
+                    LINK,
+                    DIAG,
+                    FAST,
+                )
                 if part != 1:
                     s = hide(s, rows[None, :], keys[:, None], back, ahead, BACK, AHEAD)
                 p = tl.exp2(s - lse[None, :])
@@ -446,6 +702,8 @@ def key_kernel(Q, K, M, V, Lam, Bias, Q2, K2, A, B, dOut, Lse, Delta, dK, dV, dL
     put(dV + bh * Tk * DV, dv, keys, Tk, DV, BLOCK_DV)
     tl.store(dBias + bh * Tk + keys, dbias, mask=keys < Tk)
     if DIAG:
-        put(dLam + bh * Tk * D, stretch + kf * (kf * mass[:, None] - 2 * pull), keys, Tk, D, BLOCK_D)
+        put(
+            dLam + bh * Tk * D, stretch + kf * (kf * mass[:, None] - 2 * pull), keys, Tk, D, BLOCK_D
+        )
     else:
         tl.store(dLam + bh * Tk + keys, dlam, mask=keys < Tk)
