@@ -21,7 +21,7 @@ def stir(model: nn.Module, seed: int, scale: float) -> None:
                 p.mul_(scale)
 
 
-# What is no number, and who may see it: every backend has to answer alike (chapter 12).
+# What is no number, and who may see it: every backend has to answer alike.
 
 FAULTS: dict[str, tuple[str, float]] = {  # what is written into one coordinate of one token
     f"{what} {value:g}": (what, value)

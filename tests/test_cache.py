@@ -1,5 +1,5 @@
-"""The KV cache: cached logits equal full recomputation for every family and option (chapter 17;
-rules 2 to 5)."""
+"""The KV cache: cached logits equal full recomputation for every family and option (rules 2
+to 5)."""
 
 import copy
 import math
@@ -390,7 +390,7 @@ def test_revised_attention_equals_attend():
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "dot"])
 def test_energies(family):
-    """What `energies` leaves behind is the attention energy of chapter 12, the same with and
+    """What `energies` leaves behind is what `attention_energy` says, the same with and
     without a cache."""
     from pc_transformer.attention import attention_energy
 

@@ -1,4 +1,4 @@
-"""What attention costs: the formulas of chapter 01 against counts of what runs."""
+"""What attention costs: the formulas of the notebook on attention against counts of what runs."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def direct(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, log_pi: Tensor) -> Tensor:
-    """Gaussian attention by its errors, as chapter 01 begins."""
+    """Gaussian attention by its errors, as the theory begins."""
     u = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
     scores = log_pi[..., None, :] - lam * u / 2 + q.shape[-1] / 2 * torch.log(lam / (2 * math.pi))
     return scores.softmax(-1) @ v

@@ -1,4 +1,4 @@
-"""Data: sources and hashes, tokenizer, batches, windows, n-grams (chapter 30)."""
+"""Data: sources and hashes, tokenizer, batches, windows, n-grams."""
 
 import dataclasses
 import hashlib

@@ -200,14 +200,16 @@ async function look(page) {
   const doc = frame.contentDocument, root = doc.scrollingElement;
   await new Promise(done => setTimeout(done, 100));
   const view = frame.contentWindow, scrolls = e => view.getComputedStyle(e).overflowX != "visible";
-  const out = Array.from(doc.querySelectorAll("main *")).filter(e => e.getBoundingClientRect().right > %d + 1);
+  const beyond = e => e.getBoundingClientRect().right > %d + 1;
+  const out = Array.from(doc.querySelectorAll("main *")).filter(beyond);
   for (const e of out) {
     let box = e.parentElement;
     while (box.tagName != "MAIN" && !scrolls(box)) box = box.parentElement;
     if (box.tagName == "MAIN") { wide.push(page + ": wide " + e.outerHTML.slice(0, 80)); break; }
   }
   if (root.scrollWidth > root.clientWidth) wide.push(page + ": " + root.scrollWidth + " px");
-  for (const img of doc.images) if (img.complete && !img.naturalWidth) wide.push(page + ": broken picture");
+  for (const img of doc.images)
+    if (img.complete && !img.naturalWidth) wide.push(page + ": broken picture");
   for (const link of doc.querySelectorAll("link[rel=stylesheet]"))
     if (!link.sheet) wide.push(page + ": no " + link.getAttribute("href"));
 }

@@ -1,4 +1,4 @@
-"""Generation: filters, sampling, and the promise that a model is only read (chapter 23; rules 2,
+"""Generation: filters, sampling, and the promise that a model is only read (rules 2,
 3 and 4)."""
 
 import math

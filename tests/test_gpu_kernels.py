@@ -660,7 +660,7 @@ def test_tuned_blocks_give_the_same_numbers() -> None:
 )
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "mixture"])
 def test_what_is_no_number_has_one_outcome(family: str, fault: str) -> None:
-    "As in every other backend (chapter 12), and rows that see nothing are zero."
+    "As in every other backend, and rows that see nothing are zero."
     for seen in ("causal", "window", "left padding", "prior", "no prior"):
         answers_alike(family, fault, seen, "triton")
 

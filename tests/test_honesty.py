@@ -1,4 +1,4 @@
-"""The rules that keep results honest (listed in chapter 00), for both learners and every
+"""The rules that keep results honest (listed in the notebook Notation), for both learners and every
 attention family.
 
 Each is a check that the library passes and that mutants fail: small copies of what went wrong in

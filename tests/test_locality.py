@@ -56,8 +56,10 @@ for path in sys.argv[1:]:
     saved = load_file(path)
     layer = eval(about["layer"]).double()
     layer.load_state_dict({n[2:]: t for n, t in saved.items() if n.startswith("W.")}, strict=True)
-    assert set(saved) == {"W." + n for n in layer.state_dict()} | {"below", "error", "precision", "count"}
-    got = local_gradient(layer, saved["below"], saved["error"], saved["precision"], int(saved["count"]), eval(about["family"]))
+    sent = ("below", "error", "precision")
+    assert set(saved) == {"W." + n for n in layer.state_dict()} | {*sent, "count"}
+    seen = (saved[name] for name in sent)
+    got = local_gradient(layer, *seen, int(saved["count"]), eval(about["family"]))
     save_file({n: g.contiguous() for n, g in got.items()}, path + ".gradient")
 """
 

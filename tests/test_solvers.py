@@ -368,8 +368,8 @@ def test_incremental_moves_weights_within_a_batch() -> None:
 
 
 def test_highway_error_is_bounded() -> None:
-    """Chapter 04's bound: what is left after k rounds is at most the tail of the binomial series
-    in the branch norms."""
+    """The bound of the notebook on stability: what is left after k rounds is at most the tail of the
+    binomial series in the branch norms."""
     model, (tokens, targets) = build(), batch(B=1)
     up = predict_up(model, tokens, targets)
     exact = errors_down(up, keep_graph=True)

@@ -301,6 +301,93 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
     assert done.returncode == 0 and "1 of 1 notebooks passed" in done.stdout
 
 
+def test_every_file_of_tests_is_run(tmp_path: Path) -> None:
+    """One that fails is named with what it said; one without a test, as all skipped, is no
+    failure."""
+    files = {
+        "test_bad.py": "def test_odd():\n    assert 1 == 2, 'odd'",
+        "test_good.py": "def test_one(): pass\ndef test_two(): pass",
+        "test_none.py": "import pytest\npytest.importorskip('no_such_package')",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    report = tmp_path / "failed"
+    names = [str(tmp_path / name) for name in files]
+    done = tool("check_tests.py", *names, "--failed", str(report))
+    assert done.returncode == 1 and "AssertionError: odd" in done.stdout, done.stdout + done.stderr
+    assert report.read_text(encoding="utf-8") == "test_bad.py failed\n"
+    assert "2 of 3 files of tests passed" in done.stdout and "2 passed in" in done.stdout
+
+
+def house(root: Path, lines: int, place: str = "a") -> Path:
+    """A repository with one module, whose one function has so many lines."""
+    package = root / "pc_transformer"
+    body = "\n    x = 1" * (lines - 1)
+    (package / f"{place}.py").write_text(f"def f(x):{body}\n", encoding="utf-8")
+    return root
+
+
+def sizes(root: Path, *args: str) -> str:
+    """What `sizes.py` says of a repository, with its exit status before it."""
+    done = tool("sizes.py", "--root", str(root), *args)
+    return f"{done.returncode} {done.stdout}"
+
+
+def test_what_is_too_long_may_only_shrink(tmp_path: Path) -> None:
+    """A listed place passes; one that is new or grows is named; one that shrank is taken off the
+    list, and cannot come back."""
+    for folder in ("tools", "nbs/1_part", "pc_transformer"):
+        (tmp_path / folder).mkdir(parents=True)
+    house(tmp_path, 50)
+    assert sizes(tmp_path, "--update").startswith("0")  # the first list is what there is
+    listed = tmp_path / "tools/sizes/long_functions.txt"
+    assert listed.read_text(encoding="utf-8") == "50 a.py f\n"
+    assert sizes(house(tmp_path, 50)).startswith("0")
+    assert "a.py f: 51, was 50" in (said := sizes(house(tmp_path, 51))) and said.startswith("1")
+    assert sizes(tmp_path, "--update").startswith("1"), "it is never raised"
+    assert listed.read_text(encoding="utf-8") == "50 a.py f\n"
+    house(tmp_path, 50)
+    assert "b.py f: 41, new" in sizes(house(tmp_path, 41, "b"))
+    (tmp_path / "pc_transformer/b.py").unlink()
+    assert "--update" in (said := sizes(house(tmp_path, 45))) and said.startswith("1")
+    assert sizes(tmp_path, "--update").startswith("0")
+    assert listed.read_text(encoding="utf-8") == "45 a.py f\n"
+    assert sizes(house(tmp_path, 40), "--update").startswith("0")
+    assert "a.py f: 41, new" in sizes(house(tmp_path, 41))
+
+
+LONG = "#| export\n" + "x = 1\n" * 26
+BROKEN = {  # a text for the module, a cell, and what is said
+    "parameters": ("def g(self, a, b, c, d, *, e, f, g): ...", "", "a.py g: 7, new"),
+    "method": ("class A:\n    def g(self, a, b, c, d, e, f, g): ...", "", "a.py A.g: 7, new"),
+    "module": ("x = 1\n" * 300, "", "a.py: 301, new"),
+    "numbers": ("# as chapter 12 says", "", "a.py: 1, new"),
+    "names": ("def shared(): ...\n_own = 1", "", "shared in a.py, b.py: 2, new"),
+    "cell": ("", LONG, "nbs/1_part/01_a.ipynb c0: 26, new"),
+    "equation": ("", "#| export\n# equation (3)", "nbs/1_part/01_a.ipynb c0: 1, new"),
+}
+FINE = [
+    ("@jit\ndef g(a, b, c, d, e, f, g, h): ...", ""),  # a kernel
+    ("x = 1\n" * 299 + "def _own(): ...", LONG.replace("#| export\n", "")),
+    ("def h(self, a, b, c, d, e, f): ...", "#| export\n# equation (2), `b.f`, equation (9)"),
+]
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *range(len(FINE))])
+def test_every_size_is_measured(name: str | int, tmp_path: Path) -> None:
+    """Each rule notices one place, and lets be what only looks like one."""
+    text, cell, says = BROKEN[name] if isinstance(name, str) else (*FINE[name], "no place is new")
+    for folder in ("tools", "nbs/1_part", "pc_transformer"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pc_transformer/b.py").write_text("def shared(): ...\n_own = 1", encoding="utf-8")
+    assert sizes(tmp_path, "--update").startswith("0")
+    (tmp_path / "pc_transformer/a.py").write_text(f"{text}\n", encoding="utf-8")
+    cells = [new_code_cell(cell), new_markdown_cell(r"$$a = b \qquad (2)$$")]
+    write(tmp_path / "nbs/1_part/01_a.ipynb", *cells)
+    said = sizes(tmp_path)
+    assert says in said, said
+
+
 def test_a_failing_check_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,7 @@
 """Run every check of the repository, one after the other; exit 1, at the end, if any failed.
 
 Nothing in the working tree is changed: whether the notebooks are clean and the package is what
-they export is
-found out on a copy. `check.py NAME...` runs only those checks.
+they export is found out on a copy. `check.py NAME...` runs only those checks.
 """
 
 from __future__ import annotations
@@ -118,6 +117,12 @@ def readme() -> str:
     return ""
 
 
+def sizes() -> str:
+    """Nothing has grown beyond what the house wants."""
+    sh(sys.executable, "tools/sizes.py")
+    return ""
+
+
 def lint() -> str:
     """Ruff finds nothing."""
     sh(BIN / "ruff", "check", "--no-cache", ".")
@@ -130,15 +135,20 @@ def types() -> str:
     return ""
 
 
-def notebooks() -> str:
-    """Every cell of every notebook passes."""
+def one_by_one(script: str, **env: str) -> None:
+    """Run a script that goes through many files; the failure names those that failed."""
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp, "failed")
         try:
-            sh(sys.executable, "tools/check_notebooks.py", "--failed", report)
+            sh(sys.executable, script, "--failed", report, **env)
         except Failed as e:
             names = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
             raise Failed(", ".join(names) or str(e)) from None
+
+
+def notebooks() -> str:
+    """Every cell of every notebook passes."""
+    one_by_one("tools/check_notebooks.py")
     return ""
 
 
@@ -150,7 +160,7 @@ def docs() -> str:
 
 def tests() -> str:
     """Pytest passes."""
-    sh(sys.executable, "-m", "pytest", "-q", "tests", PC_TRANSFORMER_SITE=str(ROOT / "_docs"))
+    one_by_one("tools/check_tests.py", PC_TRANSFORMER_SITE=str(ROOT / "_docs"))
     return ""
 
 
@@ -159,6 +169,7 @@ CHECKS: list[Callable[[], str]] = [
     export,
     order,
     readme,
+    sizes,
     lint,
     types,
     docs,

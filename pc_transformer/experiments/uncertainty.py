@@ -116,11 +116,15 @@ def damage(
         new = torch.stack(
             [tokenizer.encode(shuffle_words(tokenizer.decode(row), generator)) for row in clean]
         )
-    elif kind == "random characters": new = torch.randint(tokenizer.vocab_size, clean.shape, generator=generator)
+    elif kind == "random characters":
+        new = torch.randint(tokenizer.vocab_size, clean.shape, generator=generator)
     elif kind == "foreign text":
         new = even_windows(foreign, clean.shape[1], len(clean))
         if len(new) < len(clean):
-            raise ValueError(f"the foreign text has {len(foreign)} known characters, too few for {len(clean)} windows")
+            raise ValueError(
+                f"the foreign text has {len(foreign)} known characters,"
+                f" too few for {len(clean)} windows"
+            )
     else: raise ValueError(f"unknown damage {kind!r}: choose from {', '.join(DAMAGES)}")
     return new, torch.ones_like(new, dtype=torch.bool)
 

@@ -245,7 +245,12 @@ def advance(
 
 
 def remember(
-    cache: KVCache, layer: int, x: Float[Tensor, "B T D"], slots: Any, seen: Tensor | None, first: int,
+    cache: KVCache,
+    layer: int,
+    x: Float[Tensor, "B T D"],
+    slots: Any,
+    seen: Tensor | None,
+    first: int,
     settle_steps: int, energies: bool,
 ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:       # what the heads read, `(B, T)` energies
     "Attention of new tokens over the cache and themselves; their keys are written first."

@@ -222,7 +222,10 @@ def measure_near(
 
 # %% ../../nbs/3_inference/04_reader.ipynb #4885c92f
 def read_out(
-    reader: Reader, s: Float[Tensor, "B Hk M G Tq T"], v: Float[Tensor, "B Hk T d"], need_lse: bool = False,
+    reader: Reader,
+    s: Float[Tensor, "B Hk M G Tq T"],
+    v: Float[Tensor, "B Hk T d"],
+    need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:                 # `(B, H, Tq, d)` and log-sum-exp `(B, H, Tq)`
     "Posterior mean of the values, `attention.attend` equation (2)."
     total = s[:, :, 0] if reader.M == 1 else s.logsumexp(2)          # `(B, Hk, G, Tq, T)`
