@@ -533,9 +533,9 @@ def test_a_share_that_predicts_nothing(
     others = lambda x: (
         x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))
     )  # what number 0 has
-    monkeypatch.setattr("pc_transformer.processes.all_sum", others)
-    monkeypatch.setattr("pc_transformer.training.all_sum", others)
-    monkeypatch.setattr("pc_transformer.training.sync_gradients", lambda model, count: count)
+    monkeypatch.setattr("pc_transformer.training.parallel.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.trainer.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.trainer.sync_gradients", lambda model, count: count)
     t.learner = make_learner(learner, reduce=t.team.reduce)
     t.backward()
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
