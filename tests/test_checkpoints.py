@@ -850,7 +850,7 @@ def test_the_best_checkpoint_stays_however_slowly_a_run_diverges(
         run.losses[-1] = losses[step - 1]
         save_checkpoint(run, tmp_path)
     best = min(range(1, 7), key=lambda k: losses[k])
-    assert {training.step_of(p) for p in checkpoints(tmp_path)} == {best, 6, 7}
+    assert {step_of(p) for p in checkpoints(tmp_path)} == {best, 6, 7}
 
 
 def test_a_model_without_a_loss_is_not_saved(tmp_path: Path) -> None:
@@ -899,7 +899,7 @@ def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) 
     run = trainer(steps=1)
 
     def fail(*args: Any) -> float:
-        raise training.SettlingError("raise relative_precision above 10")
+        raise SettlingError("raise relative_precision above 10")
 
     monkeypatch.setattr(run, "learn", fail)
     with torch.no_grad():
@@ -910,7 +910,7 @@ def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) 
                 p.mul_(3 if p.dim() >= 2 else 1)
         run.model.predictors[0].position.weight.fill_(5.0)
     assert not run.exploded(run.plain_loss())
-    refused(run.advance, says="raise relative_precision", kind=training.SettlingError)
+    refused(run.advance, says="raise relative_precision", kind=SettlingError)
 
 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:

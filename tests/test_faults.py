@@ -1017,7 +1017,8 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     read."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    newest, read = checkpoints(run)[-1], getattr(training, between)
+    saved = import_module("pc_transformer.training.checkpoints")
+    newest, read = checkpoints(run)[-1], getattr(saved, between)
     for other in checkpoints(run)[:-1]:
         shutil.rmtree(other)
     places: list[Path] = []
@@ -1027,15 +1028,13 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
             newest.rename(run / "step-000009")
         return read(place)
 
-    model = training.read_model
-    monkeypatch.setattr(
-        training, "read_model", lambda f, *more: places.append(f) or model(f, *more)
-    )
-    monkeypatch.setattr(training, between, renewed)
+    model = saved.read_model
+    monkeypatch.setattr(saved, "read_model", lambda f, *more: places.append(f) or model(f, *more))
+    monkeypatch.setattr(saved, between, renewed)
     for study in (
-        "uncertainty.study_one",
+        "experiments.uncertainty.study_one",
         "experiments.settled_reading.study_one",
-        "evidence.go_on",
+        "experiments.evidence.go_on",
     ):
         monkeypatch.setattr(
             f"pc_transformer.{study}",

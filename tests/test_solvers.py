@@ -368,8 +368,8 @@ def test_incremental_moves_weights_within_a_batch() -> None:
 
 
 def test_highway_error_is_bounded() -> None:
-    """The bound of the notebook on stability: what is left after k rounds is at most the tail of the
-    binomial series in the branch norms."""
+    """The bound of the notebook on stability: what is left after k rounds is at most the tail of
+    the binomial series in the branch norms."""
     model, (tokens, targets) = build(), batch(B=1)
     up = predict_up(model, tokens, targets)
     exact = errors_down(up, keep_graph=True)
@@ -533,9 +533,10 @@ def test_a_share_that_predicts_nothing(
     others = lambda x: (
         x + (first.to(x) if x.numel() == 1 and x.dim() == 0 else torch.ones_like(x))
     )  # what number 0 has
-    monkeypatch.setattr("pc_transformer.processes.all_sum", others)
-    monkeypatch.setattr("pc_transformer.training.all_sum", others)
-    monkeypatch.setattr("pc_transformer.training.sync_gradients", lambda model, count: count)
+    monkeypatch.setattr("pc_transformer.training.parallel.all_sum", others)
+    monkeypatch.setattr("pc_transformer.training.trainer.all_sum", others)
+    synced = "pc_transformer.training.trainer.sync_gradients"
+    monkeypatch.setattr(synced, lambda model, count: count)
     t.learner = make_learner(learner, reduce=t.team.reduce)
     t.backward()
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())

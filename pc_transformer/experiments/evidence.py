@@ -109,8 +109,7 @@ def go_on(
     t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:
-        # pyright: ignore[reportAttributeAccessIssue]
-        t.backward = lambda: Trainer.backward(t)
+        t.backward = lambda: Trainer.backward(t)  # pyright: ignore[reportAttributeAccessIssue]
         t.evidence = EvidenceTransformer(t.model, 100.0, steps=0).to(device)
     else:
         t.settle_on_evidence(relative_precision, 10 * config.train.learning_rate)

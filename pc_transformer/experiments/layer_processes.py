@@ -231,8 +231,7 @@ class Ends(Node):
     def up(self, eta: float | None = None, again: bool = False) -> None:
         super().up(eta, again)
         self.top = self.below.expect("state").requires_grad_()
-        # pyright: ignore[reportArgumentType]
-        self.judged = output_energy(self, self.top, self.targets)
+        self.judged = output_energy(self, self.top, self.targets)  # pyright: ignore
         self.parent.send("output", self.judged)
 
     def down(self) -> None:

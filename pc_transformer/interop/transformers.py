@@ -63,8 +63,7 @@ def transformers_classes() -> tuple[Any, Any]:
                 raise ValueError(
                     "padding is not supported: give prompts of one length, or one prompt at a time"
                 )
-            # pyright: ignore[reportArgumentType]
-            out = CausalLMOutput(logits=self.model(input_ids))
+            out = CausalLMOutput(logits=self.model(input_ids))  # pyright: ignore
             return out.to_tuple() if return_dict is False else out
 
         def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -193,8 +193,7 @@ def rehearse(
     """
     own = view(model, tensor=leaf)
     if dataclasses.is_dataclass(learner) and hasattr(learner, "apply"):
-        # pyright: ignore[reportArgumentType, reportCallIssue]
-        learner = dataclasses.replace(learner, apply=own.zero_grad)
+        learner = dataclasses.replace(learner, apply=own.zero_grad)  # pyright: ignore
     report = learner.backward(own, tokens, targets, measure=measure)
     return report, {
         name: torch.zeros_like(p) if p.grad is None else p.grad

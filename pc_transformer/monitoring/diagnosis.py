@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..learning.learners import Learner, PredictiveCoding
 from ..model.transformer import PCTransformer
-from .measures import curvature, outlier, scale, share
+from .measures import share
 from .snapshot import Snapshot, scalars, take_snapshot
 
 # %% ../../nbs/2_learning/12_diagnosis.ipynb #c04d5731

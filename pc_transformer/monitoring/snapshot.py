@@ -139,8 +139,7 @@ def stand_in(learner: Any, model: nn.Module) -> Any:
     "A copy of a learner that cannot reach the run: an `apply` of its own only clears gradients."
     if not dataclasses.is_dataclass(learner) or not hasattr(learner, "apply"):
         return copy.deepcopy(learner)
-    # pyright: ignore[reportArgumentType, reportCallIssue]
-    return dataclasses.replace(learner, apply=model.zero_grad)
+    return dataclasses.replace(learner, apply=model.zero_grad)  # pyright: ignore
 
 
 def described(learner: Any) -> str:
