@@ -2,10 +2,8 @@
 """Build the docs site from `_quarto.yml` without Quarto and without a network.
 
 Filter the notebooks, render them with smalldocs, typeset every formula with MathJax to SVG, and
-check the result:
-every notebook is in the sidebar, every formula is good, no TeX is left, every link leads
-somewhere, and no page
-loads anything from another host. Any warning fails the build.
+check the result: every notebook is in the sidebar, every formula is good, no TeX is left, every
+link leads somewhere, and no page loads anything from another host. Any warning fails the build.
 """
 
 from __future__ import annotations
@@ -282,6 +280,12 @@ def check_site(site: Path) -> list[str]:
     return bad
 
 
+DOOR = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>pc_transformer</title>
+<meta http-equiv="refresh" content="0; url={HOME}"><link rel="canonical" href="{HOME}"></head>
+<body><a href="{HOME}">pc_transformer</a></body></html>
+"""
+
+
 def build_site(root: Path, out: Path) -> list[str]:
     """Build the site into `out`; return what is wrong with it."""
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
@@ -308,16 +312,7 @@ def build_site(root: Path, out: Path) -> list[str]:
         bad += setter.errors
         for css in made.glob("site_libs/themes/*.css"):
             css.write_text(WEB_FONT.sub("", css.read_text(encoding="utf-8")), encoding="utf-8")
-        jump = (
-            f'<meta http-equiv="refresh" content="0; url={HOME}"><link rel="canonical"'
-            f' href="{HOME}">'
-        )
-        (made / "index.html").write_text(
-            '<!doctype html><html lang="en"><head><meta'
-            f' charset="utf-8"><title>pc_transformer</title>{jump}</head><body><a'
-            f' href="{HOME}">pc_transformer</a></body></html>\n',
-            encoding="utf-8",
-        )
+        (made / "index.html").write_text(DOOR, encoding="utf-8")
         bad += check_site(made)
         if out.exists():
             shutil.rmtree(out)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Run every check of the repository, one after the other; exit 1, at the end, if any failed.
 
-Nothing in the working tree is changed: whether the notebooks are clean and the package is what
-they export is found out on a copy. `check.py NAME...` runs only those checks.
+Nothing in the working tree is changed: whether the notebooks are clean and the package is what they
+export is found out on a copy. `check.py NAME...` runs only those checks.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 #!/usr/bin/env python
-"""Compile the Triton kernels ahead of time for A100 (sm_80) and H100/H200 (sm_90); no GPU
-needed, only Triton.
+"""Compile the Triton kernels ahead of time for A100 (sm_80) and H100/H200 (sm_90), without a GPU.
 
-Every kernel of `pc_transformer.attention.kernels.triton` is compiled for every link, in
-bfloat16, float16 and float32,
-with the block sizes that it would be launched with, and its registers, spilled bytes and shared
-memory are printed. The
-exit status is 1 if one does not compile or needs more shared memory than the GPU has.
+Every kernel of `pc_transformer.attention.kernels.triton` is compiled for every link, in bfloat16,
+float16 and float32, with the block sizes that it would be launched with, and its registers, spilled
+bytes and shared memory are printed. The exit status is 1 if one does not compile or needs more
+shared memory than the GPU has.
 
-    python tools/compile_triton.py                       # every link and dtype; some other
-    widths and masks
+    python tools/compile_triton.py                       # all links and dtypes
     python tools/compile_triton.py --links student_t --dtypes bf16 --widths 64 128
 """
 

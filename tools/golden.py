@@ -2,8 +2,7 @@
 """Numbers that a change of layout may not move, for every family, option and solver.
 
 `golden.py write FILE` before the change, `golden.py check FILE` after it: every tensor must be
-equal bit for bit, or
-within `--tolerance` of the largest value of its tensor.
+equal bit for bit, or within `--tolerance` of the largest value of its tensor.
 """
 
 from __future__ import annotations

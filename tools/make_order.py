@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Write the order of reading wherever it is shown; `--check` writes nothing and says what is stale.
+"""Write the order of reading wherever it is shown; `--check` only says what is stale.
 
-Folders and files are numbered, and that is the order (the index comes first). From it are made
-the sidebar in
-`_quarto.yml` and the last line of each notebook, `Next: [Title](path)`.
+Folders and files are numbered, and that is the order (the index comes first). From it are made the
+sidebar in `_quarto.yml` and the last line of each notebook, `Next: [Title](path)`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-The index's table of chapters comes first: titles and promises of all notebooks, in order.
-Pictures go to
-README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
+The index's table of chapters comes first: titles and promises of all notebooks, in order. Pictures
+go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
 which GitHub shows.
 """
 
@@ -109,6 +108,17 @@ def on_disk(root: Path) -> dict[str, bytes]:
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in files if f.is_file()}
 
 
+def replace(root: Path, want: dict[str, bytes], stale: list[str]) -> None:
+    """Write the files that are wanted, and delete those that no longer are."""
+    for name in stale:
+        path = root / name
+        if name in want:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(want[name])
+        else:
+            path.unlink()
+
+
 def main() -> int:
     """Write or check the README."""
     parser = argparse.ArgumentParser(
@@ -134,22 +144,14 @@ def main() -> int:
         (args.root / "nbs/index.ipynb").write_text(index, encoding="utf-8")
     want, have = render(args.root), on_disk(args.root)
     stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
-    if args.check:
-        if stale:
-            print(
-                f"out of step with nbs/index.ipynb: {', '.join(stale)} (run `make readme`)",
-                file=sys.stderr,
-            )
-        return 1 if stale else 0
-    for name in stale:
-        path = args.root / name
-        if name in want:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(want[name])
-        else:
-            path.unlink()
-    print(f"README.md: {len(want) - 1} picture(s), {len(stale)} file(s) changed")
-    return 0
+    if not args.check:
+        replace(args.root, want, stale)
+        print(f"README.md: {len(want) - 1} picture(s), {len(stale)} file(s) changed")
+        return 0
+    if stale:
+        advice = f"out of step with nbs/index.ipynb: {', '.join(stale)} (run `make readme`)"
+        print(advice, file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

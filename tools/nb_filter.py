@@ -1,13 +1,10 @@
 #!/usr/bin/env python
 """Prepare a notebook for the docs site: stdin to stdout, as Quarto's `ipynb-filters` wants it.
 
-Quarto reads `#| key: value` lines as YAML, so nbdev's bare directives (`#| export`, `#| slow`,
-...) would garble
-a cell. This filter deletes those lines, keeps the Quarto options (`#| label: fig-x`), and drops
-the cells that
-are marked `#| hide`, `#| default_exp`, or have nothing else in them. Live widgets become
-nothing: a page shows
-the saved picture beside them.
+Quarto reads `#| key: value` lines as YAML, so nbdev's bare directives (`#| export`, `#| slow`, ...)
+would garble a cell. This filter deletes those lines, keeps the Quarto options (`#| label: fig-x`),
+and drops the cells that are marked `#| hide`, `#| default_exp`, or have nothing else in them. Live
+widgets become nothing: a page shows the saved picture beside them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 #!/usr/bin/env python
-"""Edit a notebook as a plain Python script, and bring it back: cell ids stay, unchanged cells
-keep their outputs.
+"""Edit a notebook as a plain Python script, and bring it back: ids and unchanged outputs stay.
 
 `percent.py to nbs/1_model/14_layers.ipynb` writes `.nbpy/1_model/14_layers.py` in the percent
-format (`# %%` starts a
-cell; its id is beside it; leave the id away for a new cell). `percent.py from
-nbs/1_model/14_layers.ipynb` writes the
-notebook from it.
+format (`# %%` starts a cell; its id is beside it; leave the id away for a new cell). `percent.py
+from nbs/1_model/14_layers.ipynb` writes the notebook from it.
 """
 
 from __future__ import annotations

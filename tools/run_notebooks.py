@@ -2,10 +2,8 @@
 """Run notebooks in place and save their outputs, so that a second run leaves no diff.
 
 Cells with `#| eval: false`, `#| slow` or `#| cuda` are not run and keep their saved outputs
-(`--slow` and `--cuda`
-run them too). Cell ids stay; execution counts, timings and widget state go. A notebook is only
-replaced when all
-of its cells passed.
+(`--slow` and `--cuda` run them too). Cell ids stay; execution counts, timings and widget state go.
+A notebook is only replaced when all of its cells passed.
 """
 
 from __future__ import annotations

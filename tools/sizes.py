@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Sizes that may only fall: what is longer or wider than the house wants, place by place.
 
-Each rule has a file in `tools/sizes/` that lists the places which break it today, with how much.
-A place that is not listed, or has grown, fails; one that has shrunk or gone fails too, until
+Each rule has a file in `tools/sizes/` that lists the places which break it today, with how much. A
+place that is not listed, or has grown, fails; one that has shrunk or gone fails too, until
 `--update` has lowered the file, which it never raises. (It writes a file that is missing whole.)
 """
 
