@@ -1,12 +1,16 @@
 """The scripts in tools/: what they keep, what they skip, and how they fail."""
 
 import ast
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -16,16 +20,37 @@ for name in ("nbformat", "jupytext", "nbclient", "nbdev"):
 import nbformat  # noqa: E402
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output  # noqa: E402
 
+Done = subprocess.CompletedProcess[str]
 
-def tool(
-    name: str, *args: str, cwd: Path = ROOT, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run a script of tools/."""
+
+def process(name: str, *args: str) -> Done:
+    """Run a script of tools/ in a process of its own."""
     env = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
     cmd = [sys.executable, str(ROOT / "tools" / name), *args]
     return subprocess.run(
-        cmd, cwd=cwd, capture_output=True, encoding="utf-8", input=stdin, check=False, env=env
+        cmd, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env=env
     )
+
+
+def tool(name: str, *args: str, cwd: Path = ROOT, stdin: str = "") -> Done:
+    """Run a script of tools/ here, where all that it imports already is."""
+    script, out, err = ROOT / "tools" / name, io.StringIO(), io.StringIO()
+    status = 0
+    with (
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", [str(script), *args]),
+        patch.object(sys, "path", [str(script.parent), *sys.path]),
+        patch.object(sys, "stdin", io.StringIO(stdin)),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess([name, *args], status, out.getvalue(), err.getvalue())
 
 
 def write(path: Path, *cells: nbformat.NotebookNode) -> Path:
@@ -76,7 +101,7 @@ def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
         new_code_cell("#| slow\nraise ValueError"),
         new_code_cell("#| cuda\nraise ValueError"),
     )
-    first = tool("run_notebooks.py", str(path))
+    first = process("run_notebooks.py", str(path))
     assert first.returncode == 0, first.stderr
     assert "a.ipynb: " in first.stdout
     nb, text = nbformat.read(path, 4), path.read_bytes()
@@ -84,7 +109,7 @@ def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
     assert nb.cells[0].outputs[0].text == "1 <object object>\n"
     assert nb.cells[1].outputs[0].text == "kept"
     assert not any(c.execution_count for c in nb.cells)
-    assert tool("run_notebooks.py", str(path)).returncode == 0
+    assert process("run_notebooks.py", str(path)).returncode == 0
     assert path.read_bytes() == text
 
 
@@ -94,7 +119,7 @@ def test_runner_names_the_cell_that_failed(tmp_path: Path) -> None:
         tmp_path / "a.ipynb", new_code_cell("print(1)"), new_code_cell("assert 1 == 2, 'odd'")
     )
     before = path.read_bytes()
-    done = tool("run_notebooks.py", str(path))
+    done = process("run_notebooks.py", str(path))
     assert done.returncode == 1
     assert "assert 1 == 2, 'odd'" in done.stderr and "AssertionError: odd" in done.stderr
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
@@ -285,7 +310,7 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
     }
     report, begin = tmp_path / "failed", time.monotonic()
     names = (*map(str, paths.values()), "--timeout", "8", "--failed", str(report))
-    done = tool("check_notebooks.py", *names)
+    done = process("check_notebooks.py", *names)
     assert done.returncode == 1 and time.monotonic() - begin < 120, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if " s  " in line]
     assert {(line[3], line[0]) for line in lines if line[0] in ("ok", "FAIL")} == {
@@ -295,9 +320,12 @@ def test_every_notebook_is_tested_whatever_becomes_of_the_others(tmp_path: Path)
         "the cause, and where it hung"
     )
     assert sorted(report.read_text(encoding="utf-8").splitlines()) == [
-        "bad.ipynb failed", "dead.ipynb killed by signal 9", "hangs.ipynb took more than 8 s"]
+        "bad.ipynb failed",
+        "dead.ipynb killed by signal 9",
+        "hangs.ipynb took more than 8 s",
+    ]
     assert "2 of 5 notebooks passed" in done.stdout
-    done = tool("check_notebooks.py", str(paths["good"]))
+    done = process("check_notebooks.py", str(paths["good"]))
     assert done.returncode == 0 and "1 of 1 notebooks passed" in done.stdout
 
 
@@ -313,7 +341,7 @@ def test_every_file_of_tests_is_run(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     report = tmp_path / "failed"
     names = [str(tmp_path / name) for name in files]
-    done = tool("check_tests.py", *names, "--failed", str(report))
+    done = process("check_tests.py", *names, "--failed", str(report))
     assert done.returncode == 1 and "AssertionError: odd" in done.stdout, done.stdout + done.stderr
     assert report.read_text(encoding="utf-8") == "test_bad.py failed\n"
     assert "2 of 3 files of tests passed" in done.stdout and "2 passed in" in done.stdout
