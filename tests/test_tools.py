@@ -1,6 +1,7 @@
 """The scripts in tools/: what they keep, what they skip, and how they fail."""
 
 import ast
+import faulthandler
 import io
 import json
 import os
@@ -422,7 +423,8 @@ def test_a_failing_check_does_not_hide_the_others(
     """All checks run, the last line names those that failed, the exit status is 1; no check has
     a limit on the whole."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import check
+    with patch.dict(os.environ):  # it says how many threads the others have
+        import check
 
     done: list[str] = []
 
@@ -436,7 +438,18 @@ def test_a_failing_check_does_not_hide_the_others(
         done.append("tests")
         return "12 tests"
 
-    monkeypatch.setattr(check, "CHECKS", [notebooks, tests, notebooks])
+    def lint() -> str:
+        "Fails, beside the next."
+        raise check.Failed("a line is too long")
+
+    def order() -> str:
+        "Passes."
+        return "87 notebooks"
+
+    # pytest's watchdog is a thread, which a forked process lacks but would wait for
+    faulthandler.cancel_dump_traceback_later()
+    monkeypatch.setattr(check, "TOGETHER", [lint, order])
+    monkeypatch.setattr(check, "CHECKS", [lint, order, notebooks, tests, notebooks])
     monkeypatch.setattr(sys, "argv", ["check.py"])
     assert check.main() == 1 and done == ["notebooks", "tests", "notebooks"]
     out = capsys.readouterr().out
@@ -444,7 +457,9 @@ def test_a_failing_check_does_not_hide_the_others(
         "FAIL  notebooks" in out
         and "a.ipynb failed" in out
         and "ok    tests" in out
-        and "FAILED: notebooks" in out
+        and "FAILED: lint, notebooks" in out
+        and "a line is too long" in out
+        and "order  87 notebooks" in out
     )
     monkeypatch.setattr(check, "CHECKS", [tests])
     assert check.main() == 0 and "All checks passed" in capsys.readouterr().out

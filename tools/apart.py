@@ -28,17 +28,18 @@ import time  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import IO  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
-Job = Callable[[Path], bool]  # does the work for a path, and says whether it went well
+Job = Callable[[], bool]  # does some work, and says whether it went well
 
 
 @dataclass
 class Running:
     """A job that is being done."""
 
-    path: Path
+    name: str
     job: Job
     limit: float
     log: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
@@ -49,12 +50,6 @@ class Running:
     def seconds(self) -> float:
         """How long it has been running."""
         return time.perf_counter() - self.start
-
-    @property
-    def name(self) -> str:
-        """Its path from the root."""
-        inside = self.path.is_relative_to(ROOT)
-        return self.path.relative_to(ROOT).as_posix() if inside else self.path.name
 
     def begin(self) -> Running:
         """Fork the process; it ends itself, with its stacks, when its time is over."""
@@ -68,8 +63,9 @@ class Running:
             os.setsid()
             os.dup2(self.log.fileno(), 1)
             os.dup2(self.log.fileno(), 2)
+            sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", closefd=False)
             faulthandler.dump_traceback_later(self.limit, exit=True, file=2)
-            passed = self.job(self.path)
+            passed = self.job()
         except BaseException:
             traceback.print_exc()
         finally:
@@ -114,19 +110,19 @@ class Running:
         return self.said().rpartition("\n")[2]
 
 
-def do_all(paths: list[Path], job: Job, limit: float, workers: int) -> list[str]:
-    """Do a job for every path and report each as it ends; what failed, and how."""
-    waiting, running, failed = list(paths), list[Running](), list[str]()
+def do_all(jobs: dict[str, Job], limit: float, workers: int = 2) -> dict[str, str]:
+    """Do jobs and report each as it ends; which failed, and how."""
+    waiting, running, failed = list(jobs.items()), list[Running](), dict[str, str]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(Running(waiting.pop(0), job, limit).begin())
+                running.append(Running(*waiting.pop(0), limit).begin())
             for each in list(running):
                 if (problem := each.ended()) is None:
                     continue
                 running.remove(each)
                 print(each.report(problem), flush=True)
-                failed += [f"{each.name} {problem}"] if problem else []
+                failed |= {each.name: problem} if problem else {}
                 each.log.close()
             time.sleep(0.05)
     finally:
@@ -135,8 +131,16 @@ def do_all(paths: list[Path], job: Job, limit: float, workers: int) -> list[str]
     return failed
 
 
-def main(about: str, what: str, find: Callable[[], list[Path]], job: Job, limit: float) -> int:
-    """Do a job for the paths that the command line names, or for all; 1 if any failed."""
+def short(path: Path) -> str:
+    """The path from the root."""
+    inside = path.is_relative_to(ROOT)
+    return path.relative_to(ROOT).as_posix() if inside else path.name
+
+
+def main(
+    about: str, what: str, find: Callable[[], list[Path]], do: Callable[[Path], bool], limit: float
+) -> int:
+    """Do something for the paths that the command line names, or for all; 1 if any failed."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,8 +154,9 @@ def main(about: str, what: str, find: Callable[[], list[Path]], job: Job, limit:
     paths = paths or find()
     if missing := [p for p in paths if not p.is_file()]:
         parser.error(f"{missing[0]} is not a file")
-    failed = do_all(paths, job, args.timeout, args.workers)
+    jobs = {short(p): partial(do, p) for p in paths}
+    lines = [f"{name} {how}" for name, how in do_all(jobs, args.timeout, args.workers).items()]
     if args.failed:
-        args.failed.write_text("".join(f"{line}\n" for line in failed), encoding="utf-8")
-    print(f"{len(paths) - len(failed)} of {len(paths)} {what} passed", *failed, sep="\n  ")
+        args.failed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{len(paths) - len(lines)} of {len(paths)} {what} passed", *lines, sep="\n  ")
     return 1 if failed or not paths else 0
