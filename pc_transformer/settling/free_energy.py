@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import check_types
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
-from .chain import Reduce, SettlingError, widened
+from .chain import Reduce, SettlingError, demand, widened
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #b29875bc
 def quadratics(error: Float[Tensor, "*b D"], precision: Tensor) -> Float[Tensor, "*b"]:
@@ -41,7 +41,7 @@ def moved(error: Float[Tensor, "*b D"], precision: Tensor, family: Elliptical) -
     u, D = quadratics(error, precision).double(), error.shape[-1]
     return (family.link(torch.zeros_like(u), D) - family.link(u, D)).sum()
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #a725d3d9
+# %% ../../nbs/2_learning/02_free_energy.ipynb #5cb20606
 def resting(
     state: Float[Tensor, "*b D"], precision: Tensor, family: Elliptical,
     live: Bool[Tensor, "*b"] | None = None,      # positions that matter; `None`: all
@@ -91,11 +91,11 @@ def mean_square(s: Float[Tensor, "*b D"], per: Per, reach: Bool[Tensor, "*b"] | 
         return s.new_zeros(() if per == "node" else s.shape[-1:])
     return s[reach].square().mean((0, 1) if per == "node" else 0)
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #16cb1611
+# %% ../../nbs/2_learning/02_free_energy.ipynb #21c0c2da
 def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
     "The mean over all processes, from each one's own over so many positions."
-    whole = reduce(mean.new_tensor(positions, dtype=torch.float64))
-    return (reduce(mean.double() * positions) / whole).to(mean.dtype)
+    total = reduce(mean.double() * positions)
+    return (total / reduce(mean.new_tensor(positions, dtype=torch.float64))).to(mean.dtype)
 
 
 def refuse_node(good: Bool[Tensor, " nodes"], says: Callable[[int], str]) -> None:
@@ -103,7 +103,7 @@ def refuse_node(good: Bool[Tensor, " nodes"], says: Callable[[int], str]) -> Non
     if not good.all():
         raise SettlingError(says(int((~good).nonzero()[0])))
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #7d3a0581
+# %% ../../nbs/2_learning/02_free_energy.ipynb #e386d74a
 def relative_precisions(squares: Sequence[Tensor], beta: float, w0: float) -> list[Tensor]:
     "Equation (3) from the mean squares of all nodes. Raises SettlingError, naming a node."
     # NaN and infinity come through as NaN
@@ -169,12 +169,12 @@ class Weighed:
             return math.sqrt(own)
         return math.sqrt(self.total(deltas[0].new_tensor(own, dtype=torch.float64)).item())
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #a21f45e0
+# %% ../../nbs/2_learning/02_free_energy.ipynb #8be17b07
 def no_errors(states: Sequence[Tensor]) -> list[Tensor]:
     "A zero error for every node, where settling starts; float32 at least."
     return [widened(s.new_zeros(())).expand_as(s) for s in states]
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #853400a4
+# %% ../../nbs/2_learning/02_free_energy.ipynb #bcb9cfd2
 @dataclass(frozen=True)
 class FreeEnergy:
     "How the errors of a chain are weighed. Raises ValueError."
@@ -187,10 +187,9 @@ class FreeEnergy:
 
     def __post_init__(self):
         check_types(self)
-        if not 0 < self.relative_precision:
-            raise ValueError(f"relative_precision must be positive, got {self.relative_precision}")
-        if self.nudge == 0:
-            raise ValueError("nudge must be a number other than zero: without it nothing is learned")
+        beta = self.relative_precision
+        demand(0 < beta, f"relative_precision must be positive, got {beta}")
+        demand(self.nudge != 0, "nudge must not be zero: without it nothing is learned")
 
     def at(
         self,
@@ -227,7 +226,7 @@ def that_matter(
         reach = reach | (delta != 0).any(-1)
     return None if reach.all() else reach
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #e4fc453d
+# %% ../../nbs/2_learning/02_free_energy.ipynb #190598d6
 # Precisions of all nodes from their feed-forward states and the positions that count (`None`: all)
 Weigh = Callable[[Sequence[Tensor], Bool[Tensor, "*b"] | None], Sequence[Tensor]]
 
@@ -251,7 +250,7 @@ class GivenPrecisions(FreeEnergy):
             " coordinate or each token"))
         return found
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #681fec0e
+# %% ../../nbs/2_learning/02_free_energy.ipynb #2a48e7a3
 def pooled(
     energy: FreeEnergy,
     # feed-forward states of each part of a batch, and its positions that count
