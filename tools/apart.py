@@ -159,4 +159,4 @@ def main(
     if args.failed:
         args.failed.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(f"{len(paths) - len(lines)} of {len(paths)} {what} passed", *lines, sep="\n  ")
-    return 1 if failed or not paths else 0
+    return 1 if lines or not paths else 0

@@ -22,6 +22,8 @@ OPTIONS = (
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
 )
 
+SLOW = ("test_processes", "test_faults", "test_tools")  # they start many processes
+
 
 def run_tests(path: Path) -> bool:
     """Whether every test of a file passes, or all are skipped."""
@@ -29,9 +31,10 @@ def run_tests(path: Path) -> bool:
 
 
 def find() -> list[Path]:
-    """All files of tests, the longest first, so that none is left for the end."""
+    """All files of tests: the slow ones and the long ones first, so that none is left for the
+    end."""
     found = (apart.ROOT / "tests").rglob("test_*.py")
-    return sorted(found, key=lambda p: (-p.stat().st_size, p))
+    return sorted(found, key=lambda p: (p.stem not in SLOW, -p.stat().st_size, p))
 
 
 if __name__ == "__main__":
