@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -1494,21 +1495,14 @@ def test_rule_8_overflow_names_the_node(size: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NeverRejects(ErrorSettling):
-    "Mutant: a fixed step size, and no look at the energy."
+    "Mutant: every step is accepted, whatever it does to the energy."
 
-    def descend(
-        self,
-        model: Any,
-        tokens: Tensor,
-        targets: Tensor,
-        errors: Any,
-        deltas: Any,
-        precision: Any,
-        before: Any,
-        *rest: Any,
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
-        anything = torch.full_like(before, math.inf)
-        return super().descend(model, tokens, targets, errors, deltas, precision, anything, *rest)
+        accept = lambda look, before, eta, *_: (*look(eta), eta)
+        with patch("pc_transformer.settling.settled.descend", accept):
+            return super().__call__(model, tokens, targets, measure_residual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1584,7 +1578,12 @@ class NamesNoNode(ErrorSettling):
 
 
 @pytest.mark.parametrize(
-    "mutant", [NeverRejects(4, 1.0), HidesTheRise(4, 1.0), ReportsTheWrongEnergy(4, 1.0)]
+    "mutant",
+    [
+        NeverRejects(FreeEnergy(1.0), 4),
+        HidesTheRise(FreeEnergy(1.0), 4),
+        ReportsTheWrongEnergy(FreeEnergy(1.0), 4),
+    ],
 )
 @every_family
 def test_rule_8_catches_steps(family: str, mutant: ErrorSettling) -> None:

@@ -159,7 +159,7 @@ def rule_distance(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
             f"After {s.steps} steps the states are far from equilibrium: {s.residual:.0%} of the"
             " gradient is left."
         )
-        turn = f"Raise `steps` or `relative_precision`, or take longer steps if none was halved."
+        turn = "Raise `steps` or `relative_precision`, or take longer steps if none was halved."
         yield Finding("residual", what, turn)
     soft = [l for l, x in enumerate(s.displacement) if x > t.displacement]
     if soft:
@@ -176,7 +176,7 @@ def advice(s: Snapshot) -> str:
     "What brings a learner's gradient nearer to backprop's."
     if s.cut:
         return "Let the pathway pass messages down."
-    return "Raise `steps`." if s.fixed else f"Raise `steps` or `relative_precision`."
+    return "Raise `steps`." if s.fixed else "Raise `steps` or `relative_precision`."
 
 
 def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -187,7 +187,7 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
             "This learner reads the feed-forward states, and precision does not change that: for an"
             " equilibrium take `ErrorSettling` or `StateSettling`."
             if s.fixed
-            else f"If you want equilibrium, lower `relative_precision` or raise `steps`."
+            else "If you want equilibrium, lower `relative_precision` or raise `steps`."
         )
         yield Finding("backprop", what, turn, note=True)
     away = {part: c for part, c in s.cosine.items() if c < t.turned and s.ratio[part] > 0}
