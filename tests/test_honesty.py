@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from pc_transformer.settling import (
     ErrorSettling,
     FreeEnergy,
     SettlingError,
+    Weighed,
     errors_down,
     predict_up,
 )
@@ -1115,7 +1117,7 @@ def check_rule_7(
     states, precision = None, []
     if isinstance(learner, PredictiveCoding):
         settled = learner.solver(model, tokens, targets)
-        beta = learner.solver.relative_precision
+        beta = learner.solver.energy.relative_precision
         errors, precision, states, trace = settled_by_hand(
             model, tokens, targets, beta, settled.step_sizes
         )
@@ -1293,18 +1295,17 @@ class StepsBy(ErrorSettling):
 
     message: Callable[..., Tensor] = lambda l, deltas, errors, precision: deltas[l]
 
-    def descend(
-        self,
-        model: Any,
-        tokens: Tensor,
-        targets: Tensor,
-        errors: Any,
-        deltas: Any,
-        precision: Any,
-        *rest: Any,
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
-        deltas = [self.message(l, deltas, errors, precision) for l in range(len(deltas))]
-        return super().descend(model, tokens, targets, errors, deltas, precision, *rest)
+        step = Weighed.step
+
+        def other(weighed: Weighed, errors: Any, deltas: Any, eta: float) -> Any:
+            heard = [self.message(l, deltas, errors, weighed.precision) for l in range(len(deltas))]
+            return step(weighed, errors, heard, eta)
+
+        with patch.object(Weighed, "step", other):
+            return super().__call__(model, tokens, targets, measure_residual)
 
 
 MESSAGES: dict[str, Callable[..., Tensor]] = {
@@ -1323,7 +1324,9 @@ MESSAGES: dict[str, Callable[..., Tensor]] = {
 
 
 def test_rule_7_passes_the_solver_of_the_mutants() -> None:
-    check_rule_7(build("gaussian", dtype=torch.float64), PredictiveCoding(StepsBy(2, 100.0)))
+    check_rule_7(
+        build("gaussian", dtype=torch.float64), PredictiveCoding(StepsBy(FreeEnergy(100.0), 2))
+    )
 
 
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
@@ -1331,7 +1334,7 @@ def test_rule_7_catches_solvers(message: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the error of node"):
         check_rule_7(
             build("gaussian", dtype=torch.float64),
-            PredictiveCoding(StepsBy(2, 100.0, 0.5, message=message)),
+            PredictiveCoding(StepsBy(FreeEnergy(100.0), 2, 0.5, message=message)),
         )
 
 
@@ -1494,21 +1497,14 @@ def test_rule_8_overflow_names_the_node(size: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NeverRejects(ErrorSettling):
-    "Mutant: a fixed step size, and no look at the energy."
+    "Mutant: every step is accepted, whatever it does to the energy."
 
-    def descend(
-        self,
-        model: Any,
-        tokens: Tensor,
-        targets: Tensor,
-        errors: Any,
-        deltas: Any,
-        precision: Any,
-        before: Any,
-        *rest: Any,
+    def __call__(
+        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
-        anything = torch.full_like(before, math.inf)
-        return super().descend(model, tokens, targets, errors, deltas, precision, anything, *rest)
+        accept = lambda look, before, eta, *_: (*look(eta), eta)
+        with patch("pc_transformer.settling.settled.descend", accept):
+            return super().__call__(model, tokens, targets, measure_residual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1584,7 +1580,12 @@ class NamesNoNode(ErrorSettling):
 
 
 @pytest.mark.parametrize(
-    "mutant", [NeverRejects(4, 1.0), HidesTheRise(4, 1.0), ReportsTheWrongEnergy(4, 1.0)]
+    "mutant",
+    [
+        NeverRejects(FreeEnergy(1.0), 4),
+        HidesTheRise(FreeEnergy(1.0), 4),
+        ReportsTheWrongEnergy(FreeEnergy(1.0), 4),
+    ],
 )
 @every_family
 def test_rule_8_catches_steps(family: str, mutant: ErrorSettling) -> None:

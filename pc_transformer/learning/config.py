@@ -39,7 +39,7 @@ SOLVERS: dict[str, Any] = {
     "highway": HighwaySettling,
 }
 
-# %% ../../nbs/2_learning/09_solvers.ipynb #a2a4520b
+# %% ../../nbs/2_learning/09_solvers.ipynb #ea0e0c06
 @dataclass(frozen=True)
 class LearnerConfig(Config):
     """How gradients are found and how latents settle; raises `ConfigError`. Backprop uses
@@ -75,7 +75,7 @@ class LearnerConfig(Config):
         if self.algorithm == "backprop": return Backprop()
         return coding(self)
 
-# %% ../../nbs/2_learning/09_solvers.ipynb #83488e19
+# %% ../../nbs/2_learning/09_solvers.ipynb #e31fc69f
 SETTINGS = ("steps", "step_size", "tolerance", "lean")   # that some solvers have and others not
 
 

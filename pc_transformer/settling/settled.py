@@ -22,7 +22,7 @@ from pc_transformer.settling.free_energy import (
     FreeEnergy, Weighed, in_reach, no_errors, that_matter,
 )
 
-# %% ../../nbs/2_learning/03_settled.ipynb #2f97a9b9
+# %% ../../nbs/2_learning/03_settled.ipynb #caeaa8f5
 Place = TypeVar("Place")
 
 
@@ -105,7 +105,7 @@ class Settled:
         "`dE_l / d mu_l = -w(u) Pi_l eps_l (B, T, D)`: what predictor l learns from."
         return -self.weighed.pull(l, self.errors[l])
 
-    def lessons(self, sign: float = 1.0) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
+    def lessons(self, sign: float = 1.0) -> Iterator[tuple[Any, Sequence[Tensor]]]:
         """The output and every predictor with the gradients of their own energies, nats per token
         times `sign`; uses up the graphs of the pass."""
         # a share that predicts nothing teaches zero
@@ -132,7 +132,7 @@ def learned(module: Any) -> list[nn.Parameter]:
     "The parameters that a module learns."
     return [p for p in module.parameters() if p.requires_grad]
 
-# %% ../../nbs/2_learning/03_settled.ipynb #5384b923
+# %% ../../nbs/2_learning/03_settled.ipynb #c02d9930
 class Trace:
     """What happens on the way down: energies, accepted steps, distances from equilibrium.
 
@@ -193,7 +193,7 @@ class Trace:
             up, errors, self.weighed, self.loss, energy, list(self.step_sizes), residual
         )
 
-# %% ../../nbs/2_learning/03_settled.ipynb #d1b528b1
+# %% ../../nbs/2_learning/03_settled.ipynb #d5955ce0
 def begin(
     energy: FreeEnergy,
     model: Chain,

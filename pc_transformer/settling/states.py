@@ -42,7 +42,7 @@ def predict_all(
         energy = output_energy(model, inputs[-1], targets)
     return Pass(model, targets, inputs, predictions, list(states), energy, noise)
 
-# %% ../../nbs/2_learning/07_states.ipynb #54686979
+# %% ../../nbs/2_learning/07_states.ipynb #6ac5353a
 def errors_of(
     up: Pass,
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
@@ -59,7 +59,7 @@ def errors_of(
             ]
     return errors if live is None else [e.masked_fill(~live.unsqueeze(-1), 0.0) for e in errors]
 
-# %% ../../nbs/2_learning/07_states.ipynb #574476a8
+# %% ../../nbs/2_learning/07_states.ipynb #a82ea2db
 def state_gradients(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
     pulls = [weighed.pull(l, e) for l, e in enumerate(errors)]
@@ -94,7 +94,7 @@ def largest(
         value, v = w.norm().item(), w
     return value
 
-# %% ../../nbs/2_learning/07_states.ipynb #f88c3c30
+# %% ../../nbs/2_learning/07_states.ipynb #2f45708d
 def output_slope(up: Pass, top: Tensor) -> Tensor:
     "Derivative of the output energy at another top state."
     leaf = top.detach().requires_grad_()
@@ -182,7 +182,7 @@ class StateSettling:
             walk.step()
         return walk.settled(measure_residual)
 
-# %% ../../nbs/2_learning/07_states.ipynb #e9aedea4
+# %% ../../nbs/2_learning/07_states.ipynb #f4501fa3
 @dataclass
 class StateWalk:
     "States on their way; each `step` is one parallel update."
@@ -243,7 +243,7 @@ class StateWalk:
             warn_if_far(residual or 0.0)
         return self.trace.settled(self.up, errors, residual)
 
-# %% ../../nbs/2_learning/07_states.ipynb #42691b8f
+# %% ../../nbs/2_learning/07_states.ipynb #f004ffe0
 def bounds(up: Pass, trace: Trace) -> list[float]:
     "`H_l` of equation (2), node by node, at zero errors."
     live, weighed = trace.live, trace.weighed

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import check_types
 from .chain import Chain, Pass, check_errors, demand, errors_down
@@ -27,7 +27,7 @@ class Swept(Settled):
     # gradients of sums, of every predictor and the output
     found: list[tuple[Tensor, ...]] = field(default_factory=list)
 
-    def lessons(self, sign: float = 1.0) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
+    def lessons(self, sign: float = 1.0) -> Iterator[tuple[Any, Sequence[Tensor]]]:
         "The gradients of every node's own energy, nats per token times `sign`, as they were found."
         scale, model = sign / (self.count or 1), self.up.model
         for module, found in zip([*model.predictors, model.output], self.found, strict=True):
@@ -39,7 +39,7 @@ def check_plain(energy: FreeEnergy) -> None:
     plain = replace(energy, relative_precision=1.0) == FreeEnergy(1.0)
     demand(plain, f"fixed predictions are weighed by a relative_precision alone, got {energy}")
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #cc7aead8
+# %% ../../nbs/2_learning/06_sweeps.ipynb #411a4c69
 @dataclass(frozen=True)
 class SweepSettling:
     """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any
@@ -69,7 +69,7 @@ class SweepSettling:
         deltas, found = sweep_down(model, up)
         return Swept(**vars(one_step(trace, up, deltas)), found=found)
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #30d610ee
+# %% ../../nbs/2_learning/06_sweeps.ipynb #287017f2
 def sweep_down(
     model: Any, up: Pass
 ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
@@ -96,7 +96,7 @@ def one_step(trace: Trace, up: Pass, deltas: list[Tensor]) -> Settled:
     trace.step_sizes.append(1.0)
     return trace.settled(up, errors)
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #f9ca3188
+# %% ../../nbs/2_learning/06_sweeps.ipynb #9d668441
 def distance(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> float:
     """Equation (5) of `settling.settled` at the fixed predictions of a pass that keeps its
     graphs, by one more sweep down."""
@@ -139,7 +139,7 @@ class HighwaySettling:
             settled.residual = distance(up, settled.errors, settled.weighed)
         return settled
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #d139c9b9
+# %% ../../nbs/2_learning/06_sweeps.ipynb #f7a89af9
 def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
     "`delta_l` of every node after so many rounds, equation (3)."
     N = len(up.states) - 1
