@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..energies.categorical import Categorical
 from ..learning.learners import Report, accumulate
 from ..settling.chain import Chain, SettlingError, check_batch, output_energy
 from ..settling.errors import ErrorSettling
@@ -220,6 +221,7 @@ class Ends(Node):
     node N."""
 
     output: nn.Module = field(kw_only=True)
+    density: Categorical = Categorical()      # of the targets
     tokens: Tensor = field(init=False)
     targets: Tensor = field(init=False)
     top: Tensor = field(init=False)           # s_N
