@@ -55,8 +55,8 @@ def mlp() -> Case:
 
 def cnn() -> Case:
     model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()),
-        nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6).eval(), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GELU()),
+        nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6).eval(), nn.GELU()),
         nn.Sequential(nn.Flatten(), nn.Linear(54, 8), nn.Tanh()),
         nn.Linear(8, 3),
     ).double()
@@ -185,7 +185,7 @@ def test_the_energy_falls_at_every_step(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_parallel_states_go_down_too(name: str) -> None:
     case = make(name)
-    solver = StateSettling(FreeEnergy(20.0), 200)
+    solver = StateSettling(FreeEnergy(20.0), 60)
     settled = solver(case.chain, case.inputs, case.targets)
     far = settling(20.0, 60, 0.5)(case.chain, case.inputs, case.targets)
     assert (settled.energy.diff() < 1e-9).all()
@@ -195,7 +195,7 @@ def test_parallel_states_go_down_too(name: str) -> None:
 
 def test_the_highway_needs_states_of_one_shape() -> None:
     case = make("gpt2, padded")
-    assert apart(case, PredictiveCoding(HighwaySettling(rounds=3))) < 1e-6
+    assert apart(case, PredictiveCoding(HighwaySettling(steps=3))) < 1e-6
     case = make("mlp")
     with pytest.raises(ValueError, match="one shape"):
         HighwaySettling()(case.chain, case.inputs, case.targets)
@@ -263,7 +263,7 @@ def elsewhere(layers: list[Any], settled: Any, first: Any, folder: Path) -> list
             "weights": sum(p.numel() for p in f.parameters()),
             "below": below[l],
             "error": settled.errors[l],
-            "precision": settled.precision[l],
+            "precision": settled.weighed.precision[l],
             "count": settled.count,
         }
         for l, f in enumerate(layers)
