@@ -23,9 +23,9 @@ import torch
 import yaml
 
 from . import data as corpora
-from pc_transformer.config import (
-    ConfigError, LearnerConfig, ModelConfig, RunConfig, TrainConfig, flat, replace, to_dict,
-)
+from .config import ConfigError, ModelConfig, TrainConfig, flat, replace, to_dict
+from .learning.config import LearnerConfig
+from .training.run import RunConfig
 from .data.text import TextData, halves
 from .settling.chain import SettlingError
 from .training import checkpoints

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attention', 'TAILED', 'OPTIONAL', 'ConfigError', 'check_types', 'to_dict', 'to_yaml', 'Config', 'ModelConfig',
-           'LearnerConfig', 'TrainConfig', 'RunConfig', 'from_dict', 'from_yaml', 'replace', 'flat']
+           'TrainConfig', 'from_dict', 'from_yaml', 'replace', 'flat']
 
 # %% ../nbs/1_model/01_configuration.ipynb #744158ae
 import re
@@ -256,99 +256,6 @@ class ModelConfig(Config):
         "Number of latent nodes, the embedding included: equation (1)."
         return 2 * self.n_layer + 1
 
-# %% ../nbs/1_model/01_configuration.ipynb #a3bfceb7
-@dataclass(frozen=True)
-class LearnerConfig(Config):
-    """How gradients are found and how latents settle; raises `ConfigError`. Backprop uses
-    `algorithm` only."""
-
-    algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
-    steps: int = 1  # K, settling steps before the weights move; rounds of the highway
-    relative_precision: float = 10000.0  # beta of equation (2), stiffness of the latents
-    step_size: float = 1.0  # part of a full settling step, in (0, 1]
-    # `settling.errors` and `learning.make`
-    solver: Literal["error", "sweep", "state", "highway"] = "error"
-    # beta at the last iteration, reached geometrically; none: constant
-    relative_precision_end: float | None = None
-    steps_end: int | None = None  # K at the last iteration, reached linearly; none: constant
-    tolerance: float = 0.0  # stop settling a batch at this residual; 0: after K steps
-    centred: bool = False  # settle twice with half a nudge of either sign
-    fused: bool = False  # the last errors teach without another upward pass
-    lean: bool = False  # keep states only and make each layer's graph again
-    incremental: bool = False  # weights move after every state step
-    # of a node
-    energy: Literal["gaussian", "student_t", "laplace", "huber", "logistic", "contaminated"] = (
-        "gaussian"
-    )
-    per: Literal["node", "coordinate", "token"] = "node"  # what has a precision of its own
-    # training steps between looks at the curvature that bounds parallel state steps
-    curvature_interval: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _check(
-            self.steps_end is None or self.steps_end >= 1,
-            f"steps_end must be at least 1, got {self.steps_end}",
-        )
-        _positive(self, "relative_precision", "curvature_interval")
-        if self.relative_precision_end is not None:
-            _positive(self, "relative_precision_end")
-        _check(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
-        _check(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), got {self.tolerance}")
-        few = self.solver == "error" and min(self.steps, self.steps_end or self.steps) == 1
-        _check(
-            not few or self.step_size == 1,
-            f"step_size = {self.step_size} needs steps > 1: a single part step "
-            "would teach the layers less than the output",
-        )
-        self._check_solver()
-
-    def _check_solver(self) -> None:
-        "Options that the solver does not have."
-        has = {
-            "error": {
-                "tolerance",
-                "centred",
-                "fused",
-                "lean",
-                "energy",
-                "per",
-                "step_size",
-                "steps",
-                "steps_end",
-            },
-            "state": {
-                "energy",
-                "per",
-                "incremental",
-                "lean",
-                "curvature_interval",
-                "step_size",
-                "steps",
-                "steps_end",
-            },
-            "sweep": {"lean"},
-            "highway": {"lean", "steps", "steps_end"},
-        }
-        own = has[self.solver] | {
-            "algorithm",
-            "solver",
-            "relative_precision",
-            "relative_precision_end",
-        }
-        for f in fields(self):
-            _check(
-                f.name in own or getattr(self, f.name) == f.default,
-                f"the solver {self.solver!r} has no {f.name}",
-            )
-        least = min(self.steps, self.steps_end or self.steps)
-        _check(
-            self.solver != "state" or least > 1,
-            f"the solver 'state' needs more than {least} step: "
-            "in parallel steps a message passes one node a step",
-        )
-
 # %% ../nbs/1_model/01_configuration.ipynb #38ea88a2
 @dataclass(frozen=True)
 class TrainConfig(Config):
@@ -394,26 +301,6 @@ class TrainConfig(Config):
         for n in ("beta1", "beta2"):
             _check(0 <= (v := getattr(self, n)) < 1, f"{n} must lie in [0, 1), got {v}")
         _check(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
-
-# %% ../nbs/1_model/01_configuration.ipynb #702498ee
-@dataclass(frozen=True)
-class RunConfig(Config):
-    """Everything that decides a run; the default is nanoGPT's CPU run with our attention and
-    learner."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    data: str = "tinyshakespeare"  # name of a corpus, or a path
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(bool(self.data.strip()), "data must name a corpus or a path, got an empty text")
-        _check(
-            not self.learner.incremental or self.train.accumulate == 1,
-            "incremental learning moves the weights within a batch: accumulate must be 1, got"
-            f" {self.train.accumulate}",
-        )
 
 # %% ../nbs/1_model/01_configuration.ipynb #5f20fcfc
 _C = TypeVar("_C", bound=Config)

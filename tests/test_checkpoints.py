@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pc_transformer import ModelConfig, PCTransformer, load, save
-from pc_transformer.config import ConfigError, LearnerConfig, RunConfig, TrainConfig, replace
+from pc_transformer.config import ConfigError, TrainConfig, replace
+from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.training.run import RunConfig
 from pc_transformer.data import CharTokenizer
 from pc_transformer.learning import make_learner
 from pc_transformer.settling import SettlingError

@@ -10,20 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc_transformer.config import (
-    TAILED,
-    Attention,
-    ConfigError,
-    LearnerConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    from_yaml,
-    replace,
-    to_dict,
-    to_yaml,
-)
+from pc_transformer.config import TAILED, Attention, ConfigError, ModelConfig, TrainConfig, from_dict, from_yaml, replace, to_dict, to_yaml
+from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.training.run import RunConfig
 
 quick = settings(deadline=None, max_examples=40)
 sizes = st.integers(1, 10**6)

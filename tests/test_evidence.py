@@ -14,7 +14,8 @@ from common import stir
 from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.config import RunConfig, replace
+from pc_transformer.config import replace
+from pc_transformer.training.run import RunConfig
 from pc_transformer.data import CharTokenizer, TextData
 from pc_transformer.experiments import evidence
 from pc_transformer.experiments.evidence import evidence_study, gains, read_losses, some_windows

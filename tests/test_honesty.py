@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer, generate, load, save
 from pc_transformer.attention import attend, reference
 from pc_transformer.attention.kernels import additive_mask
-from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig, to_dict
+from pc_transformer.config import TrainConfig, to_dict
+from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.training.run import RunConfig
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table
 from pc_transformer.model import Chain
@@ -76,8 +78,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LEARNERS: dict[str, Any] = {
     "backprop": Backprop(),
     "pc": PredictiveCoding(),
-    "pc, 4 half steps": PredictiveCoding(ErrorSettling(4, 200.0, 0.5)),
-    "pc, soft": PredictiveCoding(ErrorSettling(3, 20.0, 0.3)),
+    "pc, 4 half steps": PredictiveCoding(ErrorSettling(FreeEnergy(200.0), steps=4, step_size=0.5)),
+    "pc, soft": PredictiveCoding(ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.3)),
 }
 SOLVERS = {name: learner.solver for name, learner in LEARNERS.items() if name != "backprop"}
 
@@ -201,7 +203,7 @@ def test_rule_1(family: str, learner: Any) -> None:
 def clamped_reader(model: PCTransformer, tokens: Tensor, targets: Tensor) -> Tensor:
     """Mutant: the output is read from states that settled with the targets clamped (perplexity
     4.2, untrained)."""
-    return model.output(ErrorSettling(8, 1.0, 0.5)(model, tokens, targets).states[-1])
+    return model.output(ErrorSettling(FreeEnergy(1.0), steps=8, step_size=0.5)(model, tokens, targets).states[-1])
 
 
 def clamped_evaluation(model: PCTransformer, ids: Tensor, T: int) -> float:
@@ -215,7 +217,7 @@ def settled_loss(model: PCTransformer, ids: Tensor, T: int) -> float:
     """Mutant: 'training perplexity' taken after settling on the target, from the output node's
     energy."""
     x, y = ids[:-1].view(-1, T), ids[1:].view(-1, T)
-    return ErrorSettling(3, 20.0, 0.3)(model, x, y).node_energy[-1, -1].item()
+    return ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.3)(model, x, y).node_energy[-1, -1].item()
 
 
 SEEN: list[Tensor] = []  # what LeaksThroughAGlobal reads
@@ -1140,7 +1142,7 @@ def test_rule_7_predictive_coding(
     shape: dict[str, int], seed: int, family: str, beta: float, steps: int, eta: float
 ) -> None:
     model = build(family, seed, 4.0, torch.float64, **shape)
-    check_rule_7(model, PredictiveCoding(ErrorSettling(steps, beta, eta)), seed)
+    check_rule_7(model, PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps, step_size=eta)), seed)
 
 
 @few(6)
@@ -1210,7 +1212,7 @@ MODEL_MUTANTS = [NoGeluJacobian, NoNormJacobian, NoAttentionJacobian]
 
 
 @pytest.mark.parametrize(
-    "learner", [PredictiveCoding(ErrorSettling(2, 50.0)), Backprop()], ids=["pc", "backprop"]
+    "learner", [PredictiveCoding(ErrorSettling(FreeEnergy(50.0), steps=2)), Backprop()], ids=["pc", "backprop"]
 )
 @pytest.mark.parametrize("mutant", MODEL_MUTANTS)
 def test_rule_7_catches_missing_jacobians(mutant: type[PCTransformer], learner: Any) -> None:
@@ -1261,7 +1263,7 @@ PUSHES: dict[str, Callable[[int, list[Tensor], list[Tensor]], Tensor]] = {
 
 
 def test_rule_7_passes_the_rule_of_the_mutants() -> None:
-    check_rule_7(build("gaussian", dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0)))
+    check_rule_7(build("gaussian", dtype=torch.float64), LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2)))
 
 
 @pytest.mark.parametrize("push", PUSHES.values(), ids=PUSHES.keys())
@@ -1269,7 +1271,7 @@ def test_rule_7_passes_the_rule_of_the_mutants() -> None:
 def test_rule_7_catches_learners(family: str, push: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the gradient of predictors"):
         check_rule_7(
-            build(family, dtype=torch.float64), LearnsBy(ErrorSettling(2, 100.0), push=push)
+            build(family, dtype=torch.float64), LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2), push=push)
         )
 
 
@@ -1381,7 +1383,7 @@ def test_rule_8(
     steps: int,
     dtype: torch.dtype,
 ) -> None:
-    check_rule_8(build(family, seed, scale / 5, dtype, **shape), ErrorSettling(steps, beta), seed)
+    check_rule_8(build(family, seed, scale / 5, dtype, **shape), ErrorSettling(FreeEnergy(beta), steps=steps), seed)
 
 
 def test_rule_8_is_about_steps_that_are_really_rejected() -> None:
@@ -1391,7 +1393,7 @@ def test_rule_8_is_about_steps_that_are_really_rejected() -> None:
     for seed in range(8):
         model = build("gaussian", seed, 10.0)
         for beta in (3.0, 1e4):
-            solver = ErrorSettling(3, beta)
+            solver = ErrorSettling(FreeEnergy(beta), steps=3)
             if check_rule_8(model, solver, seed):
                 settled += 1
                 sizes |= set(solver(model, *batch(model, seed)).step_sizes)
@@ -1440,7 +1442,7 @@ def check_rule_8_names(model: PCTransformer, solver: ErrorSettling, value: float
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @every_family
 def test_rule_8_names_the_node(family: str, value: float) -> None:
-    check_rule_8_names(build(family), ErrorSettling(2), value)
+    check_rule_8_names(build(family), ErrorSettling(steps=2), value)
 
 
 @every_family
@@ -1471,7 +1473,7 @@ def test_rule_8_overflow_names_the_node(size: float) -> None:
     with torch.no_grad():
         model.predictors[2].down.weight.mul_(size)
     with pytest.raises(SettlingError, match="node 2 "):
-        ErrorSettling(1)(model, *batch(model))
+        ErrorSettling(steps=1)(model, *batch(model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1678,7 +1680,7 @@ def check_rule_10(
 @given(shapes(), seeds, st.sampled_from(list(FAMILIES)), st.integers(1, 4))
 def test_rule_10(shape: dict[str, int], seed: int, family: str, steps: int) -> None:
     model = build(family, seed, 4.0, torch.float64, **shape)
-    check_rule_10(model, lambda beta: PredictiveCoding(ErrorSettling(steps, beta)), seed)
+    check_rule_10(model, lambda beta: PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps)), seed)
 
 
 @pytest.mark.parametrize("learner", RUN_LEARNERS.values(), ids=RUN_LEARNERS.keys())
@@ -1710,7 +1712,7 @@ class AbsolutePrecision(PredictiveCoding):
     def backward(
         self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False
     ) -> Report:
-        return PredictiveCoding(ErrorSettling(2, 1.0, 0.1)).backward(
+        return PredictiveCoding(ErrorSettling(FreeEnergy(1.0), steps=2, step_size=0.1)).backward(
             model, tokens, targets, measure
         )
 
@@ -1726,7 +1728,7 @@ class RandomStart(PredictiveCoding):
         noise = torch.Generator().manual_seed(0)
         for e in settled.errors:
             e.add_(e.abs().mean() * torch.randn(e.shape, generator=noise, dtype=e.dtype))
-        learn(model, settled)
+        learn(settled)
         return Report(settled.loss)
 
 
@@ -1752,7 +1754,7 @@ class ErrorsStopOnTheWay(PredictiveCoding):
         settled = self.solver(model, tokens, targets, measure)
         for e in settled.errors[:-2]:
             e.zero_()
-        learn(model, settled)
+        learn(settled)
         return Report(settled.loss)
 
 
@@ -1775,7 +1777,7 @@ def test_the_message_of_one_sweep_is_backprops() -> None:
 def test_rule_10_catches(family: str, mutant: type[PredictiveCoding]) -> None:
     model = build(family, dtype=torch.float64)
     with pytest.raises(AssertionError, match="cosine|away from backprop"):
-        check_rule_10(model, lambda beta: mutant(ErrorSettling(2, beta)))
+        check_rule_10(model, lambda beta: mutant(ErrorSettling(FreeEnergy(beta), steps=2)))
 
 
 # ---- rule 12: no table without baselines

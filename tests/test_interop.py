@@ -32,7 +32,7 @@ from pc_transformer.interop import (
     with_tails,
 )
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
-from pc_transformer.settling import ErrorSettling
+from pc_transformer.settling import FreeEnergy, ErrorSettling
 from pc_transformer.training import CheckpointError, digest, load_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -659,12 +659,12 @@ def test_models_with_biases_settle_and_learn(kind: str) -> None:
         else with_tails(model, 30.0)
     )
     targets = TOKENS.roll(-1, 1)
-    settled = ErrorSettling(steps=3, relative_precision=10.0)(model, TOKENS, targets)
+    settled = ErrorSettling(FreeEnergy(10.0), steps=3)(model, TOKENS, targets)
     assert settled.energy[-1] < settled.energy[0]
     below = [TOKENS, *settled.states]
     alone = [local_gradient(f, x, e, p, settled.count) for f, x, e, p in
              zip(model.predictors, below, settled.errors, settled.precision, strict=False)]
-    PredictiveCoding(ErrorSettling(steps=3, relative_precision=10.0)).backward(
+    PredictiveCoding(ErrorSettling(FreeEnergy(10.0), steps=3)).backward(
         model, TOKENS, targets
     )
     for l, (f, own) in enumerate(zip(model.predictors, alone, strict=True)):
@@ -675,7 +675,7 @@ def test_models_with_biases_settle_and_learn(kind: str) -> None:
                     p.grad, own[n], rtol=1e-9, atol=1e-12, msg=f"predictor {l}, {n}"
                 )
     directions = []
-    for learner in (Backprop(), PredictiveCoding(ErrorSettling(steps=1, relative_precision=1e8))):
+    for learner in (Backprop(), PredictiveCoding(ErrorSettling(FreeEnergy(1e8), steps=1))):
         model.zero_grad()
         learner.backward(model, TOKENS, targets)
         directions.append(

@@ -19,14 +19,9 @@ from torch import Tensor, nn
 
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
-from pc_transformer.config import (
-    Attention,
-    LearnerConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    replace,
-)
+from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
+from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.training.run import RunConfig
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.uncertainty import flat_predictions
 from pc_transformer.inference import (
@@ -71,11 +66,11 @@ LEARNERS: dict[str, Learner] = {
     "backprop": Backprop(),
     "error": PredictiveCoding(),
     "centred": PredictiveCoding(centred=True),
-    "lean": PredictiveCoding(ErrorSettling(2, 30.0, lean=True)),
+    "lean": PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2, lean=True)),
     "sweep": PredictiveCoding(SweepSettling()),
-    "state": PredictiveCoding(StateSettling(2, 30.0)),
-    "highway": PredictiveCoding(HighwaySettling(2)),
-    "incremental": IncrementalPC(StateSettling(2, 30.0), lambda: None),
+    "state": PredictiveCoding(StateSettling(FreeEnergy(30.0), steps=2)),
+    "highway": PredictiveCoding(HighwaySettling(steps=2)),
+    "incremental": IncrementalPC(StateSettling(FreeEnergy(30.0), steps=2), lambda: None),
 }
 
 
@@ -274,7 +269,7 @@ def test_evaluation_drops_nothing() -> None:
         "generate": lambda m: generate(m, X[:, :4], 6, seed=0, cache=False),
         "recompute": lambda m: generate(m, X[:, :4], 6, seed=0, settle=Recompute()),
         "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle="evidence"),
-        "cosine": lambda m: gradient_cosine(PredictiveCoding(ErrorSettling(2, 30.0)), m, X, Y),
+        "cosine": lambda m: gradient_cosine(PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2)), m, X, Y),
         "snapshot": lambda m: take_snapshot(m, PredictiveCoding(), X, Y, products=2).curvature,
         "ensemble": lambda m: ensemble_log_probs([m], X),
         "noisy": lambda m: noisy_log_probs(m, X, 0.1, 2),
@@ -597,7 +592,7 @@ def test_a_rehearsal_moves_no_weights() -> None:
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
     report, found = rehearse(
-        IncrementalPC(StateSettling(3, 30.0), apply), model, X, Y, measure=True
+        IncrementalPC(StateSettling(FreeEnergy(30.0), steps=3), apply), model, X, Y, measure=True
     )
     assert same(dict(model.state_dict()), dict(before)) and all(
         p.grad.eq(1).all() for p in model.parameters()

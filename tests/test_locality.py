@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.energies import Laplace, StudentT
 from pc_transformer.learning import PredictiveCoding, Solver, accumulate
-from pc_transformer.settling import ErrorSettling, Settled, StateSettling
+from pc_transformer.settling import FreeEnergy, ErrorSettling, Settled, StateSettling
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -127,13 +127,11 @@ def output_share(model: PCTransformer, settled: Settled, targets: Tensor) -> Ten
 
 SOLVERS: dict[str, Solver] = {
     "one step": ErrorSettling(),
-    "soft": ErrorSettling(3, 20.0, 0.5),
-    "lean": ErrorSettling(2, 20.0, 0.5, lean=True),
-    "student_t nodes, per coordinate": ErrorSettling(
-        2, 20.0, 0.5, family=StudentT(nu=4.0), per="coordinate"
-    ),
-    "laplace nodes, per token": ErrorSettling(2, 20.0, 0.5, family=Laplace(eps=1.0), per="token"),
-    "parallel states": StateSettling(6, 100.0),
+    "soft": ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.5),
+    "lean": ErrorSettling(FreeEnergy(20.0), steps=2, step_size=0.5, lean=True),
+    "student_t nodes, per coordinate": ErrorSettling(FreeEnergy(20.0, per="coordinate", family=StudentT(nu=4.0)), steps=2, step_size=0.5),
+    "laplace nodes, per token": ErrorSettling(FreeEnergy(20.0, per="token", family=Laplace(eps=1.0)), steps=2, step_size=0.5),
+    "parallel states": StateSettling(FreeEnergy(100.0), steps=6),
 }
 
 

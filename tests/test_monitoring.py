@@ -19,7 +19,8 @@ from common import stir
 from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.config import RunConfig, TrainConfig, replace
+from pc_transformer.config import TrainConfig, replace
+from pc_transformer.training.run import RunConfig
 from pc_transformer.energies import StudentT
 from pc_transformer.learning import Backprop, IncrementalPC, Learner, PredictiveCoding
 from pc_transformer.monitoring import (
@@ -73,7 +74,7 @@ IDS = torch.randint(9, (400,), generator=torch.Generator().manual_seed(0))
 LEARNERS: dict[str, Learner] = {
     "backprop": Backprop(),
     "predictive coding": PredictiveCoding(),
-    "softer": PredictiveCoding(ErrorSettling(steps=3, relative_precision=100.0)),
+    "softer": PredictiveCoding(ErrorSettling(FreeEnergy(100.0), steps=3)),
 }
 
 
@@ -341,7 +342,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
     reference attention."""
     model = build(scale=2.0, n_layer=1, d_model=4, block_size=4, **FAMILIES[family]).double()
     tokens, targets = torch.randint(9, (2, 1, 4), generator=torch.Generator().manual_seed(1))
-    settled = ErrorSettling(steps=2, relative_precision=5.0)(model, tokens, targets)
+    settled = ErrorSettling(FreeEnergy(5.0), steps=2)(model, tokens, targets)
     roots = [p.sqrt() for p in settled.precision]
 
     def energy(x: Tensor) -> Tensor:
@@ -374,10 +375,10 @@ def test_lanczos_finds_both_ends() -> None:
 
 
 SOLVERS: dict[str, ErrorSettling] = {
-    "several steps": ErrorSettling(steps=3, relative_precision=1e4),
-    "tails": ErrorSettling(family=StudentT(4.0)),
-    "per token": ErrorSettling(per="token"),
-    "per coordinate": ErrorSettling(per="coordinate"),
+    "several steps": ErrorSettling(FreeEnergy(1e4), steps=3),
+    "tails": ErrorSettling(FreeEnergy(family=StudentT(4.0))),
+    "per token": ErrorSettling(FreeEnergy(per="token")),
+    "per coordinate": ErrorSettling(FreeEnergy(per="coordinate")),
     "lean": ErrorSettling(lean=True),
 }
 
@@ -398,7 +399,7 @@ def test_numbers_of_a_look_by_hand() -> None:
     """Every number of the target-free pass and of settling, from its definition; halves of a
     nudge count as whole."""
     model, (tokens, targets) = build(), batch()
-    solver = ErrorSettling(steps=3, relative_precision=30.0, step_size=0.6, nudge=-0.5)
+    solver = ErrorSettling(FreeEnergy(30.0, nudge=-0.5), steps=3, step_size=0.6)
     look = take_snapshot(model, PredictiveCoding(solver), tokens, targets, products=0)
     states = [tokens]
     for f in model.predictors:
@@ -481,8 +482,8 @@ def test_halvings_are_counted() -> None:
 
 OTHERS: dict[str, Learner] = {
     "sweep": PredictiveCoding(SweepSettling()),
-    "highway": PredictiveCoding(HighwaySettling(rounds=5)),
-    "states": PredictiveCoding(StateSettling(steps=3)),
+    "highway": PredictiveCoding(HighwaySettling(steps=5)),
+    "states": PredictiveCoding(StateSettling(FreeEnergy(100.0), steps=3)),
     "centred": PredictiveCoding(ErrorSettling(), centred=True),
 }
 
@@ -514,7 +515,7 @@ def test_incremental_learning_cannot_reach_the_run() -> None:
 
     model = build()
     before = copy.deepcopy(model)
-    look = take_snapshot(model, IncrementalPC(StateSettling(steps=3), apply), *batch())
+    look = take_snapshot(model, IncrementalPC(StateSettling(FreeEnergy(100.0), steps=3), apply), *batch())
     assert look.cosine and "apply" not in look.learner and look.steps == 3
     assert all(
         torch.equal(p, q) and p.grad is None

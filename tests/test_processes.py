@@ -19,7 +19,7 @@ from pc_transformer.config import ModelConfig
 from pc_transformer.experiments.layer_processes import LayerProcesses
 from pc_transformer.learning import PredictiveCoding
 from pc_transformer.model import PCTransformer
-from pc_transformer.settling import ErrorSettling, SettlingError
+from pc_transformer.settling import FreeEnergy, ErrorSettling, SettlingError
 from pc_transformer.training import DataParallel, ProcessError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
@@ -53,7 +53,7 @@ def test_deeper_rings_learn_what_one_process_learns() -> None:
     "Two layers, five processes, float64 too: the same weights, bit for bit or nearly."
     config = ModelConfig(vocab_size=9, block_size=8, n_layer=2, n_head=2, d_model=8)
     start, one = (PCTransformer(config, seed=1).double() for _ in range(2))
-    solver, optimizer = ErrorSettling(steps=3, relative_precision=1.0), RULE(list(one.parameters()))
+    solver, optimizer = ErrorSettling(FreeEnergy(1.0), steps=3), RULE(list(one.parameters()))
     with LayerProcesses(start, RULE, solver) as ring:
         for seed in range(3):
             there = ring.step(*batch(seed))
@@ -72,7 +72,7 @@ def test_padding_and_half_precision_in_processes(dtype: torch.dtype) -> None:
     """Every process knows which positions count, and keeps precisions and errors in float32 at
     least."""
     start, one, short = (PCTransformer(CONFIG, seed=1).to(dtype) for _ in range(3))
-    solver = ErrorSettling(steps=2, relative_precision=1.0 if dtype == torch.float64 else 1e4)
+    solver = ErrorSettling(FreeEnergy(1.0 if dtype == torch.float64 else 1e4), steps=2)
     optimizers = [RULE(list(model.parameters())) for model in (one, short)]
     with LayerProcesses(start, RULE, solver) as ring:
         for seed in range(2):
@@ -174,7 +174,7 @@ def test_a_stopped_process_is_late_and_is_ended(processes: LayerProcesses) -> No
 
 
 def test_a_settling_error_ends_all(processes: LayerProcesses) -> None:
-    processes.solver = ErrorSettling(steps=2, relative_precision=1e-9, max_halvings=0)
+    processes.solver = ErrorSettling(FreeEnergy(1e-9), steps=2, max_halvings=0)
     with pytest.raises(SettlingError, match="lowered the energy|overflowed"):
         processes.step(*batch())
     assert all(p.poll() is not None for p in processes.processes)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
-from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig
+from pc_transformer.config import TrainConfig
+from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.training.run import RunConfig
 from pc_transformer.learning import (
     ENERGIES,
     Backprop,
@@ -31,6 +33,7 @@ from pc_transformer.learning import (
     make_learner,
 )
 from pc_transformer.settling import (
+    GivenPrecisions,
     ErrorSettling,
     HighwaySettling,
     Pathway,
@@ -48,28 +51,28 @@ from pc_transformer.training import DataParallel, Trainer, resume, save_checkpoi
 SIZES: dict[str, Any] = {"vocab_size": 9, "block_size": 6, "n_layer": 2, "n_head": 2, "d_model": 8}
 SOLVERS: dict[str, Solver] = {
     "errors": ErrorSettling(),
-    "errors, K = 3": ErrorSettling(steps=3, relative_precision=30.0),
+    "errors, K = 3": ErrorSettling(FreeEnergy(30.0), steps=3),
     "errors, lean": ErrorSettling(steps=2, lean=True),
     "errors, fused": ErrorSettling(steps=2, fused=True),
-    "errors, tolerance": ErrorSettling(steps=9, relative_precision=30.0, tolerance=0.1),
-    "errors, push": ErrorSettling(nudge=-0.5),
+    "errors, tolerance": ErrorSettling(FreeEnergy(30.0), steps=9, tolerance=0.1),
+    "errors, push": ErrorSettling(FreeEnergy(nudge=-0.5)),
     "errors, delayed": ErrorSettling(steps=3, pathway=Pathway(delay=1)),
-    "errors, skip": ErrorSettling(relative_precision=1e4, pathway=Pathway(skip=True)),
+    "errors, skip": ErrorSettling(FreeEnergy(1e4), pathway=Pathway(skip=True)),
     "errors, blocked": ErrorSettling(pathway=Pathway(blocked=(2,))),
     **{
-        f"errors, {name}": ErrorSettling(steps=3, relative_precision=30.0, family=family)
+        f"errors, {name}": ErrorSettling(FreeEnergy(30.0, family=family), steps=3)
         for name, family in ENERGIES.items()
     },
-    "errors, per coordinate": ErrorSettling(steps=2, per="coordinate"),
-    "errors, per token": ErrorSettling(steps=2, per="token"),
-    "states": StateSettling(steps=5),
-    "states, momentum": StateSettling(steps=5, method="momentum"),
-    "states, adam": StateSettling(steps=5, method="adam"),
-    "states, student_t": StateSettling(steps=5, family=ENERGIES["student_t"]),
+    "errors, per coordinate": ErrorSettling(FreeEnergy(per="coordinate"), steps=2),
+    "errors, per token": ErrorSettling(FreeEnergy(per="token"), steps=2),
+    "states": StateSettling(FreeEnergy(100.0), steps=5),
+    "states, momentum": StateSettling(FreeEnergy(100.0), steps=5, method="momentum"),
+    "states, adam": StateSettling(FreeEnergy(100.0), steps=5, method="adam"),
+    "states, student_t": StateSettling(FreeEnergy(100.0, family=ENERGIES["student_t"]), steps=5),
     "sweep": SweepSettling(),
-    "highway": HighwaySettling(2),
-    "states, lean": StateSettling(steps=5, lean=True),
-    "highway, lean": HighwaySettling(2, lean=True),
+    "highway": HighwaySettling(steps=2),
+    "states, lean": StateSettling(FreeEnergy(100.0), steps=5, lean=True),
+    "highway, lean": HighwaySettling(steps=2, lean=True),
 }
 
 
@@ -151,16 +154,14 @@ def test_backprop_limit(solver: str, attention: str) -> None:
     backprop."""
     model, (tokens, targets) = build(attention=attention), batch()
     stiff = {
-        "errors": ErrorSettling(relative_precision=1e7),
-        "lean": ErrorSettling(relative_precision=1e7, lean=True),
-        "coordinate": ErrorSettling(relative_precision=1e7, per="coordinate"),
-        "token": ErrorSettling(relative_precision=1e7, per="token"),
-        "student_t": ErrorSettling(relative_precision=1e7, family=ENERGIES["student_t"]),
-        "sweep": SweepSettling(0.01),
-        "highway": HighwaySettling(rounds=4),
-        "states": StateSettling(
-            steps=400, relative_precision=3e3, method="momentum", step_size=0.4, memory=0.95
-        ),
+        "errors": ErrorSettling(FreeEnergy(1e7)),
+        "lean": ErrorSettling(FreeEnergy(1e7), lean=True),
+        "coordinate": ErrorSettling(FreeEnergy(1e7, per="coordinate")),
+        "token": ErrorSettling(FreeEnergy(1e7, per="token")),
+        "student_t": ErrorSettling(FreeEnergy(1e7, family=ENERGIES["student_t"])),
+        "sweep": SweepSettling(FreeEnergy(0.01)),
+        "highway": HighwaySettling(steps=4),
+        "states": StateSettling(FreeEnergy(3e3), steps=400, step_size=0.4, method="momentum", memory=0.95),
     }[solver]
     exact = solver in ("sweep", "highway")
     floor = (
@@ -188,12 +189,12 @@ def test_nothing_diverges_silently(
     tokens, targets = batch(seed)
     k, b = 3, 10.0**beta
     solver: Solver = {
-        "errors": ErrorSettling(k, b, family=ENERGIES[energy]),
-        "fused": ErrorSettling(k, b, family=ENERGIES[energy], fused=True),
-        "states": StateSettling(k, b, 10.0**eta, family=ENERGIES[energy]),
-        "momentum": StateSettling(k, b, 10.0**eta, "momentum", family=ENERGIES[energy]),
-        "adam": StateSettling(k, b, 10.0**eta, "adam", family=ENERGIES[energy]),
-        "highway": HighwaySettling(k, relative_precision=b),
+        "errors": ErrorSettling(FreeEnergy(b, family=ENERGIES[energy]), steps=k),
+        "fused": ErrorSettling(FreeEnergy(b, family=ENERGIES[energy]), steps=k, fused=True),
+        "states": StateSettling(FreeEnergy(b, family=ENERGIES[energy]), steps=k, step_size=10.0**eta),
+        "momentum": StateSettling(FreeEnergy(b, family=ENERGIES[energy]), steps=k, step_size=10.0**eta, method="momentum"),
+        "adam": StateSettling(FreeEnergy(b, family=ENERGIES[energy]), steps=k, step_size=10.0**eta, method="adam"),
+        "highway": HighwaySettling(FreeEnergy(b), steps=k),
     }[name]
     try:
         settled = solver(model, tokens, targets)
@@ -211,7 +212,7 @@ def test_adam_of_states_is_adam() -> None:
     """Four directions from the same gradients as `torch.optim.Adam`'s, corrections of its start
     included."""
     model, (tokens, targets), draw = build(), batch(), torch.Generator().manual_seed(0)
-    walk = StateWalk.begin(StateSettling(method="adam", memory=0.8), model, tokens, targets)
+    walk = StateWalk.begin(StateSettling(FreeEnergy(100.0), method="adam", memory=0.8), model, tokens, targets)
     at = [torch.zeros_like(s, requires_grad=True) for s in walk.up.states]
     adam = torch.optim.Adam(at, lr=1.0, betas=(0.8, 0.999), eps=1e-12)
     for _ in range(4):
@@ -241,7 +242,7 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
     precision of the next."""
     gains = (2.0, 0.5, 3.0, 1.5)
     model, (tokens, targets) = linear_chain(gains), batch()
-    walk = StateWalk.begin(StateSettling(relative_precision=7.0), model, tokens, targets)
+    walk = StateWalk.begin(StateSettling(FreeEnergy(7.0)), model, tokens, targets)
     Pi = [7 / s.square().mean().item() for s in walk.up.states]
     assert max(Pi) > 3 * min(Pi)
     for l, gain in enumerate(gains):
@@ -256,7 +257,7 @@ def test_bounds_do_not_jump() -> None:
     tokens, targets = batch(B=5)
     for seed in range(20):
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-        curves = StateSettling().tuned(model, tokens[order], targets[order]).curvature
+        curves = StateSettling(FreeEnergy(100.0)).tuned(model, tokens[order], targets[order]).curvature
         assert curves is not None and curves[:4] == pytest.approx([g**2 for g in gains], rel=1e-4)
 
 
@@ -267,7 +268,7 @@ def test_stiff_learning_is_backprops_times_the_nudge(nudge: float) -> None:
     exact = gradients(Backprop(), model, *batch())
     for centred in (False, True):
         found = gradients(
-            PredictiveCoding(ErrorSettling(relative_precision=1e8, nudge=nudge), centred),
+            PredictiveCoding(ErrorSettling(FreeEnergy(1e8, nudge=nudge)), centred),
             model,
             *batch(),
         )
@@ -278,7 +279,7 @@ def test_stiff_learning_is_backprops_times_the_nudge(nudge: float) -> None:
 
 
 def test_centred_learning_is_the_difference_of_two_nudges() -> None:
-    model, soft = build(), ErrorSettling(steps=3, relative_precision=30.0, step_size=0.5)
+    model, soft = build(), ErrorSettling(FreeEnergy(30.0), steps=3, step_size=0.5)
     both = gradients(PredictiveCoding(soft, centred=True), model, *batch())
     pull, push = (
         gradients(PredictiveCoding(dataclasses.replace(soft, nudge=n)), model, *batch())
@@ -304,7 +305,7 @@ def test_a_delay_hears_nothing_first() -> None:
 
 def test_tolerance_stops_early_and_keeps_the_graph() -> None:
     model, (tokens, targets) = build(), batch()
-    solver = ErrorSettling(steps=20, relative_precision=300.0, tolerance=1e-3)
+    solver = ErrorSettling(FreeEnergy(300.0), steps=20, tolerance=1e-3)
     free, early = (
         dataclasses.replace(solver, tolerance=0.0)(model, tokens, targets),
         solver(model, tokens, targets),
@@ -318,10 +319,10 @@ def test_lean_is_the_same() -> None:
     "Lean passes change memory, not numbers."
     model, (tokens, targets) = build(), batch()
     for solver in (
-        ErrorSettling(steps=3, relative_precision=30.0),
+        ErrorSettling(FreeEnergy(30.0), steps=3),
         ErrorSettling(steps=2, fused=True),
-        StateSettling(steps=4, relative_precision=30.0),
-        HighwaySettling(2, ordered=1),
+        StateSettling(FreeEnergy(30.0), steps=4),
+        HighwaySettling(steps=2, ordered=1),
     ):
         full = gradients(PredictiveCoding(solver), model, tokens, targets)
         lean = gradients(
@@ -336,13 +337,13 @@ def test_dropout_stands_still_while_settling() -> None:
     rises."""
     model, (tokens, targets) = build(dropout=0.4), batch()
     torch.manual_seed(3)
-    settled = ErrorSettling(steps=6, relative_precision=30.0)(model, tokens, targets)
+    settled = ErrorSettling(FreeEnergy(30.0), steps=6)(model, tokens, targets)
     assert (
         (settled.energy.diff() <= 1e-9).all()
         and settled.residual is not None
         and settled.residual < 0.5
     )
-    other = ErrorSettling(steps=6, relative_precision=30.0)(model, tokens, targets)
+    other = ErrorSettling(FreeEnergy(30.0), steps=6)(model, tokens, targets)
     assert other.loss != settled.loss, "another settling draws other masks"
     model.eval()
     a, b = (ErrorSettling()(model, tokens, targets).loss for _ in range(2))
@@ -359,7 +360,7 @@ def test_incremental_moves_weights_within_a_batch() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    report = IncrementalPC(StateSettling(steps=4), apply).backward(model, tokens, targets)
+    report = IncrementalPC(StateSettling(FreeEnergy(100.0), steps=4), apply).backward(model, tokens, targets)
     assert len(calls) == 3 and report.step_sizes is not None and len(report.step_sizes) == 4
     moved = [
         any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(calls, calls[1:], strict=False)
@@ -379,7 +380,7 @@ def test_highway_error_is_bounded() -> None:
         norms.append(torch.linalg.matrix_norm(J - torch.eye(48).double(), 2).item())
     g, N = max(norms), len(norms)
     for k in range(N + 1):
-        got = HighwaySettling(rounds=k).messages(predict_up(model, tokens, targets))
+        got = HighwaySettling(steps=k).messages(predict_up(model, tokens, targets))
         for l in range(N + 1):
             bound = exact[-1].norm().item() * sum(
                 math.comb(N - l, j) * g**j for j in range(k + 1, N - l + 1)
@@ -570,13 +571,13 @@ def test_mixed_precision_takes_full_steps() -> None:
             tokens, targets = t.batch(step)
             with torch.autocast("cpu", torch.bfloat16):
                 for beta in (1e3, 1e4, 1e5):
-                    solver = ErrorSettling(relative_precision=beta)
+                    solver = ErrorSettling(FreeEnergy(beta))
                     assert solver(t.model, tokens, targets).step_sizes == [1.0]
                     assert (
                         gradient_cosine(PredictiveCoding(solver), t.model, tokens, targets)["all"]
                         > 0.999
                     )
-                soft = ErrorSettling(steps=8, relative_precision=0.3)(t.model, tokens, targets)
+                soft = ErrorSettling(FreeEnergy(0.3), steps=8)(t.model, tokens, targets)
             assert soft.energy[-1] < soft.energy[0]
 
 
@@ -592,9 +593,7 @@ def test_adam_is_adam(memory: float) -> None:
     """Both moments are corrected for their start at zero, as torch's are; after a rejected step
     they start anew."""
     model, (tokens, targets) = build(), batch()
-    solver = StateSettling(
-        relative_precision=100.0, step_size=1e4, method="adam", memory=memory, max_halvings=40
-    )
+    solver = StateSettling(FreeEnergy(100.0), step_size=1e4, max_halvings=40, method="adam", memory=memory)
     walk, noise = StateWalk.begin(solver, model, tokens, targets), torch.Generator().manual_seed(0)
     for _ in range(2):
         moved = [torch.zeros_like(s) for s in walk.up.states]
@@ -618,7 +617,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
     above, never another's."""
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
-    walk = StateWalk.begin(StateSettling(weigh=lambda *_: given), model, tokens, targets)
+    walk = StateWalk.begin(StateSettling(GivenPrecisions(weigh=lambda *_: given)), model, tokens, targets)
 
     def energy(states: list[Tensor]) -> Tensor:
         below = [tokens, *states[:-1]]
@@ -727,18 +726,16 @@ def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 PADDED: dict[str, Any] = {
     "backprop": Backprop(),
     "centred": PredictiveCoding(
-        ErrorSettling(steps=3, relative_precision=1.0, step_size=0.5), centred=True
+        ErrorSettling(FreeEnergy(1.0), steps=3, step_size=0.5), centred=True
     ),
     "handed": PredictiveCoding(
-        ErrorSettling(
-            3, 1.0, 0.5, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach)
-        )
+        ErrorSettling(GivenPrecisions(1.0, weigh=lambda states, reach: relative_precisions(states, 3.0, reach=reach)), steps=3, step_size=0.5)
     ),
     **{
         f"{kind}, per {per}, {name}": PredictiveCoding(
-            ErrorSettling(4, 1.0, 0.5, family=ENERGIES[name], per=per, max_halvings=30)
+            ErrorSettling(FreeEnergy(1.0, per=per, family=ENERGIES[name]), steps=4, step_size=0.5, max_halvings=30)
             if kind == "soft"
-            else StateSettling(4, 3.0, family=ENERGIES[name], per=per)
+            else StateSettling(FreeEnergy(3.0, per=per, family=ENERGIES[name]), steps=4)
         )
         for kind in ("soft", "states")
         for per, name in (
@@ -749,7 +746,7 @@ PADDED: dict[str, Any] = {
         )
     },
     **{name: PredictiveCoding(solver) for name, solver in SOLVERS.items()},
-    "incremental": IncrementalPC(StateSettling(steps=4, relative_precision=3.0), lambda: None),
+    "incremental": IncrementalPC(StateSettling(FreeEnergy(3.0), steps=4), lambda: None),
 }
 
 
@@ -820,8 +817,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
     model, (tokens, targets) = LooksAhead(), batch()
     targets[:, 3:] = -100
     solver: Any = {
-        "errors": ErrorSettling(3, 30.0, per=per),
-        "states": StateSettling(30, 30.0, per=per),
+        "errors": ErrorSettling(FreeEnergy(30.0, per=per), steps=3),
+        "states": StateSettling(FreeEnergy(30.0, per=per), steps=30),
         "sweep": SweepSettling(),
     }[kind]
     settled = solver(model, tokens, targets)
@@ -837,7 +834,7 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
             torch.testing.assert_close(
                 settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9
             )
-    stiff: Any = ErrorSettling(relative_precision=1e9, per=per) if kind != "sweep" else solver
+    stiff: Any = ErrorSettling(FreeEnergy(1e9, per=per)) if kind != "sweep" else solver
     learner: Any = PredictiveCoding(stiff)
     ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))  # type: ignore[arg-type]
     assert apart(theirs, ours) < 1e-6
@@ -856,12 +853,12 @@ def test_the_order_of_rows_does_not_matter(name: str, dtype: torch.dtype) -> Non
     model, (tokens, targets) = build().to(dtype), batch(B=5)
     targets[3, 4:] = -100
     first = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
-    curves = StateSettling().tuned(model, tokens, targets).curvature
+    curves = StateSettling(FreeEnergy(100.0)).tuned(model, tokens, targets).curvature
     for seed in range(3):
         order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
         other = gradients(PredictiveCoding(SOLVERS[name]), model, tokens[order], targets[order])
         assert apart(first, other) < limit
-        assert StateSettling().tuned(
+        assert StateSettling(FreeEnergy(100.0)).tuned(
             model, tokens[order], targets[order]
         ).curvature == pytest.approx(curves, rel=1e-4)
 
@@ -901,7 +898,7 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
         assert F.cosine_similarity(*flat, dim=0) > 0.999, name
         assert all(g.dtype == dtype for g in found.values())
     with pytest.raises(TypeError, match="too few digits"):
-        StateSettling()(*fed(dtype))
+        StateSettling(FreeEnergy(100.0))(*fed(dtype))
 
 
 def test_a_sweep_measures_no_residual() -> None:
@@ -916,7 +913,7 @@ def test_a_sweep_measures_no_residual() -> None:
             SweepSettling(lean=lean)(model, tokens, targets, measure_residual=True).residual is None
         )
         assert len(calls) == 1, "one sweep"
-    right, weak = (HighwaySettling(rounds)(model, tokens, targets).residual for rounds in (4, 1))
+    right, weak = (HighwaySettling(steps=rounds)(model, tokens, targets).residual for rounds in (4, 1))
     assert right is not None and weak is not None and right < 1e-12 < 1e-3 < weak, (
         "the highway's is measured"
     )
@@ -928,7 +925,7 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         for seed in range(4):
-            settled = StateSettling(steps=2)(model, *batch(seed))
+            settled = StateSettling(FreeEnergy(100.0), steps=2)(model, *batch(seed))
             assert settled.residual is not None and settled.residual > 0.5
     assert [w.category for w in said] == [UnsettledWarning] and len(
         str(said[0].message).splitlines()
@@ -939,9 +936,9 @@ def test_parallel_states_say_that_they_are_far_from_rest() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StateSettling(steps=2)(model, *batch(), measure_residual=False)
-        ErrorSettling(steps=1, relative_precision=1.0, max_halvings=30)(model, *batch())
-        near = StateSettling(300, 30.0, method="momentum", step_size=0.5)(model, *batch())
+        StateSettling(FreeEnergy(100.0), steps=2)(model, *batch(), measure_residual=False)
+        ErrorSettling(FreeEnergy(1.0), steps=1, max_halvings=30)(model, *batch())
+        near = StateSettling(FreeEnergy(30.0), steps=300, step_size=0.5, method="momentum")(model, *batch())
     assert near.residual is not None and near.residual < 0.5
 
 
@@ -964,7 +961,7 @@ def test_types_of_settings_come_first(kind: Any) -> None:
 
 def test_batches_that_are_no_tensors() -> None:
     model, (tokens, targets) = build(), batch()
-    for solver in (ErrorSettling(), StateSettling(), SweepSettling(), HighwaySettling()):
+    for solver in (ErrorSettling(), StateSettling(FreeEnergy(100.0)), SweepSettling(), HighwaySettling()):
         for x, y in ((tokens.tolist(), targets), (tokens, None), (tokens.numpy(), targets)):
             with pytest.raises(TypeError, match="must be a tensor of shape"):
                 solver(model, x, y)  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ import torch
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import initial_precision
-from pc_transformer.config import RunConfig, replace
+from pc_transformer.config import replace
+from pc_transformer.training.run import RunConfig
 from pc_transformer.data import Batches
 from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.experiments.costs import RATIOS, cost_table

@@ -20,9 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer, generate
-from pc_transformer.config import Attention, RunConfig, replace
+from pc_transformer.config import Attention, replace
+from pc_transformer.training.run import RunConfig
 from pc_transformer.learning import Backprop, PredictiveCoding, gradients
-from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import (
+    ErrorSettling,
+    FreeEnergy,
+    HighwaySettling,
+    StateSettling,
+    SweepSettling,
+)
 from pc_transformer.training import Trainer, save, save_checkpoint
 
 SMALL = {"vocab_size": 17, "block_size": 12, "n_layer": 2, "n_head": 4, "d_model": 32}
@@ -37,15 +44,15 @@ MODELS = {name: {"attention": name} for name in get_args(Attention)} | {
     "learned scale": {"attention": "dot", "precision_init": 0.5},
     "dropout": {"dropout": 0.1},
 }
-ERRORS = ErrorSettling(steps=3, relative_precision=100.0, step_size=0.5)
+ERRORS = ErrorSettling(FreeEnergy(100.0), steps=3, step_size=0.5)
 SOLVERS = {
     "errors": ERRORS,
     "one step": ErrorSettling(),
-    "lean": ErrorSettling(3, 100.0, 0.5, lean=True),
-    "token, student": ErrorSettling(3, 100.0, 0.5, per="token"),
-    "states": StateSettling(steps=4),
+    "lean": ErrorSettling(FreeEnergy(100.0), steps=3, step_size=0.5, lean=True),
+    "token, student": ErrorSettling(FreeEnergy(100.0, per="token"), steps=3, step_size=0.5),
+    "states": StateSettling(FreeEnergy(100.0), steps=4),
     "sweep": SweepSettling(),
-    "highway": HighwaySettling(3, relative_precision=1000.0),
+    "highway": HighwaySettling(FreeEnergy(1000.0), steps=3),
 }
 LEARNERS = {
     "backprop": {"learner.algorithm": "backprop"},

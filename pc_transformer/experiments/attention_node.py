@@ -26,8 +26,8 @@ from ..attention.sharpness import TAILS
 from ..energies.elliptical import Elliptical, check_number, check_whole, shown
 from ..energies.families import Gaussian
 from ..model.layers import AttentionLayer
-from ..settling.chain import SettlingError
 from ..settling.free_energy import stiffness
+from ..settling.settled import descend
 
 # %% ../../nbs/6_experiments/14_attention_node.ipynb #5ed4d631
 Downstream = Tensor | Callable[[Tensor], Tensor]
@@ -107,35 +107,18 @@ class AttentionNode:
         for _ in range(self.steps):
             G, slope = slope_of(message, r @ values)
             towards = -(slope @ values.mT) / self.stiffness
-            tilt, r, kl = self.descend(
-                scores, values, message, tilt, towards, self.stiffness * kl.sum() + G
-            )
-        return r
+            before = self.stiffness * kl.sum() + G
 
-    def descend(
-        self,
-        scores: Tensor,
-        values: Tensor,
-        downstream: Callable[[Tensor], Tensor],
-        tilt: Tensor,
-        towards: Tensor,
-        before: Tensor,  # the energy to stay below
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One accepted step of (3), its step size halved until the energy does not rise beyond
-        rounding."""
-        eta, slack = self.step_size, 64 * torch.finfo(scores.dtype).eps * (
-            1 + before.abs() + self.stiffness
-        )
-        for _ in range(60):
-            trial = tilt + eta * (towards - tilt)
-            r, kl = tilted(scores, trial)
-            if self.stiffness * kl.sum() + downstream(r @ values).detach() <= before + slack:
-                return trial, r, kl
-            eta /= 2
-        raise SettlingError(
-            f"no step of the attention node down to {eta:.2g} lowered its energy of"
-            f" {before.item():.4g} nats: is the message finite, and G smooth?"
-        )
+            def look(eta: float, tilt: Tensor = tilt, towards: Tensor = towards):
+                trial = tilt + eta * (towards - tilt)
+                r, kl = tilted(scores, trial)
+                after = self.stiffness * kl.sum() + message(r @ values).detach()
+                return (trial, r, kl), after
+
+            slack = 64 * torch.finfo(scores.dtype).eps * (1 + before.abs() + self.stiffness)
+            cure = "is the message finite, and G smooth?"
+            (tilt, r, kl), _, _ = descend(look, before, self.step_size, 59, slack, cure)
+        return r
 
     def score_message(
         self, scores: Float[Tensor, "... Tq Tk"], r: Float[Tensor, "... Tq Tk"]

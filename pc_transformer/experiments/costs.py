@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, RunConfig, replace
+from ..config import ModelConfig, replace
+from ..training.run import RunConfig
 from .meters import contender, peak_bytes, plain_contender, ratio, seconds
 from .plain_gpt import PlainGPT
 from ..learning.learners import Backprop, Learner, PredictiveCoding
 from ..model.transformer import PCTransformer
 from ..settling.errors import ErrorSettling
+from ..settling.free_energy import FreeEnergy
 from ..settling.states import StateSettling
 from ..settling.sweeps import HighwaySettling, SweepSettling
 from ..training.trainer import pick_device
@@ -35,10 +37,11 @@ def solver_contenders(
     model: ModelConfig, batch: Batch, beta: float, device: torch.device
 ) -> Contenders:
     "Training steps of our model taught by other solvers than the default."
-    solvers = {"lean": ErrorSettling(1, beta, lean=True),
-               "sweep": SweepSettling(beta), "lean sweep": SweepSettling(beta, lean=True),
-               "highway, 3 rounds": HighwaySettling(3, relative_precision=beta),
-               "states, 8 steps": StateSettling(8).tuned(PCTransformer(model).to(device), *batch)}
+    stiff = FreeEnergy(beta)
+    solvers = {"lean": ErrorSettling(stiff, lean=True),
+               "sweep": SweepSettling(stiff), "lean sweep": SweepSettling(stiff, lean=True),
+               "highway, 3 rounds": HighwaySettling(stiff, steps=3),
+               "states, 8 steps": StateSettling(FreeEnergy(100.0), steps=8)}
     return {
         f"ours, {n}": contender(PCTransformer(model).to(device), PredictiveCoding(s), batch)
         for n, s in solvers.items()
@@ -71,11 +74,7 @@ def step_costs(
     g = torch.Generator().manual_seed(0)
     x = torch.randint(c.vocab_size, (config.train.batch_size, c.block_size + 1), generator=g).to(on)
     batch = (x[:, :-1], x[:, 1:])
-    pc = PredictiveCoding(
-        ErrorSettling(
-            config.learner.steps, config.learner.relative_precision, config.learner.step_size
-        )
-    )
+    pc = config.learner.learner
     dot, gauss = (replace(c, attention=f, precision_init=None) for f in ("dot", "gaussian"))
     contenders = {
         "plain PyTorch GPT": plain_contender(PlainGPT(c).to(on), batch),

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..config import RunConfig, replace
+from ..config import replace
+from ..training.run import RunConfig
 from ..data.damage import damage
 from ..data.text import TextData
 from .meters import about_run, seconds

@@ -20,7 +20,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..attention.sharpness import TAILS, initial_precision
-from ..config import RunConfig, flat, replace, to_dict
+from ..config import flat, replace, to_dict
+from ..training.run import RunConfig
 from ..data.batches import windows
 from ..data.damage import damage
 from ..data.ngrams import baselines

@@ -7,6 +7,7 @@ __all__ = ['AXES', 'KINDS', 'PLAIN', 'DIALS', 'START', 'encode', 'decode', 'Hung
            'obey', 'plain', 'work', 'await_end', 'check_split', 'LayerProcesses', 'stopped', 'launch']
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #28bc11d7
+import dataclasses
 import json
 import os
 import pickle
@@ -31,9 +32,8 @@ from ..energies.categorical import Categorical
 from ..learning.learners import Report, accumulate
 from ..settling.chain import Chain, SettlingError, check_batch, output_energy
 from ..settling.errors import ErrorSettling
-from pc_transformer.settling.free_energy import (
-    in_reach, no_errors, normalisers, relative_precisions, step_errors,
-)
+from ..settling.free_energy import FreeEnergy, Weighed, in_reach, no_errors
+from ..settling.settled import descend
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/13_processes.ipynb #3f7d21f6
@@ -153,14 +153,16 @@ class Node:
     above: Wire                               # to node l+1
     parent: Wire
     count: float = 1.0                        # n, predicted tokens in the batch
-    beta: float = 1e4                         # relative precision
+    energy: FreeEnergy = FreeEnergy()         # how its error is weighed
     reach: Tensor | None = None               # positions that count, `(B, T)`; `None`: all
     mu: Tensor = field(init=False)            # `mu_l (B, T, D)`, with the graph of this layer
     read: Tensor = field(init=False)          # what it was predicted from
     error: Tensor = field(init=False)         # `eps_l` of the last accepted step
     trial: Tensor = field(init=False)         # `eps_l` of the present pass
     delta: Tensor = field(init=False)         # `delta_l`, the message from above
-    precision: Tensor = field(init=False)     # `Pi_l`
+    weighed: Weighed = field(init=False)      # this batch's energy, of this node alone
+    whole: Tensor = field(init=False)         # where the whole step leads
+    eta: float = 1.0                          # the step size that leads there
 
     def listen(self) -> None:
         "What this node is predicted from."
@@ -168,25 +170,25 @@ class Node:
 
     def up(self, eta: float | None = None, again: bool = False) -> None:
         """Predict and send the state up; without a step size: the first, feed-forward pass.
-        Again: half the step before."""
+        Again: a smaller step the same way."""
         self.listen()
         self.mu = self.f(self.read)
         mu = self.mu.detach()
         if eta is None:
-            (self.trial,), self.precision = no_errors([mu]), self.stiff(mu)
+            (self.trial,), self.weighed = no_errors([mu]), self.weigh(mu)
         elif again:
-            self.trial = self.error.lerp(self.trial, 0.5)
+            self.trial = self.error.lerp(self.whole, eta / self.eta)
         else:
-            (self.trial,) = step_errors([self.error], [self.delta], [self.precision], eta)
+            (self.whole,) = self.weighed.step([self.error], [self.delta], eta)
+            self.trial, self.eta = self.whole, eta
         self.above.send("state", (mu + self.trial).to(mu.dtype))
-        self.parent.send(
-            "energy", self.precision * self.trial.square().sum(dtype=torch.float64) / 2
-        )
+        nothing = mu.new_zeros((), dtype=torch.float64)
+        self.parent.send("energy", self.weighed.moving([self.trial], nothing)[0])
 
-    def stiff(self, state: Tensor) -> Tensor:
-        "`Pi_l`, equation (3) of `settling.free_energy`. Raises SettlingError, naming the node."
+    def weigh(self, state: Tensor) -> Weighed:
+        "This node's energy, equation (3) of `settling.free_energy`. Raises SettlingError, naming it."
         try:
-            return relative_precisions([state], self.beta, reach=self.reach)[0]
+            return self.energy.at([state], self.reach)
         except SettlingError as error:
             raise SettlingError(str(error).replace("node 0", f"node {self.l}")) from None
 
@@ -199,7 +201,7 @@ class Node:
     def gradients(self) -> None:
         "Fill `p.grad` from this node's own energy."
         parameters = [p for p in self.f.parameters() if p.requires_grad]
-        message = (-self.precision * self.trial / self.count).to(self.mu.dtype)
+        message = (-self.weighed.pull(0, self.trial) / self.count).to(self.mu.dtype)
         accumulate(parameters, torch.autograd.grad(self.mu, parameters, message))
 
     def learn(self) -> None:
@@ -275,13 +277,11 @@ def obey(node: Node, word: str, number: float) -> None:
     "Do what the parent says."
     if word in ("begin", "padded"):
         node.reach = node.parent.expect("reach").bool() if word == "padded" else None
-        node.count, node.beta = number, node.parent.expect("beta").item()
+        node.count, node.energy = number, FreeEnergy(node.parent.expect("beta").item())
         if isinstance(node, Ends):
             node.tokens, node.targets = node.parent.expect("tokens"), node.parent.expect("targets")
         node.up()
-        node.parent.send(
-            "resting", normalisers([node.mu.detach()], [node.precision], live=node.reach)[0]
-        )
+        node.parent.send("resting", node.weighed.resting([node.mu.detach()], node.reach)[0])
     elif word in ("down", "again"):
         if word == "down":
             node.down()
@@ -331,7 +331,7 @@ def await_end(parent: Connection) -> None:
 PLAIN = ErrorSettling()     # what a solver must be, but for these four, to be run in processes
 
 
-DIALS = ("steps", "relative_precision", "step_size", "max_halvings")
+DIALS = ("energy", "steps", "step_size", "max_halvings")
 
 
 START = """import signal, sys
@@ -356,10 +356,11 @@ def check_split(model: Chain, solver: ErrorSettling) -> None:
         )
     if len(model.predictors) < 2:
         raise ValueError("a process for each layer needs at least two predictors")
+    plain = dataclasses.replace(PLAIN, energy=FreeEnergy(solver.energy.relative_precision))
     others = [
         name
         for name in vars(PLAIN)
-        if name not in DIALS and getattr(solver, name) != getattr(PLAIN, name)
+        if name not in DIALS[1:] and getattr(solver, name) != getattr(plain, name)
     ]
     if others:
         dials = ", ".join(DIALS)
@@ -530,7 +531,7 @@ class LayerProcesses:
             else:       # every node must know which positions count
                 self.tell("padded", count)
                 self.tell("reach", reach.long())
-            self.tell("beta", self.solver.relative_precision)
+            self.tell("beta", self.solver.energy.relative_precision)
             self.tell("tokens", tokens, [0])
             self.tell("targets", targets, [0])
             trace, sizes = [self.energies()], []
@@ -551,17 +552,16 @@ class LayerProcesses:
         )
 
     def descend(self, before: Tensor) -> tuple[Tensor, float]:
-        "One accepted step: halve the step size until the energy does not rise (beyond rounding)."
-        solver, word, eta = self.solver, "down", self.solver.step_size
-        allowed = before.sum() + 8 * self.eps * before.abs().sum()
-        while True:
-            self.tell(word, eta)
-            energies = self.energies()
-            if energies.sum() <= allowed:
-                return energies, eta
-            if eta <= solver.step_size / 2**solver.max_halvings:
-                raise SettlingError(solver.complaint(before, energies, eta))
-            word, eta = "again", eta / 2
+        "One accepted step: every node tries it, and smaller ones, until the energy does not rise."
+        solver, whole = self.solver, self.solver.step_size
+
+        def look(eta: float) -> tuple[None, Tensor]:
+            self.tell("down" if eta == whole else "again", eta)
+            return None, self.energies()
+
+        slack = 8 * self.eps * before.abs().sum()
+        _, energies, eta = descend(look, before, whole, solver.max_halvings, slack, solver.cure)
+        return energies, eta
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters, by their names in the model: asked for, after training; the only time

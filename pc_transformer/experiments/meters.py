@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import RunConfig, to_dict
+from ..config import to_dict
+from ..training.run import RunConfig
 from .plain_gpt import PlainGPT
 from ..learning.learners import Learner
 from ..model.transformer import PCTransformer

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..attention import attend
-from ..config import RunConfig, replace, to_dict
+from ..config import replace, to_dict
+from ..training.run import RunConfig
 from ..data.damage import damage
 from ..data.ngrams import baselines
 from ..data.text import TextData

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from ..config import RunConfig, flat, replace, to_dict
+from ..config import flat, replace, to_dict
+from ..training.run import RunConfig
 from ..data.batches import Batches, windows
 from ..data.damage import damage
 from ..data.ngrams import baselines
@@ -28,8 +29,7 @@ from .harness import expand, run_name
 from .meters import about_run, seconds
 from ..inference.calibration import fit_temperature, scaled_nll
 from ..isolation import evaluating
-from ..learning.learners import Report, gradient_cosine
-from ..learning.make import make_learner
+from ..learning.learners import Learner, Report, gradient_cosine
 from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError
 from ..training.files import Interrupted, read_json, write_text
@@ -38,7 +38,7 @@ from ..training.trainer import Trainer, pick_device
 
 # %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #ac276d26
 @dataclass(frozen=True)
-class RobustBackprop:
+class RobustBackprop(Learner):
     """Backprop through a loss that is made for wrong targets.
 
     Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and
@@ -237,10 +237,7 @@ def run_one(
                 times.append(seconds(t.advance, t.device))
                 if t.step % every == 0 or t.step == config.train.iters:
                     t.measure()
-                    look = make_learner(
-                        config.learner, t.step / config.train.iters, t.optimizer.zero_grad
-                    )
-                    parts.append(gradient_cosine(look, t.model, *t.batch(0)))
+                    parts.append(gradient_cosine(t.alone(), t.model, *t.batch(0)))
                 if stopped():
                     raise Interrupted(
                         f"stopped after step {t.step} of {config.train.iters}: of this run nothing"

@@ -6,7 +6,6 @@
 __all__ = ['draw_case', 'case_solver', 'teacher', 'try_case', 'stress']
 
 # %% ../../nbs/6_experiments/08_stress.ipynb #537ac1e1
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig
+from ..training.run import RunConfig
 from .meters import about_run
 from ..learning.learners import PredictiveCoding, Solver
-from ..learning.make import ENERGIES
+from ..learning.config import ENERGIES
 from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError
 from ..settling.errors import ErrorSettling
+from ..settling.free_energy import FreeEnergy
 from ..settling.states import StateSettling
 from ..settling.sweeps import HighwaySettling, SweepSettling
 from ..training.files import write_text
@@ -52,11 +53,8 @@ def draw_case(seed: int) -> dict[str, Any]:
                 "errors",
                 "errors",
                 "centred",
-                "fused",
                 "lean",
                 "states",
-                "momentum",
-                "adam",
                 "highway",
                 "sweep",
             ]
@@ -76,35 +74,25 @@ def draw_case(seed: int) -> dict[str, Any]:
 
 def case_solver(case: Mapping[str, Any]) -> Solver:
     "The solver of a case."
-    beta, family, kind, steps = (
-        case["relative_precision"],
-        ENERGIES[case["energy"]],
-        case["solver"],
-        case["steps"],
-    )
-    if kind in ("states", "momentum", "adam"):
-        method = "gradient" if kind == "states" else kind
-        return StateSettling(steps, beta, case["step_size"], method, family=family, per=case["per"])
-    if kind == "highway":
-        return HighwaySettling(steps, relative_precision=beta)
-    if kind == "sweep":
-        return SweepSettling(beta)
-    eta = 1.0 if steps == 1 else max(0.1, case["step_size"] / 100)
+    kind, steps, lean = case["solver"], case["steps"], case["solver"] == "lean"
     nudge = -0.5 if kind == "centred" else 1.0
-    options = {
-        "lean": kind == "lean",
-        "fused": kind == "fused",
-        "nudge": nudge,
-        "family": family,
-        "per": case["per"],
-    }
-    return ErrorSettling(steps, beta, eta, **options)
+    family = ENERGIES[case["energy"]]
+    energy = FreeEnergy(case["relative_precision"], case["per"], family, nudge)
+    if kind == "states":
+        return StateSettling(energy, steps, case["step_size"])
+    if kind == "highway":
+        return HighwaySettling(energy, steps)
+    if kind == "sweep":
+        return SweepSettling(energy)
+    eta = 1.0 if steps == 1 else max(0.1, case["step_size"] / 100)
+    return ErrorSettling(energy, steps, eta, lean=lean)
 
 
-def teacher(case: Mapping[str, Any]) -> Solver:
-    "The solver that learns: of a centred case the whole, which is nudged both ways."
-    solver = case_solver(case)
-    return dataclasses.replace(solver, nudge=1.0) if isinstance(solver, ErrorSettling) else solver
+def teacher(case: Mapping[str, Any]) -> PredictiveCoding:
+    "The learner of a case: of a centred one the whole, which is nudged both ways."
+    if case["solver"] == "centred":
+        return PredictiveCoding(case_solver({**case, "solver": "errors"}), centred=True)
+    return PredictiveCoding(case_solver(case))
 
 
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,9 +109,7 @@ def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     )
     try:
         settled = case_solver(case)(model, tokens, targets)
-        PredictiveCoding(teacher(case), case["solver"] == "centred").backward(
-            model, tokens, targets
-        )
+        teacher(case).backward(model, tokens, targets)
     except SettlingError as error:
         return {"outcome": "refused", "why": str(error)}
     taught = all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())

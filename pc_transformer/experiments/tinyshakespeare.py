@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.sharpness import initial_precision
-from ..config import RunConfig, replace, to_dict
+from ..config import replace, to_dict
+from ..training.run import RunConfig
 from ..data.ngrams import baselines, bits_per_byte
 from ..data.text import TextData
 from .costs import step_costs
@@ -27,6 +28,7 @@ from ..inference.generate import generate_text, opening
 from ..learning.learners import PredictiveCoding
 from ..model.transformer import PCTransformer
 from ..settling.errors import ErrorSettling
+from ..settling.free_energy import FreeEnergy
 from ..training.checkpoints import save
 from ..training.files import Interrupted, write_text
 from ..training.loop import graceful_stop
@@ -126,7 +128,7 @@ def settling_traces(
     token relative to the start."""
     traces = {}
     for beta in betas:
-        settled = ErrorSettling(steps=steps, relative_precision=beta)(model, *batch)
+        settled = ErrorSettling(FreeEnergy(beta), steps=steps)(model, *batch)
         energy = (settled.energy - settled.energy[0]).tolist()
         traces[f"{beta:g}"] = {
             "energy": energy,

@@ -267,7 +267,7 @@ def uncertainty_study(
 ) -> dict[str, Any]:
     """Calibration and detection for saved models, written to `out`. Raises ValueError,
     CheckpointError, FileNotFoundError."""
-    from pc_transformer.config import RunConfig
+    from pc_transformer.training.run import RunConfig
     from pc_transformer.experiments.meters import about_run
 
     on = pick_device(device)

@@ -6,7 +6,7 @@
 __all__ = ['Reached', 'arguments', 'walk', 'Whole', 'Part', 'First', 'Called', 'Last', 'blocks_of', 'Probe', 'examine',
            'ModelChain', 'check_still', 'shifted']
 
-# %% ../../nbs/4_practice/15_chains.ipynb #818eefc0
+# %% ../../nbs/4_practice/15_chains.ipynb #15312dae
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from ..isolation import view
 from ..model.transformer import Chain
 from ..settling.chain import check_steady
 
-# %% ../../nbs/4_practice/15_chains.ipynb #5768e523
+# %% ../../nbs/4_practice/15_chains.ipynb #f7165626
 class Reached(Exception):
     "A forward pass has gone as far as it was asked to."
 
@@ -53,7 +53,7 @@ def walk(model: nn.Module, blocks: str, inputs: Any, visit: Callable[..., Any]) 
         return reached.value
     return getattr(found, "logits", found)
 
-# %% ../../nbs/4_practice/15_chains.ipynb #fd8889f8
+# %% ../../nbs/4_practice/15_chains.ipynb #ee43e87e
 class Whole(NamedTuple):
     "A model, the name of its list of blocks, and how a block hands on its state."
 
@@ -77,7 +77,7 @@ class Part(nn.Module):
         for name, p in named.items():
             self.register_parameter(name.replace(".", "_"), p)
 
-# %% ../../nbs/4_practice/15_chains.ipynb #8a48d0ae
+# %% ../../nbs/4_practice/15_chains.ipynb #e05cec93
 class First(nn.Module):
     "All that a model does before its first block."
 
@@ -117,7 +117,7 @@ class Last(nn.Module):
 
         return self.whole.walk(self.inputs, instead)
 
-# %% ../../nbs/4_practice/15_chains.ipynb #02b06b7d
+# %% ../../nbs/4_practice/15_chains.ipynb #2865222f
 def blocks_of(model: nn.Module) -> str:
     "The name of a model's one list of blocks. Raises ValueError when there is none, or several."
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -155,7 +155,7 @@ class Probe:
         self.states += [hidden] * (not l) + [top.detach().requires_grad_()]
         return self.whole.hand_on(self.states[-1])
 
-# %% ../../nbs/4_practice/15_chains.ipynb #2e670615
+# %% ../../nbs/4_practice/15_chains.ipynb #589e98fe
 @torch.enable_grad()
 def examine(model: nn.Module, blocks: str, example: Any) -> tuple[Whole, list[str], list[str]]:
     """A model as a chain: how its blocks hand on their states, and the names of the weights that
@@ -177,7 +177,7 @@ def examine(model: nn.Module, blocks: str, example: Any) -> tuple[Whole, list[st
     ]
     return probe.whole._replace(model=model), works(probe.states[0]), works(outputs)
 
-# %% ../../nbs/4_practice/15_chains.ipynb #6455978d
+# %% ../../nbs/4_practice/15_chains.ipynb #40a641c1
 class ModelChain(Chain):
     """A model seen as a chain where it stands: what comes before its blocks, each block, and what
     comes after. No weight is copied; move the model before, and train and save the model itself.
@@ -225,7 +225,7 @@ class ModelChain(Chain):
         self.whole.model.train(mode)
         return super().train(mode)
 
-# %% ../../nbs/4_practice/15_chains.ipynb #79f6f64b
+# %% ../../nbs/4_practice/15_chains.ipynb #9b0afdae
 def check_still(model: nn.Module) -> None:
     "Raises ValueError for a model that drops at random in its present mode."
     check_steady(list(model.modules()))

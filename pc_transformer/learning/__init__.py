@@ -1,5 +1,4 @@
 """Weights move by local gradients."""
 
 from .learners import *
-from .incremental import *
-from .make import *
+from .config import *

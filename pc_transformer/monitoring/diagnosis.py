@@ -121,10 +121,10 @@ def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
                 f"Use step_size 1 with a single step (now {s.step_size:g})."
                 if part
                 else (
-                    f"Raise `{s.dial}` (now {s.steps})."
+                    f"Raise `steps` (now {s.steps})."
                     if s.fixed
                     else (
-                        f"Raise `{s.dial}` (now {s.steps}), or `relative_precision` so that full"
+                        f"Raise `steps` (now {s.steps}), or `relative_precision` so that full"
                         " steps are accepted."
                     )
                 )
@@ -159,7 +159,7 @@ def rule_distance(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
             f"After {s.steps} steps the states are far from equilibrium: {s.residual:.0%} of the"
             " gradient is left."
         )
-        turn = f"Raise `{s.dial}` or `relative_precision`, or take longer steps if none was halved."
+        turn = f"Raise `steps` or `relative_precision`, or take longer steps if none was halved."
         yield Finding("residual", what, turn)
     soft = [l for l, x in enumerate(s.displacement) if x > t.displacement]
     if soft:
@@ -176,7 +176,7 @@ def advice(s: Snapshot) -> str:
     "What brings a learner's gradient nearer to backprop's."
     if s.cut:
         return "Let the pathway pass messages down."
-    return f"Raise `{s.dial}`." if s.fixed else f"Raise `{s.dial}` or `relative_precision`."
+    return "Raise `steps`." if s.fixed else f"Raise `steps` or `relative_precision`."
 
 
 def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -185,9 +185,9 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         what = f"The gradient is backprop's (cosine {s.cosine['all']:.6f})."
         turn = (
             "This learner reads the feed-forward states, and precision does not change that: for an"
-            " equilibrium take `ErrorSettling` or `StateSettling`, not fused."
+            " equilibrium take `ErrorSettling` or `StateSettling`."
             if s.fixed
-            else f"If you want equilibrium, lower `relative_precision` or raise `{s.dial}`."
+            else f"If you want equilibrium, lower `relative_precision` or raise `steps`."
         )
         yield Finding("backprop", what, turn, note=True)
     away = {part: c for part, c in s.cosine.items() if c < t.turned and s.ratio[part] > 0}

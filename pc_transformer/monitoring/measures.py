@@ -22,7 +22,6 @@ from ..isolation import M, private, view
 from ..model.layers import AttentionLayer, Embedding, FeedForwardLayer
 from ..model.transformer import PCTransformer
 from ..settling.chain import errors_down, predict_up
-from ..settling.free_energy import stiffness
 from ..settling.settled import Settled
 
 # %% ../../nbs/2_learning/10_measures.ipynb #d70ca3d8
@@ -131,20 +130,16 @@ def hessian_product(
     v: list[Tensor],             # `(B, T, D)` for every node
 ) -> list[Tensor]:
     "Equation (4) at the settled errors: `H v` from two passes up and two down."
-    roots = [
-        stiffness(e, p, settled.family).sqrt()
-        for e, p in zip(settled.errors, settled.precision, strict=True)
-    ]
+    weighed = settled.weighed
+    roots = [weighed.stiffness(l, e).sqrt() for l, e in enumerate(settled.errors)]
     directions = [x / r for x, r in zip(v, roots, strict=True)]
     h, slopes = step_length(directions, settled.states), []
     for sign in (h, -h):
         errors = [e + sign * d for e, d in zip(settled.errors, directions, strict=True)]
         deltas = errors_down(predict_up(model, tokens, targets, errors))
-        pulls = [
-            stiffness(e, p, settled.family) * e
-            for e, p in zip(errors, settled.precision, strict=True)
-        ]
-        slopes.append([settled.nudge * d + pull for d, pull in zip(deltas, pulls, strict=True)])
+        pulls = [weighed.pull(l, e) for l, e in enumerate(errors)]
+        nudge = weighed.energy.nudge
+        slopes.append([nudge * d + pull for d, pull in zip(deltas, pulls, strict=True)])
     return [(a - b) / (2 * h * r) for a, b, r in zip(*slopes, roots, strict=True)]
 
 # %% ../../nbs/2_learning/10_measures.ipynb #e7e94b07

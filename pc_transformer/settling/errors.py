@@ -6,26 +6,19 @@
 __all__ = ['ErrorSettling']
 
 # %% ../../nbs/2_learning/04_settling.ipynb #3b5de60c
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..config import check_types
-from ..energies.elliptical import Elliptical
-from ..energies.families import Gaussian
-from pc_transformer.settling.chain import (
-    Chain, Pass, Pathway, Reduce, SettlingError, check_batch, check_errors, errors_down,
-    noise_seed, predict_up,
-)
-from pc_transformer.settling.free_energy import (
-    Per, Weigh, given_precisions, gradient_norm, in_reach, moving_energies, no_errors,
-    normalisers, relative_precisions, rounding, step_errors, that_matter,
-)
-from .settled import Settled
+from .chain import Chain, Pass, Pathway, errors_down, predict_up
+from .free_energy import FreeEnergy, Weighed, no_errors
+from .settled import Settled, begin
 
 # %% ../../nbs/2_learning/04_settling.ipynb #fbc5f824
 @dataclass(frozen=True)
@@ -33,47 +26,29 @@ class ErrorSettling:
     """Optimise the errors from zero by K bidirectional sweeps ("Error propagation"; "error
     optimization", Goemaere et al. 2025).
 
-    Calling it returns `Settled`; model parameters and buffers are only read. Raises
-    SettlingError when a number is not
-    finite or when no step of at least `eta / 2**max_halvings` keeps the energy from rising.
+    Calling it returns `Settled`; model parameters and buffers are only read. Raises SettlingError
+    when a number is not finite or when no step of at least `eta / 2**max_halvings` keeps the
+    energy from rising.
     """
 
+    energy: FreeEnergy = FreeEnergy()   # how errors are weighed
     steps: int = 1                      # K, number of sweeps
-    relative_precision: float = 1e4     # beta in equation (3)
     step_size: float = 1.0              # eta in equation (4), in (0, 1]
     max_halvings: int = 8               # how often a rejected step is halved before giving up
     tolerance: float = 0.0              # stop when the residual (5) is this small; 0: after K steps
     # keep states only and make each layer's graph again: less memory, more time
     lean: bool = False
-    fused: bool = False                 # the last errors teach without another upward pass
-    family: Elliptical = Gaussian()     # density of every node
-    per: Per = "node"                   # one precision for each node, coordinate or token
-    nudge: float = 1.0                  # weight of the output energy: 1, or halves of both signs
     pathway: Pathway = Pathway()        # which messages travel
-    # sums over the processes that share the batch, if there are several
-    reduce: Reduce | None = None
-    # precisions from elsewhere, instead of `relative_precision` and `per`; none: equation (3)
-    weigh: Weigh | None = None
+    reads_feed_forward: ClassVar[bool] = False      # predictions go up again, over moved states
 
     def __post_init__(self):
         check_types(self)
-        counts = self.steps >= 1 and self.max_halvings >= 0
-        if not (
-            counts
-            and 0 < self.relative_precision
-            and 0 < self.step_size <= 1
-            and 0 <= self.tolerance < 1
-        ):
-            limits = (
-                "whole steps >= 1, finite relative_precision > 0, step_size in (0, 1], tolerance in"
-                " [0, 1)"
-            )
-            raise ValueError(f"settling needs {limits}, max_halvings >= 0: got {self}")
-        if self.nudge == 0:
-            raise ValueError(
-                "nudge must be a number other than zero: without it nothing is learned"
-            )
+        sizes = 0 < self.step_size <= 1 and 0 <= self.tolerance < 1
+        if not (self.steps >= 1 and self.max_halvings >= 0 and sizes):
+            limits = "steps >= 1, step_size in (0, 1], tolerance in [0, 1), max_halvings >= 0"
+            raise ValueError(f"settling needs {limits}: got {self}")
 
+    @torch.enable_grad()
     def __call__(
         self,
         model: Chain,
@@ -81,137 +56,41 @@ class ErrorSettling:
         targets: Int[Tensor, "B T"],     # clamped at the output; -100: predicts nothing
         measure_residual: bool = True,   # one more sweep down, to report equation (5)
     ) -> Settled:
-        count, noise = check_batch(model, tokens, targets, self.reduce), noise_seed(model)
-        with torch.enable_grad():
-            up = predict_up(model, tokens, targets, lean=self.lean, noise=noise)
-            if beyond := [l for l in self.pathway.blocked if l >= len(up.states)]:
-                raise ValueError(
-                    f"the pathway blocks predictor {beyond[0]}, but the last one is"
-                    f" {len(up.states) - 1}"
-                )
-            reach, live = in_reach(targets), None
-            precision = (
-                given_precisions(up.states, self.weigh, reach)
-                if self.weigh is not None
-                else relative_precisions(
-                    up.states, self.relative_precision, self.per, self.family, self.reduce, reach
-                )
-            )
-            errors = no_errors(up.states)
-            batch = torch.stack([up.output_energy.detach(), up.output_energy.new_tensor(count)])
-            # of the whole batch, wherever its parts are
-            energy, whole = self.total(batch).tolist()
-            trace, sizes, norms, sent = [self.energies(up, errors, precision)], [], [], []
-            if not trace[0].isfinite().all():
-                raise SettlingError(
-                    f"the energy of the output is {energy}: its weights or logits overflowed"
-                )
-            for k in range(self.steps):
-                last = self.fused and k == self.steps - 1
-                keep = last or self.tolerance > 0 or not self.pathway.up
-                deltas = errors_down(up, keep, self.pathway, self.nudge)
-                live = live if k else that_matter(targets, deltas)
-                if measure_residual or self.tolerance:
-                    norms.append(self.norm(errors, deltas, precision))
-                    if k and norms[-1] <= self.tolerance * norms[0]:
-                        break
-                sent.append(deltas)
-                heard = (
-                    sent.pop(0)
-                    if len(sent) > self.pathway.delay
-                    else [torch.zeros_like(d) for d in deltas]
-                )
-                if last or not self.pathway.up:
-                    errors = step_errors(errors, heard, precision, self.step_size, self.family)
-                    check_errors(errors)
-                    sizes.append(self.step_size)
-                else:
-                    del up      # its tensors are not needed while the next pass is built
-                    errors, up, energies, eta = self.descend(
-                        model, tokens, targets, errors, heard, precision, trace[-1], noise, whole)
-                    trace.append(energies)
-                    sizes.append(eta)
-            if measure_residual and len(norms) == len(sizes) and not self.fused and self.pathway.up:
-                deltas = errors_down(up, True, self.pathway, self.nudge)
-                norms.append(self.norm(errors, deltas, precision))
-        resting = self.total(normalisers(up.states, precision, self.family, live))
-        node_energy = (torch.stack(trace) + resting).cpu() / whole
-        # else the last errors had no pass of their own
-        seen = measure_residual and not self.fused and self.pathway.up
-        residual = (norms[-1] / norms[0] if norms[0] else 0.0) if seen else None
-        return Settled(
-            up,
-            errors,
-            precision,
-            count,
-            energy / whole,
-            node_energy,
-            sizes,
-            residual,
-            self.family,
-            self.nudge,
-        )
+        stops = self.tolerance > 0       # maybe here: then the pass is needed once more
+        measures = measure_residual or stops
+        up, trace = begin(self.energy, model, tokens, targets, self.lean, measures)
+        again = partial(predict_up, up.model, tokens, targets, lean=self.lean, noise=up.noise)
+        errors = no_errors(up.states)
+        for _ in range(self.steps):
+            deltas = errors_down(up, stops, self.pathway, self.energy.nudge)
+            if trace.near(errors, deltas, self.tolerance):
+                break
+            whole = trace.weighed.step(errors, deltas, self.step_size)
+            del up, deltas      # their memory is the next pass's
+            look = partial(self.look, again, trace.weighed, errors, whole)
+            up, errors = trace.descend(look, self.step_size, self.max_halvings, self.cure)
+            del look
+        else:
+            if measure_residual:
+                trace.near(errors, errors_down(up, True, self.pathway, self.energy.nudge))
+        return trace.settled(up, errors, trace.residual if measure_residual else None)
 
-    def total(self, x: Tensor) -> Tensor:
-        return x if self.reduce is None else self.reduce(x)
-
-    def energies(
-        self, up: Pass, errors: Sequence[Tensor], precision: Sequence[Tensor]
-    ) -> Float[Tensor, " nodes"]:
-        return self.total(moving_energies(up, errors, precision, self.family, self.nudge))
-
-    def norm(
-        self, errors: Sequence[Tensor], deltas: Sequence[Tensor], precision: Sequence[Tensor]
-    ) -> float:
-        own = gradient_norm(errors, deltas, precision, self.family)
-        return (
-            own
-            if self.reduce is None
-            else math.sqrt(self.reduce(deltas[0].new_tensor(own**2, dtype=torch.float64)).item())
-        )
-
-    def descend(
+    def look(
         self,
-        model: Chain,
-        tokens: Tensor,
-        targets: Tensor,
+        again: Callable[[list[Tensor]], Pass],   # predictions up over some errors
+        weighed: Weighed,
         errors: list[Tensor],
-        deltas: list[Tensor],
-        precision: list[Tensor],
-        before: Tensor,
-        noise: int | None,
-        count: float,
-    ) -> tuple[list[Tensor], Pass, Tensor, float]:
-        """One accepted step: halve the step size until the energy does not rise (beyond
-        rounding). Empties `deltas`."""
-        allowed = before.sum() + rounding(before, count, deltas[0].dtype)
-        eta, trial = self.step_size, []
-        # a message goes as its error comes: never both lists whole
-        for e, p in zip(errors, precision, strict=True):
-            trial += step_errors([e], [deltas.pop(0)], [p], eta, self.family)
-        while True:
-            up = predict_up(model, tokens, targets, trial, self.lean, noise)
-            energies = self.energies(up, trial, precision)
-            if energies.sum() <= allowed:
-                return trial, up, energies, eta
-            if eta <= self.step_size / 2**self.max_halvings:
-                raise SettlingError(self.complaint(before, energies, eta))
-            del up
-            eta /= 2
-            # (4) is linear in the step size
-            trial = [e.lerp(t, 0.5) for e, t in zip(errors, trial, strict=True)]
+        whole: list[Tensor],    # where the whole step leads; (4) is linear in the step size
+        size: float,
+    ) -> tuple[tuple[Pass, list[Tensor]], Tensor]:
+        "Where a step of this size leads: pass and errors, and the energies there."
+        part = size / self.step_size
+        if part < 1:
+            whole = [e.lerp(w, part) for e, w in zip(errors, whole, strict=True)]
+        up = again(whole)
+        return (up, whole), weighed.moving(whole, up.output_energy)
 
-    def complaint(self, before: Tensor, energies: Tensor, eta: float) -> str:
-        "Why no step was good enough, in one sentence."
-        if not energies.isfinite().all():
-            node = int((~energies.isfinite()).nonzero()[0])
-            name = f"node {node}" if node < len(energies) - 1 else "the output"
-            return (
-                f"the energy of {name} is {energies[node].item()} even after a step of {eta:.2g}:"
-                " its states overflowed"
-            )
-        return (
-            f"no step from {self.step_size} down to {eta:.2g} lowered the energy of"
-            f" {before.sum().item():.4g} nats: raise relative_precision above"
-            f" {self.relative_precision:g} or allow more halvings"
-        )
+    @property
+    def cure(self) -> str:
+        beta = self.energy.relative_precision
+        return f"raise relative_precision above {beta:g} or allow more halvings"

@@ -1,5 +1,6 @@
 """One run: files, checkpoints, the loop."""
 
+from .run import *
 from .files import *
 from .trainer import *
 from .checkpoints import *

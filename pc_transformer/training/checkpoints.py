@@ -30,9 +30,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pc_transformer.config import (
-    ConfigError, ModelConfig, RunConfig, flat, from_dict, from_yaml, to_dict, to_yaml,
-)
+from ..config import ConfigError, ModelConfig, flat, from_dict, from_yaml, to_dict, to_yaml
+from .run import RunConfig
 from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
 from ..settling.chain import check_batch
@@ -465,7 +464,6 @@ def save_checkpoint(
         write_model(trainer.model, about, work)
         write_tensors(moments, work / "optimizer.safetensors")
         progress = {"step": trainer.step, "losses": trainer.losses, "record": trainer.record}
-        progress |= {"curvature": trainer.curvature}
         progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
         text = sealed(progress, work, "model.safetensors", "optimizer.safetensors")
         (work / "training.json").write_text(text, encoding="utf-8")
@@ -511,7 +509,7 @@ def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None)
 
 def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = None) -> None:
     "`resume` from this very checkpoint."
-    keys = ("step", "losses", "record", "run", "data", "curvature")
+    keys = ("step", "losses", "record", "run", "data")
     progress = read_json(place / "training.json", *keys)
     if tokenizer is not None and read_tokenizer(place) != tokenizer:
         raise CheckpointError(f"{place} was trained with another vocabulary: the data is not the "
@@ -543,19 +541,16 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
         progress["losses"],
         progress["record"],
     )
-    trainer.curvature = None if progress["curvature"] is None else tuple(progress["curvature"])
 
 
 def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> None:
     """CheckpointError, naming the entry of `training.json`, unless it is what a run of this
     configuration writes at this step."""
-    step, losses, record, curvature = (progress[k] for k in PROGRESS)
-    numbers = isinstance(curvature, list) and all(is_number(x) and x >= 0 for x in curvature)
+    step, losses, record = (progress[k] for k in PROGRESS)
     right = {
         "step": type(step) is int and 0 <= step <= config.train.iters and step == step_of(place),
         "losses": isinstance(losses, list) and len(losses) == step and all(map(is_number, losses)),
-        "record": isinstance(record, list) and all(map(is_entry, record)),
-        "curvature": curvature is None or numbers and len(curvature) == config.model.n_node}
+        "record": isinstance(record, list) and all(map(is_entry, record))}
     if wrong := [k for k, ok in right.items() if not ok]:
         raise CheckpointError(
             f"{place / 'training.json'}: {wrong[0]} is not what a run writes at this "
@@ -563,7 +558,7 @@ def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> 
         )
 
 
-PROGRESS = ("step", "losses", "record", "curvature")
+PROGRESS = ("step", "losses", "record")
 
 
 ENTRY = {"step": int, "valid_loss": float, "cosine": float, "residual": float | None,

@@ -6,7 +6,6 @@
 __all__ = ['evaluate', 'make_optimizer', 'learning_rate', 'pick_device', 'Trainer', 'start']
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #e2dc915a
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +18,16 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..attention.head import LEARNED
-from ..config import ConfigError, RunConfig, TrainConfig
+from ..config import ConfigError, TrainConfig
+from .run import RunConfig
 from ..data.batches import Batches, windows
 from ..data.text import TextData
 from ..isolation import Draws, drawing, evaluating
-from ..learning.learners import Learner, PredictiveCoding, gradient_cosine, rehearse
-from ..learning.make import make_learner
-from ..model.transformer import PCTransformer
-from pc_transformer.settling.chain import (
-    SettlingError, check_batch, noise_seed, predict_up, widened,
+from pc_transformer.learning.learners import (
+    Learner, for_parts, gradient_cosine, rehearse, shared,
 )
-from ..settling.errors import ErrorSettling
-from ..settling.free_energy import in_reach, mean_square, shared_mean, weight_at_zero
-from ..settling.states import StateSettling
+from ..model.transformer import PCTransformer
+from ..settling.chain import SettlingError, check_batch
 from .files import not_finite
 from .parallel import DataParallel, all_sum, sync_gradients
 
@@ -123,7 +119,6 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)   # one entry per evaluation
     team: DataParallel = DataParallel()   # the processes that share every batch; alone by default
-    curvature: tuple[float, ...] | None = None   # of parallel state steps, as last seen
 
     def __post_init__(self):
         c = self.config
@@ -132,7 +127,8 @@ class Trainer:
                 f"{rows} rows cannot be shared by {self.team.size} processes: each needs one"
             )
         self.model = PCTransformer(c.model, seed=c.train.seed).to(self.device)
-        self.learner = make_learner(c.learner, apply=self.apply, reduce=self.team.reduce)
+        self.learner: Learner = c.learner.learner     # any other may take its place
+        shared(self.learner, self.team.reduce)        # refuses what cannot share a batch
         self.optimizer = make_optimizer(self.model, c.train)
         self.batches = Batches(self.train_ids, c.model.block_size, c.train.batch_size, c.train.seed)
 
@@ -169,9 +165,10 @@ class Trainer:
         counts = [int((y != -100).sum()) for _, y in own]
         # `p.grad` is a sum over predicted tokens, divided by `unit`
         count, loss, unit = sum(counts), 0.0, 0
-        # for all of the team
-        waits = getattr(getattr(self.learner, "solver", None), "reduce", None) is not None
-        learner = self.of_the_whole(own)
+        alone = self.alone()
+        learner = shared(alone, self.team.reduce)
+        waits = learner is not alone    # for the others of the team, at every step of settling
+        learner = for_parts(learner, self.model, own)
         for (x, y), n in zip(own, counts, strict=True):
             if n == 0 and not waits:     # this process's rows predict nothing, others' do
                 continue
@@ -185,38 +182,6 @@ class Trainer:
             loss = self.total(loss * count) / whole
         return loss
 
-    def of_the_whole(self, parts: list[tuple[Tensor, Tensor]]) -> Learner:
-        """This step's learner for the parts of a batch: where precisions are relative, to the
-        whole batch's mean squares."""
-        learner = self.learner
-        if len(parts) == 1 or not isinstance(learner, PredictiveCoding): return learner
-        solver = learner.solver
-        if (
-            not isinstance(solver, ErrorSettling | StateSettling)
-            or solver.weigh is not None
-            or solver.per == "token"
-        ):
-            return learner
-        sums, positions = [], 0
-        for x, y in parts:
-            up, reach = predict_up(
-                self.model, x, y, lean=True, noise=noise_seed(self.model)
-            ), in_reach(y)
-            n = y.numel() if reach is None else int(reach.sum())
-            sums.append(
-                n * torch.stack([mean_square(widened(s), solver.per, reach) for s in up.states])
-            )
-            positions += n
-        own = torch.stack(sums).sum(0) / max(positions, 1)
-        mean = shared_mean(own, positions, self.team.reduce or (lambda x: x))
-        precision = list(
-            solver.relative_precision
-            / (mean * weight_at_zero(solver.family, self.config.model.d_model))
-        )
-        return dataclasses.replace(
-            learner, solver=dataclasses.replace(solver, weigh=lambda *_: precision)
-        )
-
     def divide_gradients(self, by: float) -> None:
         if by != 1:
             for p in self.model.parameters():
@@ -228,19 +193,6 @@ class Trainer:
         if self.team.size == 1:
             return number
         return all_sum(torch.tensor(number, dtype=torch.float64, device=self.device)).item()
-
-    def look(self) -> None:
-        """Every `curvature_interval` steps: how steep are the surroundings of each node on this
-        step's batch?"""
-        c = self.config.learner
-        if (
-            c.solver == "state"
-            and c.curvature_interval > 1
-            and self.step % c.curvature_interval == 0
-        ):
-            self.curvature = (
-                StateSettling(lean=c.lean).tuned(self.model, *self.batch(self.step)).curvature
-            )
 
     def apply(self) -> None:
         """Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched,
@@ -312,14 +264,6 @@ class Trainer:
             group["lr"] = learning_rate(self.step, c) * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         with self.surroundings():
-            self.look()
-            self.learner = make_learner(
-                self.config.learner,
-                self.step / c.iters,
-                self.apply,
-                self.curvature,
-                self.team.reduce,
-            )
             loss = self.backward()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -329,9 +273,8 @@ class Trainer:
         return loss
 
     def alone(self) -> Learner:
-        "The learner of this step for a look: it moves no weights and waits for no other process."
-        progress = min(self.step / self.config.train.iters, 1.0)
-        return make_learner(self.config.learner, progress, self.optimizer.zero_grad, self.curvature)
+        "The learner of this step; it waits for no other process."
+        return self.learner.at(min(self.step / self.config.train.iters, 1.0))
 
     def measure(self) -> dict[str, Any]:
         """Evaluate on the whole validation split and note where the learner sits; appended to
