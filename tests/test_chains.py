@@ -5,9 +5,10 @@ import copy
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from pc_transformer.settling import (
     ErrorSettling,
     FreeEnergy,
     HighwaySettling,
+    SettlingError,
     StateSettling,
     SweepSettling,
+    Weighed,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +70,8 @@ def cnn() -> Case:
 def regression() -> Case:
     "Numbers with heavy tails as targets."
     model = nn.Sequential(
-        nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh()),
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
         nn.Linear(8, 2),
     ).double()
     x, y, tails = torch.randn(6, 5).double(), torch.randn(6, 2).double(), StudentT(nu=3.0)
@@ -85,9 +89,7 @@ def decoder(model: Any, padded: bool) -> Case:
     labels[2, 4] = -100
     inputs = {"input_ids": ids, "attention_mask": mask} if padded else ids
     named = inputs if padded else {"input_ids": ids}
-    return Case(
-        model, ModelChain(model), inputs, shifted(labels), lambda: model(**named, labels=labels).loss
-    )
+    return Case(model, ModelChain(model), inputs, shifted(labels), lambda: model(**named, labels=labels).loss)
 
 
 def gpt2(padded: bool = False) -> Case:
@@ -182,6 +184,25 @@ def test_the_energy_falls_at_every_step(name: str, kind: str) -> None:
     assert apart(case, PredictiveCoding(settling(20.0, 6, 0.5, **SOFT[kind]))) > 1e-4
 
 
+class Uphill(FreeEnergy):
+    "A mutant: errors are sent where the energy rises."
+
+    def at(self, *args: Any) -> Weighed:
+        return Away(self, super().at(*args).precision)
+
+
+class Away(Weighed):
+    def step(self, errors: Any, deltas: Any, eta: float) -> list[Tensor]:
+        return super().step(errors, [-d for d in deltas], eta)
+
+
+@pytest.mark.parametrize("name", ["cnn", "llama"])
+def test_climbing_is_noticed(name: str) -> None:
+    case = make(name)
+    with pytest.raises(SettlingError, match="lowered the energy"):
+        ErrorSettling(Uphill(20.0), 6, 0.5)(case.chain, case.inputs, case.targets)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_parallel_states_go_down_too(name: str) -> None:
     case = make(name)
@@ -226,87 +247,88 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(flat(case.model), first, rtol=1e-6, atol=1e-9)
 
 
-# Locality. One process for each case: it gets, layer by layer, what that layer was called with.
+# Locality. One fresh process gets, case by case and layer by layer, what that layer was called with.
 
 FRESH = """
 import sys
 import torch
 from pc_transformer.learning import local_gradient
-found = []
-for one in torch.load(sys.argv[1], weights_only=False):
-    layer = one.pop("layer")
-    weights = sum(p.numel() for p in layer.parameters())
-    assert weights == one.pop("weights"), "a layer that brings others with it"
-    found.append(local_gradient(layer, **one))
+found = {}
+for name, layers in torch.load(sys.argv[1], weights_only=False).items():
+    found[name] = []
+    for f, weights, *quantities in layers:
+        assert sum(p.numel() for p in f.parameters()) == weights, "a layer that brings others along"
+        found[name].append(local_gradient(f, *quantities))
 torch.save(found, sys.argv[2])
 """
+LOCAL = ("mlp", "cnn", "regression", "gpt2", "llama, padded, tied")
+SOLVER = settling(20.0, 3, 0.5)
 
 
 class Table(nn.Module):
     "The embedding of a decoder, written once more by hand: node 0 needs no model either."
 
-    def __init__(self, part: nn.Module, positions: Any):
+    def __init__(self, part: nn.Module, T: int):
         super().__init__()
-        self.tables, self.positions = nn.ParameterList(part.parameters()), positions
+        self.tables, self.T = nn.ParameterList(part.parameters()), T
 
     def forward(self, ids: Tensor) -> Tensor:
         token, *position = self.tables
-        return token[ids] + (position[0][self.positions] if position else 0)
+        return token[ids] + (position[0][: self.T] if position else 0)
 
 
-def elsewhere(layers: list[Any], settled: Any, first: Any, folder: Path) -> list[dict[str, Tensor]]:
-    "The gradient of every layer from its state below, error and precision, in a fresh process."
-    below = [first, *settled.states[:-1]]
-    saved = [
-        {
-            "layer": f,
-            "weights": sum(p.numel() for p in f.parameters()),
-            "below": below[l],
-            "error": settled.errors[l],
-            "precision": settled.weighed.precision[l],
-            "count": settled.count,
-        }
-        for l, f in enumerate(layers)
-    ]
-    torch.save(saved, folder / "layers")
-    command = [sys.executable, "-c", FRESH, str(folder / "layers"), str(folder / "found")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH}
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "found")
-
-
-PATH = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"
-
-
-def check_local(name: str, folder: Path, learner: Any = None) -> None:
-    "p.grad of every predictor is what a process that knows that layer alone computes."
-    case = make(name)
-    solver = settling(20.0, 3, 0.5)
-    settled = solver(case.chain, case.inputs, case.targets)
-    bound, first = case.chain.at(case.inputs), case.inputs
-    layers = list(bound.predictors)
+def alone(case: Case) -> tuple[list[Any], Tensor]:
+    "Each layer by itself, and what the first one reads."
+    layers, first = list(case.chain.at(case.inputs).predictors), case.inputs
     if isinstance(case.chain, ModelChain):
         first = first["input_ids"] if isinstance(first, dict) else first
-        layers[0] = Table(case.chain.predictors[0], torch.arange(first.shape[1]))
-    (learner or PredictiveCoding(solver)).backward(case.chain, case.inputs, case.targets)
+        layers[0] = Table(case.chain.predictors[0], first.shape[1])
+    return layers, first
+
+
+@lru_cache
+def elsewhere() -> dict[str, list[dict[str, Tensor]]]:
+    "The gradients of every layer from its state below, its error and its precision alone."
+    saved = {}
+    for name in LOCAL:
+        case = make(name)
+        (layers, first), settled = alone(case), SOLVER(case.chain, case.inputs, case.targets)
+        own = zip(layers, [first, *settled.states], settled.errors, settled.weighed.precision)
+        saved[name] = [
+            (f, sum(p.numel() for p in f.parameters()), below, error, precision, settled.count)
+            for f, below, error, precision in own
+        ]
+    with tempfile.TemporaryDirectory() as place:
+        torch.save(saved, f"{place}/layers")
+        found = subprocess.run(
+            [sys.executable, "-c", FRESH, f"{place}/layers", f"{place}/found"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert found.returncode == 0, found.stderr
+        return torch.load(f"{place}/found")
+
+
+def check_local(name: str, learner: Any) -> None:
+    "p.grad of every predictor is what a process that knows that layer alone computes."
+    case = make(name)
+    settled = SOLVER(case.chain, case.inputs, case.targets)
+    learner.backward(case.chain, case.inputs, case.targets)
     ends = {id(p) for p in case.chain.output.parameters()}
-    for l, (f, found) in enumerate(
-        zip(layers, elsewhere(layers, settled, first, folder), strict=True)
-    ):
-        for (_, p), local in zip(f.named_parameters(), found.values(), strict=True):
+    for l, (f, found) in enumerate(zip(alone(case)[0], elsewhere()[name], strict=True)):
+        for p, local in zip(f.parameters(), found.values(), strict=True):
+            assert p.grad is not None
             got = p.grad
-            if id(p) in ends:     # tied: the output's own share is taken away
-                judged = settled.up.judge() * (1 / settled.count)
-                got = got - torch.autograd.grad(judged, p, retain_graph=True)[0]
-            limit = 1e-9 * p.grad.abs().max()
-            assert (got - local).abs().max() <= limit, f"layer {l} is not local"
+            if id(p) in ends:  # tied: the output's own share is taken away
+                own = settled.up.judge() * (1 / settled.count)
+                got = got - torch.autograd.grad(own, p, retain_graph=True)[0]
+            assert (got - local).abs().max() <= 1e-9 * p.grad.abs().max(), f"layer {l} is not local"
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "regression", "gpt2", "llama, padded, tied"])
-def test_updates_are_local(name: str, tmp_path: Path) -> None:
-    check_local(name, tmp_path)
+@pytest.mark.parametrize("name", LOCAL)
+def test_updates_are_local(name: str) -> None:
+    check_local(name, PredictiveCoding(SOLVER))
 
 
 class NotLocal(PredictiveCoding):
@@ -314,7 +336,7 @@ class NotLocal(PredictiveCoding):
 
     def backward(self, model: Any, inputs: Any, targets: Tensor, measure: bool = False) -> Any:
         report = super().backward(model, inputs, targets, measure)
-        for f, above in zip(model.predictors, model.predictors[1:]):
+        for f, above in zip(model.predictors, model.predictors[1:], strict=False):
             size = next(above.parameters()).grad.abs().mean()
             for p in f.parameters():
                 p.grad += 1e-6 * size
@@ -322,9 +344,9 @@ class NotLocal(PredictiveCoding):
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama, padded, tied"])
-def test_a_rule_that_is_not_local_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_rule_that_is_not_local_is_noticed(name: str) -> None:
     with pytest.raises(AssertionError, match="is not local"):
-        check_local(name, tmp_path, NotLocal(settling(20.0, 3, 0.5)))
+        check_local(name, NotLocal(SOLVER))
 
 
 # Mutants of the chain: each wrong in one place, each noticed by the comparison with backprop.
@@ -385,8 +407,7 @@ def test_the_model_stays_as_it_is(name: str) -> None:
     "The weights are its own; no hook, no attribute and no buffer is left behind."
     case = make(name)
     about = lambda: {
-        n: {k: v if not isinstance(v, dict) else {a: id(b) for a, b in v.items()}
-            for k, v in vars(m).items()}
+        n: {k: v if not isinstance(v, dict) else {a: id(b) for a, b in v.items()} for k, v in vars(m).items()}
         for n, m in case.model.named_modules()
     }
     before, weights = about(), copy.deepcopy(case.model.state_dict())

@@ -126,6 +126,8 @@ class Chain(nn.Module):
 class PCTransformer(Chain):
     "A decoder-only transformer as a chain of predictors; `attention='dot'` is nanoGPT's GPT."
 
+    output: Output
+
     def __init__(
         self,
         config: ModelConfig,

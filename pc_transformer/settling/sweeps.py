@@ -9,7 +9,7 @@ __all__ = ['Swept', 'check_plain', 'SweepSettling', 'sweep_down', 'one_step', 'd
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
