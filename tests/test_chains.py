@@ -20,6 +20,7 @@ from pc_transformer.energies import StudentT
 from pc_transformer.interop.chains import ModelChain, shifted
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine, gradients
 from pc_transformer.model import Chain
+from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import (
     ErrorSettling,
     FreeEnergy,
@@ -293,7 +294,8 @@ def elsewhere() -> dict[str, list[dict[str, Tensor]]]:
     for name in LOCAL:
         case = make(name)
         (layers, first), settled = alone(case), SOLVER(case.chain, case.inputs, case.targets)
-        own = zip(layers, [first, *settled.states], settled.errors, settled.weighed.precision)
+        below = [first, *settled.states[:-1]]
+        own = zip(layers, below, settled.errors, settled.weighed.precision, strict=True)
         saved[name] = [
             (f, sum(p.numel() for p in f.parameters()), below, error, precision, settled.count)
             for f, below, error, precision in own
@@ -429,6 +431,23 @@ def test_a_chain_is_compared_without_being_touched(name: str) -> None:
     assert len(cosine) >= len(case.chain.predictors) + 1
     assert all(p.grad is None for p in case.model.parameters())
     assert any(g.any() for g in gradients(learner, case.chain, case.inputs, case.targets).values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_monitor_looks_at_any_chain(name: str) -> None:
+    "Its measures of nodes and settling; what belongs to our own layers is left out."
+    case = make(name)
+    look = take_snapshot(case.chain, PredictiveCoding(settling(50.0, 2, 0.5)), case.inputs, case.targets)
+    N = len(case.chain.predictors)
+    assert look.broken is None and look.stuck is None
+    assert abs(look.loss - case.loss().item()) < 1e-5 and look.cosine["all"] > 0.5  # type: ignore[operator]
+    assert len(look.signal) == len(look.scale) == len(look.outlier) == len(look.nodes) == N
+    assert look.curvature is not None and 0 < look.curvature[0] < look.curvature[1] < 10
+    assert (look.chance is None) == (name == "regression") and set(look.dead) == {None}
+    with torch.no_grad():
+        next(case.chain.predictors[1].parameters()).fill_(torch.nan)
+    broken = take_snapshot(case.chain, PredictiveCoding(), case.inputs, case.targets).broken
+    assert broken is not None and broken.startswith("the prediction of node 1")
 
 
 def test_the_mode_is_the_models() -> None:
