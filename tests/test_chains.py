@@ -433,6 +433,31 @@ def test_a_chain_is_compared_without_being_touched(name: str) -> None:
     assert any(g.any() for g in gradients(learner, case.chain, case.inputs, case.targets).values())
 
 
+def test_what_is_done_to_the_chain_is_done_to_the_model() -> None:
+    case = make("llama")
+    chain = case.chain.float()
+    assert {t.dtype for t in case.model.state_dict().values()} == {torch.float32}
+    assert {id(p) for p in chain.parameters()} == {id(p) for p in case.model.parameters()}
+    assert chain(case.inputs).dtype == torch.float32
+
+
+def test_frozen_weights_stay_and_idle_ones_are_passed_over() -> None:
+    case = make("gpt2, padded")
+    case.model.transformer.wte.weight.requires_grad_(False)
+    for p in case.model.transformer.h[1].parameters():
+        p.requires_grad_(False)
+    case.model.transformer.h[0].idle = nn.Parameter(torch.ones(2))
+    PredictiveCoding(settling(1e7)).backward(case.chain, case.inputs, case.targets)
+    ours = {n: p.grad for n, p in case.model.named_parameters()}
+    case.model.zero_grad()
+    case.loss().backward()
+    for n, p in case.model.named_parameters():
+        assert (ours[n] is None) == (p.grad is None), n
+        if p.grad is not None:
+            torch.testing.assert_close(ours[n], p.grad, rtol=1e-4, atol=1e-6)
+    assert case.model.transformer.h[0].idle.grad is None
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_monitor_looks_at_any_chain(name: str) -> None:
     "Its measures of nodes and settling; what belongs to our own layers is left out."
