@@ -504,8 +504,8 @@ def test_a_token_costs_the_same_work_at_every_position():
 
 def test_a_training_step_makes_a_cache_stale() -> None:
     "The trainer's fused optimiser does not count versions by itself."
-    from pc_transformer.training.run import RunConfig
     from pc_transformer.training import Trainer
+    from pc_transformer.training.run import RunConfig
 
     ids = random_tokens(400)
     changes = {

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import CharTokenizer, TextData
 from pc_transformer.experiments import evidence
 from pc_transformer.experiments.evidence import evidence_study, gains, read_losses, some_windows
@@ -34,6 +33,7 @@ from pc_transformer.inference import (
 from pc_transformer.inference.evidence import Memory
 from pc_transformer.settling import SettlingError
 from pc_transformer.training import Trainer, save
+from pc_transformer.training.run import RunConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 7, "block_size": 6, "n_layer": 2, "n_head": 2, "d_model": 8}
 FAMILIES: dict[str, dict[str, Any]] = {

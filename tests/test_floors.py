@@ -168,7 +168,7 @@ MUTANTS = {
         "from .. import inference",
         "no floor below",
     ),
-    "to the side": ("learning/make.py", "from ..inference import generate", "no floor below"),
+    "to the side": ("learning/config.py", "from ..inference import generate", "no floor below"),
     "theory": ("experiments/costs.py", "from ..theory import symbolic", "stands apart"),
     "the package's face": ("training/loop.py", "from pc_transformer import load", "own face"),
     "its own face": ("training/loop.py", "from . import save", "face of its own folder"),

@@ -19,8 +19,8 @@ from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import LEARNED
 from pc_transformer.config import Attention, TrainConfig
 from pc_transformer.learning.config import LearnerConfig
-from pc_transformer.training.run import RunConfig
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
+from pc_transformer.training.run import RunConfig
 
 few = settings(deadline=None, derandomize=True, database=None, max_examples=10)
 

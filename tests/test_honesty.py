@@ -29,8 +29,6 @@ from pc_transformer import ModelConfig, PCTransformer, generate, load, save
 from pc_transformer.attention import attend, reference
 from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
-from pc_transformer.learning.config import LearnerConfig
-from pc_transformer.training.run import RunConfig
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table
 from pc_transformer.model import Chain
@@ -43,12 +41,13 @@ from pc_transformer.learning import (
     gradients,
     learn,
 )
+from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.settling import (
     ErrorSettling,
+    FreeEnergy,
     SettlingError,
     errors_down,
     predict_up,
-    relative_precisions,
 )
 from pc_transformer.training import (
     CheckpointError,
@@ -59,6 +58,7 @@ from pc_transformer.training import (
     resume,
     save_checkpoint,
 )
+from pc_transformer.training.run import RunConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -203,7 +203,9 @@ def test_rule_1(family: str, learner: Any) -> None:
 def clamped_reader(model: PCTransformer, tokens: Tensor, targets: Tensor) -> Tensor:
     """Mutant: the output is read from states that settled with the targets clamped (perplexity
     4.2, untrained)."""
-    return model.output(ErrorSettling(FreeEnergy(1.0), steps=8, step_size=0.5)(model, tokens, targets).states[-1])
+    return model.output(
+        ErrorSettling(FreeEnergy(1.0), steps=8, step_size=0.5)(model, tokens, targets).states[-1]
+    )
 
 
 def clamped_evaluation(model: PCTransformer, ids: Tensor, T: int) -> float:
@@ -217,7 +219,11 @@ def settled_loss(model: PCTransformer, ids: Tensor, T: int) -> float:
     """Mutant: 'training perplexity' taken after settling on the target, from the output node's
     energy."""
     x, y = ids[:-1].view(-1, T), ids[1:].view(-1, T)
-    return ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.3)(model, x, y).node_energy[-1, -1].item()
+    return (
+        ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.3)(model, x, y)
+        .node_energy[-1, -1]
+        .item()
+    )
 
 
 SEEN: list[Tensor] = []  # what LeaksThroughAGlobal reads
@@ -1142,7 +1148,9 @@ def test_rule_7_predictive_coding(
     shape: dict[str, int], seed: int, family: str, beta: float, steps: int, eta: float
 ) -> None:
     model = build(family, seed, 4.0, torch.float64, **shape)
-    check_rule_7(model, PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps, step_size=eta)), seed)
+    check_rule_7(
+        model, PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps, step_size=eta)), seed
+    )
 
 
 @few(6)
@@ -1212,7 +1220,9 @@ MODEL_MUTANTS = [NoGeluJacobian, NoNormJacobian, NoAttentionJacobian]
 
 
 @pytest.mark.parametrize(
-    "learner", [PredictiveCoding(ErrorSettling(FreeEnergy(50.0), steps=2)), Backprop()], ids=["pc", "backprop"]
+    "learner",
+    [PredictiveCoding(ErrorSettling(FreeEnergy(50.0), steps=2)), Backprop()],
+    ids=["pc", "backprop"],
 )
 @pytest.mark.parametrize("mutant", MODEL_MUTANTS)
 def test_rule_7_catches_missing_jacobians(mutant: type[PCTransformer], learner: Any) -> None:
@@ -1235,7 +1245,7 @@ class LearnsBy(PredictiveCoding):
     ) -> Report:
         settled = self.solver(model, tokens, targets, measure)
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
-            push = self.push(l, settled.errors, settled.precision) / settled.count
+            push = self.push(l, settled.errors, settled.weighed.precision) / settled.count
             parameters = list(f.parameters())
             accumulate(parameters, torch.autograd.grad(mu, parameters, push))
         parameters = list(model.output.parameters())
@@ -1263,7 +1273,9 @@ PUSHES: dict[str, Callable[[int, list[Tensor], list[Tensor]], Tensor]] = {
 
 
 def test_rule_7_passes_the_rule_of_the_mutants() -> None:
-    check_rule_7(build("gaussian", dtype=torch.float64), LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2)))
+    check_rule_7(
+        build("gaussian", dtype=torch.float64), LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2))
+    )
 
 
 @pytest.mark.parametrize("push", PUSHES.values(), ids=PUSHES.keys())
@@ -1271,7 +1283,8 @@ def test_rule_7_passes_the_rule_of_the_mutants() -> None:
 def test_rule_7_catches_learners(family: str, push: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="the gradient of predictors"):
         check_rule_7(
-            build(family, dtype=torch.float64), LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2), push=push)
+            build(family, dtype=torch.float64),
+            LearnsBy(ErrorSettling(FreeEnergy(100.0), steps=2), push=push),
         )
 
 
@@ -1289,7 +1302,7 @@ class StepsBy(ErrorSettling):
         errors: Any,
         deltas: Any,
         precision: Any,
-        *rest: Any
+        *rest: Any,
     ) -> Any:
         deltas = [self.message(l, deltas, errors, precision) for l in range(len(deltas))]
         return super().descend(model, tokens, targets, errors, deltas, precision, *rest)
@@ -1342,7 +1355,7 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     assert len(energy) == solver.steps + 1 == len(settled.step_sizes) + 1
     D, N = model.config.d_model, tokens.numel()
     constants = (
-        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.precision)
+        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.weighed.precision)
         / settled.count
     )
     moving = energy[:-1] - constants
@@ -1354,7 +1367,7 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
         W, c = weights_of(model), model.config
         zero = [torch.zeros_like(e) for e in settled.errors]
         for k, errors in ((0, zero), (-1, settled.errors)):
-            parts, _ = energies_by_hand(W, c, tokens, targets, errors, settled.precision)
+            parts, _ = energies_by_hand(W, c, tokens, targets, errors, settled.weighed.precision)
             same(
                 energy[k],
                 torch.stack(parts).sum() / settled.count,
@@ -1383,7 +1396,11 @@ def test_rule_8(
     steps: int,
     dtype: torch.dtype,
 ) -> None:
-    check_rule_8(build(family, seed, scale / 5, dtype, **shape), ErrorSettling(FreeEnergy(beta), steps=steps), seed)
+    check_rule_8(
+        build(family, seed, scale / 5, dtype, **shape),
+        ErrorSettling(FreeEnergy(beta), steps=steps),
+        seed,
+    )
 
 
 def test_rule_8_is_about_steps_that_are_really_rejected() -> None:
@@ -1489,7 +1506,7 @@ class NeverRejects(ErrorSettling):
         deltas: Any,
         precision: Any,
         before: Any,
-        *rest: Any
+        *rest: Any,
     ) -> Any:
         anything = torch.full_like(before, math.inf)
         return super().descend(model, tokens, targets, errors, deltas, precision, anything, *rest)
@@ -1518,7 +1535,7 @@ class ReportsTheWrongEnergy(ErrorSettling):
     ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         D = settled.errors[0].shape[-1]
-        for l, P in enumerate(settled.precision):
+        for l, P in enumerate(settled.weighed.precision):
             settled.node_energy[:, l] += D / 2 * P.log() * tokens.numel() / settled.count
         return settled
 
@@ -1680,7 +1697,9 @@ def check_rule_10(
 @given(shapes(), seeds, st.sampled_from(list(FAMILIES)), st.integers(1, 4))
 def test_rule_10(shape: dict[str, int], seed: int, family: str, steps: int) -> None:
     model = build(family, seed, 4.0, torch.float64, **shape)
-    check_rule_10(model, lambda beta: PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps)), seed)
+    check_rule_10(
+        model, lambda beta: PredictiveCoding(ErrorSettling(FreeEnergy(beta), steps=steps)), seed
+    )
 
 
 @pytest.mark.parametrize("learner", RUN_LEARNERS.values(), ids=RUN_LEARNERS.keys())
@@ -1763,7 +1782,7 @@ def test_the_message_of_one_sweep_is_backprops() -> None:
     model = build("gaussian", dtype=torch.float64)
     tokens, targets = batch(model)
     up = predict_up(model, tokens, targets)
-    W, c, precision = weights_of(model), model.config, relative_precisions(up.states, 1.0)
+    W, c, precision = weights_of(model), model.config, FreeEnergy(1.0).at(up.states).precision
     zero = [torch.zeros_like(s, requires_grad=True) for s in up.states]
     energies, _ = energies_by_hand(W, c, tokens, targets, zero, precision)
     for l, (got, want) in enumerate(

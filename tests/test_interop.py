@@ -32,7 +32,7 @@ from pc_transformer.interop import (
     with_tails,
 )
 from pc_transformer.learning import Backprop, PredictiveCoding, local_gradient
-from pc_transformer.settling import FreeEnergy, ErrorSettling
+from pc_transformer.settling import ErrorSettling, FreeEnergy
 from pc_transformer.training import CheckpointError, digest, load_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -543,7 +543,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         {
             "model_args": ARGS | {"vocab_size": 10**10},
             "model": (
-                STATE | {
+                STATE
+                | {
                     f"{n}.weight": torch.zeros(1).expand(10**10, 16)
                     for n in ("transformer.wte", "lm_head")
                 }
@@ -662,11 +663,13 @@ def test_models_with_biases_settle_and_learn(kind: str) -> None:
     settled = ErrorSettling(FreeEnergy(10.0), steps=3)(model, TOKENS, targets)
     assert settled.energy[-1] < settled.energy[0]
     below = [TOKENS, *settled.states]
-    alone = [local_gradient(f, x, e, p, settled.count) for f, x, e, p in
-             zip(model.predictors, below, settled.errors, settled.precision, strict=False)]
-    PredictiveCoding(ErrorSettling(FreeEnergy(10.0), steps=3)).backward(
-        model, TOKENS, targets
-    )
+    alone = [
+        local_gradient(f, x, e, p, settled.count)
+        for f, x, e, p in zip(
+            model.predictors, below, settled.errors, settled.weighed.precision, strict=False
+        )
+    ]
+    PredictiveCoding(ErrorSettling(FreeEnergy(10.0), steps=3)).backward(model, TOKENS, targets)
     for l, (f, own) in enumerate(zip(model.predictors, alone, strict=True)):
         for n, p in f.named_parameters():
             if n != "token.weight":  # tied: the output teaches it, too

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
-from pc_transformer.learning.config import LearnerConfig
-from pc_transformer.training.run import RunConfig
 from pc_transformer.experiments.families import evaluate_damaged
+from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.experiments.uncertainty import flat_predictions
 from pc_transformer.inference import (
     Recompute,
@@ -47,17 +46,18 @@ from pc_transformer.isolation import (
 )
 from pc_transformer.learning import (
     Backprop,
-    IncrementalPC,
     Learner,
     PredictiveCoding,
     gradient_cosine,
     gradients,
     rehearse,
 )
+from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import FeedForwardLayer, PCTransformer
 from pc_transformer.monitoring import take_snapshot
-from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.settling import ErrorSettling, FreeEnergy, HighwaySettling, StateSettling, SweepSettling
 from pc_transformer.training import Trainer, evaluate
+from pc_transformer.training.run import RunConfig
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
 IDS = torch.randint(11, (400,), generator=torch.Generator().manual_seed(0))
@@ -83,8 +83,11 @@ def trained(**changes: Any) -> PCTransformer:
 
 def trainer(learner: LearnerConfig | None = None, **changes: Any) -> Trainer:
     "A run with dropout."
-    c = RunConfig(model=replace(CONFIG, **changes), learner=learner or LearnerConfig(),
-                  train=TrainConfig(iters=8, batch_size=4, eval_interval=8))
+    c = RunConfig(
+        model=replace(CONFIG, **changes),
+        learner=learner or LearnerConfig(),
+        train=TrainConfig(iters=8, batch_size=4, eval_interval=8),
+    )
     return Trainer(c, IDS[:300], IDS[300:], torch.device("cpu"))
 
 
@@ -269,7 +272,9 @@ def test_evaluation_drops_nothing() -> None:
         "generate": lambda m: generate(m, X[:, :4], 6, seed=0, cache=False),
         "recompute": lambda m: generate(m, X[:, :4], 6, seed=0, settle=Recompute()),
         "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle="evidence"),
-        "cosine": lambda m: gradient_cosine(PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2)), m, X, Y),
+        "cosine": lambda m: gradient_cosine(
+            PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2)), m, X, Y
+        ),
         "snapshot": lambda m: take_snapshot(m, PredictiveCoding(), X, Y, products=2).curvature,
         "ensemble": lambda m: ensemble_log_probs([m], X),
         "noisy": lambda m: noisy_log_probs(m, X, 0.1, 2),

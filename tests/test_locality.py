@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.energies import Laplace, StudentT
 from pc_transformer.learning import PredictiveCoding, Solver, accumulate
-from pc_transformer.settling import FreeEnergy, ErrorSettling, Settled, StateSettling
+from pc_transformer.settling import ErrorSettling, FreeEnergy, Settled, StateSettling
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -98,10 +98,14 @@ def write_layers(
     files = []
     for l, f in enumerate(model.predictors):
         what = {f"W.{n}": t.detach().clone() for n, t in f.state_dict().items()}
-        what |= {"below": below[l], "error": settled.errors[l], "precision": settled.precision[l]}
+        what |= {
+            "below": below[l],
+            "error": settled.errors[l],
+            "precision": settled.weighed.precision[l],
+        }
         what["count"] = torch.tensor(settled.count)
         files.append(folder / f"layer-{l}.safetensors")
-        about = {"layer": constructor(model, l), "family": repr(settled.family)}
+        about = {"layer": constructor(model, l), "family": repr(settled.weighed.energy.family)}
         save_file({n: t.contiguous() for n, t in what.items()}, files[-1], about)
     return files
 
@@ -129,8 +133,12 @@ SOLVERS: dict[str, Solver] = {
     "one step": ErrorSettling(),
     "soft": ErrorSettling(FreeEnergy(20.0), steps=3, step_size=0.5),
     "lean": ErrorSettling(FreeEnergy(20.0), steps=2, step_size=0.5, lean=True),
-    "student_t nodes, per coordinate": ErrorSettling(FreeEnergy(20.0, per="coordinate", family=StudentT(nu=4.0)), steps=2, step_size=0.5),
-    "laplace nodes, per token": ErrorSettling(FreeEnergy(20.0, per="token", family=Laplace(eps=1.0)), steps=2, step_size=0.5),
+    "student_t nodes, per coordinate": ErrorSettling(
+        FreeEnergy(20.0, per="coordinate", family=StudentT(nu=4.0)), steps=2, step_size=0.5
+    ),
+    "laplace nodes, per token": ErrorSettling(
+        FreeEnergy(20.0, per="token", family=Laplace(eps=1.0)), steps=2, step_size=0.5
+    ),
     "parallel states": StateSettling(FreeEnergy(100.0), steps=6),
 }
 
@@ -201,7 +209,7 @@ class NotLocal(PredictiveCoding):
     def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Any:
         settled = self.solver(model, tokens, targets, measure)
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
-            push = -settled.precision[l] * settled.errors[l] / settled.count
+            push = -settled.weighed.precision[l] * settled.errors[l] / settled.count
             parameters = list(f.parameters())
             accumulate(
                 parameters,
@@ -217,7 +225,7 @@ EXTRAS: dict[str, Callable[[int, Settled, Any], Tensor | float]] = {
     # the error of the layer above, as in rules that are backprop under another name
     "the error above": lambda l, s, m: 1e-3 * s.errors[min(l + 1, len(s.errors) - 1)],
     # a global signal: the loss scales every layer's update
-    "the loss": lambda l, s, m: -1e-6 * s.loss * s.precision[l] * s.errors[l],
+    "the loss": lambda l, s, m: -1e-6 * s.loss * s.weighed.precision[l] * s.errors[l],
     # another layer's weights
     "other weights": lambda l, s, m: 1e-9 * next(m.predictors[-1].parameters()).sum().item(),
 }

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import TrainConfig, replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.energies import StudentT
-from pc_transformer.learning import Backprop, IncrementalPC, Learner, PredictiveCoding
+from pc_transformer.experiments.incremental import IncrementalPC
+from pc_transformer.learning import Backprop, Learner, PredictiveCoding
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
@@ -56,12 +56,14 @@ from pc_transformer.monitoring import (
 )
 from pc_transformer.settling import (
     ErrorSettling,
+    FreeEnergy,
     HighwaySettling,
     Settled,
     StateSettling,
     SweepSettling,
 )
 from pc_transformer.training import CheckpointError, Trainer, train
+from pc_transformer.training.run import RunConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 9, "block_size": 8, "n_layer": 2, "n_head": 2, "d_model": 16}
 CONFIG = RunConfig(
@@ -134,7 +136,7 @@ def test_a_learner_that_moves_weights_and_remembers_is_not_heard() -> None:
     """What a learner does to weights, buffers and modes is done to a copy, and a look talks to a
     copy of the learner."""
 
-    class Restless:
+    class Restless(Learner):
         calls = 0
 
         def backward(
@@ -343,7 +345,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
     model = build(scale=2.0, n_layer=1, d_model=4, block_size=4, **FAMILIES[family]).double()
     tokens, targets = torch.randint(9, (2, 1, 4), generator=torch.Generator().manual_seed(1))
     settled = ErrorSettling(FreeEnergy(5.0), steps=2)(model, tokens, targets)
-    roots = [p.sqrt() for p in settled.precision]
+    roots = [p.sqrt() for p in settled.weighed.precision]
 
     def energy(x: Tensor) -> Tensor:
         parts = [t.view(1, 4, 4) / r for t, r in zip(x.split(16), roots, strict=True)]
@@ -419,7 +421,7 @@ def test_numbers_of_a_look_by_hand() -> None:
     assert look.error == pytest.approx([length(e) for e in settled.errors], rel=1e-4)
     wanted = [length(e) / length(s) for e, s in zip(settled.errors, settled.states, strict=True)]
     assert look.displacement == pytest.approx(wanted, rel=1e-4)
-    assert look.precision == pytest.approx([p.item() for p in settled.precision], rel=1e-5)
+    assert look.precision == pytest.approx([p.item() for p in settled.weighed.precision], rel=1e-5)
     assert (
         len({f"{p:.3g}" for p in look.precision})
         == len({f"{x:.3g}" for x in look.displacement})
@@ -428,7 +430,9 @@ def test_numbers_of_a_look_by_hand() -> None:
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     deltas = torch.autograd.grad(loss, states)
     assert look.message == pytest.approx([length(d) for d in deltas], rel=1e-4)
-    told = [length(p * e) / 0.5 for p, e in zip(settled.precision, settled.errors, strict=True)]
+    told = [
+        length(p * e) / 0.5 for p, e in zip(settled.weighed.precision, settled.errors, strict=True)
+    ]
     assert look.signal == pytest.approx(
         [a / length(d) for a, d in zip(told, deltas, strict=True)], rel=1e-4
     )
@@ -515,7 +519,9 @@ def test_incremental_learning_cannot_reach_the_run() -> None:
 
     model = build()
     before = copy.deepcopy(model)
-    look = take_snapshot(model, IncrementalPC(StateSettling(FreeEnergy(100.0), steps=3), apply), *batch())
+    look = take_snapshot(
+        model, IncrementalPC(StateSettling(FreeEnergy(100.0), steps=3), apply), *batch()
+    )
     assert look.cosine and "apply" not in look.learner and look.steps == 3
     assert all(
         torch.equal(p, q) and p.grad is None
@@ -575,8 +581,8 @@ def kill(m: Any) -> None:
     m.predictors[2].up.weight[:20] = -10 * torch.eye(16)[0]
 
 
-def solver(**options: Any) -> PredictiveCoding:
-    return PredictiveCoding(ErrorSettling(**options))
+def solver(beta: float = 1e4, **options: Any) -> PredictiveCoding:
+    return PredictiveCoding(ErrorSettling(FreeEnergy(beta), **options))
 
 
 CASES: list[tuple[str, Learner, Any, str]] = [
@@ -595,7 +601,7 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ),
     (
         "stuck",
-        solver(steps=6, relative_precision=1e-3, max_halvings=0),
+        solver(1e-3, steps=6, max_halvings=0),
         None,
         "Settling gave up.*[Rr]aise `relative_precision`",
     ),
@@ -607,20 +613,20 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ),
     (
         "halvings",
-        solver(steps=4, relative_precision=0.01, max_halvings=30),
+        solver(0.01, steps=4, max_halvings=30),
         None,
         "raised the energy and was halved",
     ),
     (
         "curvature",
-        solver(steps=4, relative_precision=0.01, max_halvings=30),
+        solver(0.01, steps=4, max_halvings=30),
         None,
         "largest curvature is .*, the bound 0",
     ),
     ("residual", solver(steps=2, step_size=0.05), None, "far from equilibrium"),
     (
         "displacement",
-        solver(steps=4, relative_precision=0.01, max_halvings=30),
+        solver(0.01, steps=4, max_halvings=30),
         None,
         "too soft.*Raise `relative_precision`",
     ),

@@ -19,7 +19,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.cli import main
 from pc_transformer.config import replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import CharTokenizer, TextData, baselines, damage
 from pc_transformer.experiments import (
     costs,
@@ -47,6 +46,7 @@ from pc_transformer.training import (
     start,
     train,
 )
+from pc_transformer.training.run import RunConfig
 
 # ----------------------------------------------------------------------------
 # A text whose parts can be told apart: training, choosing (first half of what validates), judging
@@ -191,13 +191,12 @@ PC = {"learner.algorithm": "predictive_coding"}
 STATES = PC | {
     "learner.solver": "state",
     "learner.steps": 2,
-    "learner.curvature_interval": 2,
     "learner.relative_precision": 10.0,
 }
 TRAINERS: dict[str, tuple[Callable[[RunConfig, TextData], Trainer], dict[str, Any]]] = {
     "backprop": (lambda c, data: start(c, data, "cpu"), {}),
     "predictive coding": (lambda c, data: start(c, data, "cpu"), PC),
-    "states, curvature looked at": (lambda c, data: start(c, data, "cpu"), STATES),
+    "states": (lambda c, data: start(c, data, "cpu"), STATES),
     "with dropout": (lambda c, data: start(c, data, "cpu"), PC | {"model.dropout": 0.3}),
     "in two parts": (lambda c, data: start(c, data, "cpu"), {"train.accumulate": 2}),
     "damaged context": (damaged, {}),

@@ -9,7 +9,6 @@ import torch
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import Batches
 from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.experiments.costs import RATIOS, cost_table
@@ -34,18 +33,22 @@ from pc_transformer.experiments.settling import InOrder, part_step, settle_confi
 from pc_transformer.experiments.settling import select as select_by_seed
 from pc_transformer.experiments.tinyshakespeare import variant_config
 from pc_transformer.inference import SamplingConfig, noisy_log_probs
+from pc_transformer.training.run import RunConfig
 
 
-@pytest.mark.parametrize(("a", "b", "word"), [
-    ([1.0, 1.1, 1.0], [2.0, 2.1, 2.0], "better"),
-    ([2.0, 2.1, 2.0], [1.0, 1.1, 1.0], "worse"),
-    # always below, by less than seeds differ
-    ([1.00, 1.50, 1.10], [1.01, 1.52, 1.12], "no clear difference"),
-    # far below on the whole, not always
-    ([1.00, 1.02, 1.10], [1.20, 1.30, 1.05], "no clear difference"),
-    ([1.0, 1.0], [2.0, 2.0], "too few seeds"),
-    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no clear difference"),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "word"),
+    [
+        ([1.0, 1.1, 1.0], [2.0, 2.1, 2.0], "better"),
+        ([2.0, 2.1, 2.0], [1.0, 1.1, 1.0], "worse"),
+        # always below, by less than seeds differ
+        ([1.00, 1.50, 1.10], [1.01, 1.52, 1.12], "no clear difference"),
+        # far below on the whole, not always
+        ([1.00, 1.02, 1.10], [1.20, 1.30, 1.05], "no clear difference"),
+        ([1.0, 1.0], [2.0, 2.0], "too few seeds"),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no clear difference"),
+    ],
+)
 def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
     difference, said = verdict(a, b)
     assert said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
@@ -186,9 +189,11 @@ def test_spreads_and_ratios() -> None:
 
 def test_the_cost_table_names_the_worst() -> None:
     entry = lambda c, r: {"cosine": c, "residual": r}
-    runs = [{"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
-            {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
-            {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]}]
+    runs = [
+        {"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
+        {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
+        {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]},
+    ]
     costs = {
         f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0}
         for i, (a, b) in enumerate(RATIOS)

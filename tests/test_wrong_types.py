@@ -17,7 +17,7 @@ from pc_transformer.inference import generate
 from pc_transformer.interop import from_huggingface, from_nanogpt, to_huggingface
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.model import convert
-from pc_transformer.settling import FreeEnergy, ErrorSettling, SettlingError
+from pc_transformer.settling import ErrorSettling, FreeEnergy, SettlingError
 from pc_transformer.training import evaluate, load
 
 X: Any = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer, generate
 from pc_transformer.config import Attention, replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.learning import Backprop, PredictiveCoding, gradients
 from pc_transformer.settling import (
     ErrorSettling,
@@ -31,6 +30,7 @@ from pc_transformer.settling import (
     SweepSettling,
 )
 from pc_transformer.training import Trainer, save, save_checkpoint
+from pc_transformer.training.run import RunConfig
 
 SMALL = {"vocab_size": 17, "block_size": 12, "n_layer": 2, "n_head": 4, "d_model": 32}
 MODELS = {name: {"attention": name} for name in get_args(Attention)} | {

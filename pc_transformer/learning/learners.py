@@ -82,7 +82,7 @@ class Learner(Protocol):
         "A copy for a look at `model`: it moves no weights, and what it remembers is its own."
         return copy.deepcopy(self)
 
-# %% ../../nbs/2_learning/05_learning.ipynb #5f8beb23
+# %% ../../nbs/2_learning/05_learning.ipynb #ce98c9df
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
     "Add to `p.grad`, as autograd's backward does; a weight that took no part keeps what it has."
     for p, g in zip(parameters, gradients, strict=True):
@@ -135,7 +135,7 @@ class Solver(Protocol):
         measure_residual: bool = True,
     ) -> Settled: ...
 
-# %% ../../nbs/2_learning/05_learning.ipynb #068826b7
+# %% ../../nbs/2_learning/05_learning.ipynb #fb92b6c2
 @dataclass(frozen=True)
 class PredictiveCoding(Learner):
     """Local learning at settled states, equation (1). Raises ValueError for a solver that cannot
@@ -156,21 +156,26 @@ class PredictiveCoding(Learner):
             raise ValueError(
                 f"only ErrorSettling can be nudged both ways, got {type(self.solver).__name__}"
             )
-        self.at(1.0)    # where a schedule ends must be a solver too
+        self.set(self.relative_precision_end, self.steps_end)   # where a schedule ends
 
     def at(self, progress: float) -> "PredictiveCoding":
         "The learner at a part of training that is done, 0 to 1. Raises ValueError."
-        if self.relative_precision_end is None and self.steps_end is None:
-            return self
-        now: dict[str, Any] = {}
         solver: Any = self.solver
-        if (end := self.relative_precision_end) is not None:
-            beta = solver.energy.relative_precision
-            beta = beta * (end / beta) ** progress
-            now["energy"] = replace(solver.energy, relative_precision=beta)
-        if (last := self.steps_end) is not None:
-            now["steps"] = round(solver.steps + progress * (last - solver.steps))
-        return PredictiveCoding(replace(solver, **now), self.centred)
+        if (beta := self.relative_precision_end) is not None:
+            start = solver.energy.relative_precision
+            beta = start * (beta / start) ** progress
+        if (steps := self.steps_end) is not None:
+            steps = round(solver.steps + progress * (steps - solver.steps))
+        return self.set(beta, steps)
+
+    def set(self, beta: float | None, steps: int | None) -> "PredictiveCoding":
+        "The learner at this relative precision and number of steps; `None`: as they are."
+        if beta is None and steps is None:
+            return self
+        solver: Any = self.solver
+        energy = solver.energy if beta is None else replace(solver.energy, relative_precision=beta)
+        new: dict[str, Any] = {"energy": energy} | ({} if steps is None else {"steps": steps})
+        return PredictiveCoding(replace(solver, **new), self.centred)
 
     def backward(
         self,
@@ -218,7 +223,7 @@ def gradients(
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
     return rehearse(learner, model, tokens, targets)[1]
 
-# %% ../../nbs/2_learning/05_learning.ipynb #844214d0
+# %% ../../nbs/2_learning/05_learning.ipynb #2ce3e73e
 def gradient_cosine(
     learner: Learner,
     model: PCTransformer,
@@ -239,7 +244,7 @@ def gradient_cosine(
         for part, names in parts.items()
     }
 
-# %% ../../nbs/2_learning/05_learning.ipynb #71d35f0d
+# %% ../../nbs/2_learning/05_learning.ipynb #c56f58dd
 def shared(learner: Learner, reduce: Reduce | None) -> Learner:
     """The same learner for one of several processes that share every batch. Raises ValueError for
     a solver that cannot."""

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..config import check_types
-from .chain import Chain, Pass, Pathway, errors_down, predict_up
+from .chain import Chain, Pass, Pathway, demand, errors_down, predict_up
 from .free_energy import FreeEnergy, Weighed, no_errors
 from .settled import Settled, begin
 
@@ -43,10 +43,10 @@ class ErrorSettling:
 
     def __post_init__(self):
         check_types(self)
-        sizes = 0 < self.step_size <= 1 and 0 <= self.tolerance < 1
-        if not (self.steps >= 1 and self.max_halvings >= 0 and sizes):
-            limits = "steps >= 1, step_size in (0, 1], tolerance in [0, 1), max_halvings >= 0"
-            raise ValueError(f"settling needs {limits}: got {self}")
+        demand(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        demand(0 < self.step_size <= 1, f"step_size must lie in (0, 1], got {self.step_size}")
+        demand(0 <= self.tolerance < 1, f"tolerance must lie in [0, 1), got {self.tolerance}")
+        demand(self.max_halvings >= 0, f"max_halvings must be at least 0, got {self.max_halvings}")
 
     @torch.enable_grad()
     def __call__(

@@ -21,7 +21,9 @@ from torch import Tensor
 from ..config import check_types
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
-from .chain import Reduce, SettlingError, coordinates_last, widened
+from pc_transformer.settling.chain import (
+    Reduce, SettlingError, coordinates_last, demand, widened,
+)
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #b29875bc
 def beside(precision: Tensor, x: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def positions_of(
         return None
     return mask.view(*mask.shape, *[1] * (x.dim() - 1 - mask.dim())).expand(x.shape[:-1])
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #139f7a8a
+# %% ../../nbs/2_learning/02_free_energy.ipynb #623fe3d1
 def quadratics(error: Tensor, precision: Tensor) -> Float[Tensor, "*b"]:
     "`u`, the squared distance in units of the precision, of every position."
     error = coordinates_last(error)
@@ -60,7 +62,7 @@ def moved(error: Tensor, precision: Tensor, family: Elliptical) -> Float[Tensor,
     u, D = quadratics(error, precision).double(), coordinates_last(error).shape[-1]
     return (family.link(torch.zeros_like(u), D) - family.link(u, D)).sum()
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #a725d3d9
+# %% ../../nbs/2_learning/02_free_energy.ipynb #5cb20606
 def resting(
     state: Tensor, precision: Tensor, family: Elliptical,
     live: Bool[Tensor, "..."] | None = None,     # rows or tokens that matter; `None`: all
@@ -112,11 +114,11 @@ def mean_square(s: Tensor, per: Per, reach: Bool[Tensor, "..."] | None) -> Tenso
         return s.new_zeros(() if per == "node" else s.shape[-1:])
     return s[reach].square().mean((0, 1) if per == "node" else 0)
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #16cb1611
+# %% ../../nbs/2_learning/02_free_energy.ipynb #21c0c2da
 def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
     "The mean over all processes, from each one's own over so many positions."
-    whole = reduce(mean.new_tensor(positions, dtype=torch.float64))
-    return (reduce(mean.double() * positions) / whole).to(mean.dtype)
+    total = reduce(mean.double() * positions)
+    return (total / reduce(mean.new_tensor(positions, dtype=torch.float64))).to(mean.dtype)
 
 
 def refuse_node(good: Bool[Tensor, " nodes"], says: Callable[[int], str]) -> None:
@@ -124,11 +126,12 @@ def refuse_node(good: Bool[Tensor, " nodes"], says: Callable[[int], str]) -> Non
     if not good.all():
         raise SettlingError(says(int((~good).nonzero()[0])))
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #7d3a0581
+# %% ../../nbs/2_learning/02_free_energy.ipynb #e386d74a
 def relative_precisions(
     squares: Sequence[Tensor], beta: float, w0: Sequence[float]
 ) -> list[Tensor]:
-    "Equation (3) from the mean square and the weight at zero of all nodes. Raises SettlingError, naming a node."
+    """Equation (3) from the mean square and the weight at zero of all nodes. Raises
+    SettlingError, naming a node."""
     # NaN and infinity come through as NaN
     worst = torch.stack([x.min() + 0 * x.sum() for x in squares])
     refuse_node((worst > 0) & worst.isfinite(), lambda l: (
@@ -195,12 +198,12 @@ class Weighed:
             return math.sqrt(own)
         return math.sqrt(self.total(deltas[0].new_tensor(own, dtype=torch.float64)).item())
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #a21f45e0
+# %% ../../nbs/2_learning/02_free_energy.ipynb #8be17b07
 def no_errors(states: Sequence[Tensor]) -> list[Tensor]:
     "A zero error for every node, where settling starts; float32 at least."
     return [widened(s.new_zeros(())).expand_as(s) for s in states]
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #853400a4
+# %% ../../nbs/2_learning/02_free_energy.ipynb #bcb9cfd2
 @dataclass(frozen=True)
 class FreeEnergy:
     """How the errors of a chain are weighed. Raises ValueError.
@@ -218,10 +221,9 @@ class FreeEnergy:
 
     def __post_init__(self):
         check_types(self)
-        if not 0 < self.relative_precision:
-            raise ValueError(f"relative_precision must be positive, got {self.relative_precision}")
-        if self.nudge == 0:
-            raise ValueError("nudge must be a number other than zero: without it nothing is learned")
+        beta = self.relative_precision
+        demand(0 < beta, f"relative_precision must be positive, got {beta}")
+        demand(self.nudge != 0, "nudge must not be zero: without it nothing is learned")
 
     def at(
         self,
@@ -265,7 +267,7 @@ def that_matter(targets: Tensor, deltas: Sequence[Tensor]) -> Bool[Tensor, "..."
         reach = reach | (delta != 0).flatten(reach.dim()).any(-1)
     return None if reach.all() else reach
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #e4fc453d
+# %% ../../nbs/2_learning/02_free_energy.ipynb #190598d6
 # Precisions of all nodes from their feed-forward states and the positions that count (`None`: all)
 Weigh = Callable[[Sequence[Tensor], Bool[Tensor, "*b"] | None], Sequence[Tensor]]
 
@@ -290,7 +292,7 @@ class GivenPrecisions(FreeEnergy):
             " coordinate or each token"))
         return found
 
-# %% ../../nbs/2_learning/02_free_energy.ipynb #681fec0e
+# %% ../../nbs/2_learning/02_free_energy.ipynb #2a48e7a3
 def pooled(
     energy: FreeEnergy,
     # feed-forward states of each part of a batch, and its positions that count

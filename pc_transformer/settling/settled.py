@@ -22,7 +22,7 @@ from pc_transformer.settling.free_energy import (
     FreeEnergy, Weighed, in_reach, no_errors, that_matter,
 )
 
-# %% ../../nbs/2_learning/03_settled.ipynb #b63dcdb1
+# %% ../../nbs/2_learning/03_settled.ipynb #2f97a9b9
 Place = TypeVar("Place")
 
 
@@ -132,7 +132,7 @@ def learned(module: Any) -> list[nn.Parameter]:
     "The parameters that a module learns."
     return [p for p in module.parameters() if p.requires_grad]
 
-# %% ../../nbs/2_learning/03_settled.ipynb #e74936d9
+# %% ../../nbs/2_learning/03_settled.ipynb #5384b923
 class Trace:
     """What happens on the way down: energies, accepted steps, distances from equilibrium.
 
@@ -193,7 +193,7 @@ class Trace:
             up, errors, self.weighed, self.loss, energy, list(self.step_sizes), residual
         )
 
-# %% ../../nbs/2_learning/03_settled.ipynb #a9d67ddf
+# %% ../../nbs/2_learning/03_settled.ipynb #d1b528b1
 def begin(
     energy: FreeEnergy,
     model: Chain,

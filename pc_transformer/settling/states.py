@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import check_types
 from pc_transformer.settling.chain import (
-    Chain, Pass, coordinates_last, errors_down, output_energy, predict_node,
+    Chain, Pass, coordinates_last, demand, errors_down, output_energy, predict_node,
 )
 from pc_transformer.settling.free_energy import (
     FreeEnergy, Weighed, beside, no_errors, positions_of,
@@ -44,7 +44,7 @@ def predict_all(
         energy = output_energy(model, inputs[-1], targets, noise)
     return Pass(model, targets, inputs, predictions, list(states), energy, noise)
 
-# %% ../../nbs/2_learning/07_states.ipynb #3a02a56e
+# %% ../../nbs/2_learning/07_states.ipynb #54686979
 def errors_of(
     up: Pass,
     live: Bool[Tensor, "B T"] | None = None,      # positions that matter; `None`: all
@@ -67,7 +67,7 @@ def within(x: Tensor, live: Bool[Tensor, "..."] | None) -> Tensor:
     mask = positions_of(live, coordinates_last(x))
     return x if mask is None else x.masked_fill(~beside(mask.unsqueeze(-1), x), 0.0)
 
-# %% ../../nbs/2_learning/07_states.ipynb #2bae3a7e
+# %% ../../nbs/2_learning/07_states.ipynb #574476a8
 def state_gradients(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
     pulls = [weighed.pull(l, e) for l, e in enumerate(errors)]
@@ -99,7 +99,7 @@ def largest(
         value, v = w.norm().item(), w
     return value
 
-# %% ../../nbs/2_learning/07_states.ipynb #edd93e89
+# %% ../../nbs/2_learning/07_states.ipynb #f88c3c30
 def output_slope(up: Pass, top: Tensor) -> Tensor:
     "Derivative of the output energy at another top state."
     leaf = top.detach().requires_grad_()
@@ -169,12 +169,11 @@ class StateSettling:
 
     def __post_init__(self):
         check_types(self)
-        if not (self.steps >= 1 and self.max_halvings >= 0 and 0 < self.step_size):
-            limits = "whole steps >= 1, step_size > 0, max_halvings >= 0"
-            raise ValueError(f"settling needs {limits}: got {self}")
-        if self.energy.reduce is not None:
-            raise ValueError("StateSettling accepts steps by its own rows' energy: it cannot share"
-                             " a batch")
+        demand(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        demand(0 < self.step_size, f"step_size must be positive, got {self.step_size}")
+        demand(self.max_halvings >= 0, f"max_halvings must be at least 0, got {self.max_halvings}")
+        alone = self.energy.reduce is None
+        demand(alone, "StateSettling accepts steps by its own rows: it cannot share a batch")
 
     def __call__(
         self,
@@ -188,7 +187,7 @@ class StateSettling:
             walk.step()
         return walk.settled(measure_residual)
 
-# %% ../../nbs/2_learning/07_states.ipynb #97f8e6da
+# %% ../../nbs/2_learning/07_states.ipynb #e9aedea4
 @dataclass
 class StateWalk:
     "States on their way; each `step` is one parallel update."
@@ -249,7 +248,7 @@ class StateWalk:
             warn_if_far(residual or 0.0)
         return self.trace.settled(self.up, errors, residual)
 
-# %% ../../nbs/2_learning/07_states.ipynb #9f199af8
+# %% ../../nbs/2_learning/07_states.ipynb #42691b8f
 def bounds(up: Pass, trace: Trace) -> list[float]:
     "`H_l` of equation (2), node by node, at zero errors."
     live, weighed = trace.live, trace.weighed

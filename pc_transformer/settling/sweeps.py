@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ..config import check_types
-from .chain import Chain, Pass, check_errors, errors_down
+from .chain import Chain, Pass, check_errors, demand, errors_down
 from .free_energy import FreeEnergy, Weighed, no_errors
 from .settled import Settled, Trace, begin, learned
 
@@ -37,12 +37,10 @@ class Swept(Settled):
 
 def check_plain(energy: FreeEnergy) -> None:
     "Raises ValueError when more than the dial is set: at fixed predictions only it has a meaning."
-    if replace(energy, relative_precision=1.0) != FreeEnergy(1.0):
-        raise ValueError(
-            f"fixed predictions are weighed by a relative_precision alone, got {energy}"
-        )
+    plain = replace(energy, relative_precision=1.0) == FreeEnergy(1.0)
+    demand(plain, f"fixed predictions are weighed by a relative_precision alone, got {energy}")
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #de892740
+# %% ../../nbs/2_learning/06_sweeps.ipynb #cc7aead8
 @dataclass(frozen=True)
 class SweepSettling:
     """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any
@@ -72,7 +70,7 @@ class SweepSettling:
         deltas, found = sweep_down(up)
         return Swept(**vars(one_step(trace, up, deltas)), found=found)
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #02bf60b2
+# %% ../../nbs/2_learning/06_sweeps.ipynb #30d610ee
 def sweep_down(up: Pass) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
     """Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l =
     delta_l` reads what `mu_l` was made of."""
@@ -98,7 +96,7 @@ def one_step(trace: Trace, up: Pass, deltas: list[Tensor]) -> Settled:
     trace.step_sizes.append(1.0)
     return trace.settled(up, errors)
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #981130bb
+# %% ../../nbs/2_learning/06_sweeps.ipynb #f9ca3188
 def distance(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> float:
     """Equation (5) of `settling.settled` at the fixed predictions of a pass that keeps its
     graphs, by one more sweep down."""
@@ -125,8 +123,7 @@ class HighwaySettling:
     def __post_init__(self):
         check_types(self)
         check_plain(self.energy)
-        if not self.steps >= 0:
-            raise ValueError(f"the highway needs whole steps >= 0: got {self}")
+        demand(self.steps >= 0, f"steps must not be negative, got {self.steps}")
 
     @torch.enable_grad()
     def __call__(
@@ -142,7 +139,7 @@ class HighwaySettling:
             settled.residual = distance(up, settled.errors, settled.weighed)
         return settled
 
-# %% ../../nbs/2_learning/06_sweeps.ipynb #0add1884
+# %% ../../nbs/2_learning/06_sweeps.ipynb #d139c9b9
 def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
     "`delta_l` of every node after so many rounds, equation (3)."
     N = len(up.states) - 1
