@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
 from ..isolation import ahead, drawing, evaluating, leaf, view
-from ..model.transformer import PCTransformer
 from pc_transformer.settling.chain import (
     Chain, Reduce, check_batch, mean_energy, noise_seed, predict_up,
 )
@@ -68,7 +67,7 @@ class Learner(Protocol):
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Chain,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
         measure: bool = False,
@@ -108,7 +107,7 @@ class Backprop(Learner):
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Chain,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # nothing to measure here; the same interface
@@ -179,7 +178,7 @@ class PredictiveCoding(Learner):
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Chain,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # also measure the residual: one more sweep down
@@ -205,7 +204,7 @@ def nudged(solver: Any, by: float) -> Any:
 
 # %% ../../nbs/2_learning/05_learning.ipynb #84fe4ef4
 def rehearse(
-    learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor, measure: bool = False
+    learner: Learner, model: Chain, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
     """What a learner would report and put into `p.grad`, by parameter name; weights and `p.grad`
     are not touched: it works on a view with leaves of its own."""
@@ -218,7 +217,7 @@ def rehearse(
 
 
 def gradients(
-    learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor
+    learner: Learner, model: Chain, tokens: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
     return rehearse(learner, model, tokens, targets)[1]
@@ -226,7 +225,7 @@ def gradients(
 # %% ../../nbs/2_learning/05_learning.ipynb #2ce3e73e
 def gradient_cosine(
     learner: Learner,
-    model: PCTransformer,
+    model: Chain,
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
 # cosine for "all" weights and for each top-level part, e.g. "predictors.3"
@@ -257,7 +256,7 @@ def shared(learner: Learner, reduce: Reduce | None) -> Learner:
 
 
 def for_parts(
-    learner: Learner, model: PCTransformer, parts: Sequence[tuple[Tensor, Tensor]]
+    learner: Learner, model: Chain, parts: Sequence[tuple[Tensor, Tensor]]
 ) -> Learner:
     "The same learner for the parts of a batch: its precisions are those of the whole batch."
     solver: Any = getattr(learner, "solver", None)
