@@ -67,7 +67,7 @@ class Learner(Protocol):
 
     def backward(
         self,
-        model: Chain,
+        model: Any,         # a chain, or of a kind that the learner knows
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
         measure: bool = False,
