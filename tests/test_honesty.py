@@ -32,6 +32,7 @@ from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table
+from pc_transformer.model import Chain
 from pc_transformer.learning import (
     Backprop,
     PredictiveCoding,
@@ -1535,12 +1536,22 @@ class ReportsTheWrongEnergy(ErrorSettling):
         return settled
 
 
-class Scrubbed:
-    "A chain whose numbers are made finite, whatever they were."
+class Scrub(nn.Module):
+    "A layer whose numbers are made finite, whatever they were."
+
+    def __init__(self, f: nn.Module):
+        super().__init__()
+        self.f = f
+
+    def forward(self, s: Tensor) -> Tensor:
+        return torch.nan_to_num(self.f(s), 0.0, 10.0, -10.0)
+
+
+class Scrubbed(Chain):
+    "A chain whose numbers are made finite."
 
     def __init__(self, model: PCTransformer):
-        scrub = lambda f: lambda s: torch.nan_to_num(f(s), 0.0, 10.0, -10.0)
-        self.predictors, self.output = [scrub(f) for f in model.predictors], scrub(model.output)
+        super().__init__([Scrub(f) for f in model.predictors], Scrub(model.output))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..energies.categorical import Categorical
 from ..learning.learners import Report, accumulate
 from ..settling.chain import Chain, SettlingError, check_batch, output_energy
 from ..settling.errors import ErrorSettling
@@ -223,6 +224,7 @@ class Ends(Node):
     node N."""
 
     output: nn.Module = field(kw_only=True)
+    density: Categorical = Categorical()      # of the targets
     tokens: Tensor = field(init=False)
     targets: Tensor = field(init=False)
     top: Tensor = field(init=False)           # s_N
@@ -234,8 +236,8 @@ class Ends(Node):
     def up(self, eta: float | None = None, again: bool = False) -> None:
         super().up(eta, again)
         self.top = self.below.expect("state").requires_grad_()
-        own: Any = self         # of a chain its output is all that is asked here
-        self.judged = output_energy(own, self.top, self.targets)
+        chain: Any = self       # it has an output and a density: all that is asked of it here
+        self.judged = output_energy(chain, self.top, self.targets)
         self.parent.send("output", self.judged)
 
     def down(self) -> None:

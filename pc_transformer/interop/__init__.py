@@ -2,3 +2,4 @@
 
 from .gpt2 import *
 from .transformers import *
+from .chains import *

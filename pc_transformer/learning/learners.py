@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
 from ..isolation import ahead, drawing, evaluating, leaf, view
-from ..model.transformer import PCTransformer
-from ..settling.chain import Chain, Reduce, check_batch, noise_seed, predict_up
+from pc_transformer.settling.chain import (
+    Chain, Reduce, check_batch, mean_energy, noise_seed, predict_up,
+)
 from ..settling.errors import ErrorSettling
 from ..settling.free_energy import in_reach, pooled, stiffness
 from ..settling.settled import Settled, learned
@@ -66,7 +67,7 @@ class Learner(Protocol):
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Any,         # a chain, or of a kind that the learner knows
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
         measure: bool = False,
@@ -81,10 +82,11 @@ class Learner(Protocol):
         return copy.deepcopy(self)
 
 # %% ../../nbs/2_learning/05_learning.ipynb #ce98c9df
-def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
-    "Add to `p.grad`, as autograd's backward does."
+def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    "Add to `p.grad`, as autograd's backward does; a weight that took no part keeps what it has."
     for p, g in zip(parameters, gradients, strict=True):
-        p.grad = g if p.grad is None else p.grad + g
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad + g
 
 
 @torch.enable_grad()
@@ -100,12 +102,12 @@ def learn(
 # %% ../../nbs/2_learning/05_learning.ipynb #a0ae5175
 @dataclass(frozen=True)
 class Backprop(Learner):
-    """The gradient of the cross-entropy through the whole stack: the baseline, and the limit
-    `beta -> inf`."""
+    """The gradient of the mean energy of the targets (the cross-entropy, for class numbers)
+    through the whole stack: the baseline, and the limit `beta -> inf`."""
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Chain,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # nothing to measure here; the same interface
@@ -113,7 +115,7 @@ class Backprop(Learner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"only a model can learn, not a {type(model).__name__}")
         check_batch(model, tokens, targets)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss = mean_energy(model, model(tokens), targets)
         loss.backward()
         return Report(loss.item())
 
@@ -176,7 +178,7 @@ class PredictiveCoding(Learner):
 
     def backward(
         self,
-        model: PCTransformer,
+        model: Chain,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],   # -100: predicts nothing
         measure: bool = False,         # also measure the residual: one more sweep down
@@ -202,7 +204,7 @@ def nudged(solver: Any, by: float) -> Any:
 
 # %% ../../nbs/2_learning/05_learning.ipynb #84fe4ef4
 def rehearse(
-    learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor, measure: bool = False
+    learner: Learner, model: Chain, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
     """What a learner would report and put into `p.grad`, by parameter name; weights and `p.grad`
     are not touched: it works on a view with leaves of its own."""
@@ -215,7 +217,7 @@ def rehearse(
 
 
 def gradients(
-    learner: Learner, model: PCTransformer, tokens: Tensor, targets: Tensor
+    learner: Learner, model: Chain, tokens: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
     return rehearse(learner, model, tokens, targets)[1]
@@ -223,7 +225,7 @@ def gradients(
 # %% ../../nbs/2_learning/05_learning.ipynb #2ce3e73e
 def gradient_cosine(
     learner: Learner,
-    model: PCTransformer,
+    model: Chain,
     tokens: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
 # cosine for "all" weights and for each top-level part, e.g. "predictors.3"
@@ -254,7 +256,7 @@ def shared(learner: Learner, reduce: Reduce | None) -> Learner:
 
 
 def for_parts(
-    learner: Learner, model: PCTransformer, parts: Sequence[tuple[Tensor, Tensor]]
+    learner: Learner, model: Chain, parts: Sequence[tuple[Tensor, Tensor]]
 ) -> Learner:
     "The same learner for the parts of a batch: its precisions are those of the whole batch."
     solver: Any = getattr(learner, "solver", None)

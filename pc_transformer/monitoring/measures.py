@@ -20,8 +20,8 @@ from ..attention import attend
 from ..attention.sharpness import TAILS
 from ..isolation import M, private, view
 from ..model.layers import AttentionLayer, Embedding, FeedForwardLayer
-from ..model.transformer import PCTransformer
-from ..settling.chain import errors_down, predict_up
+from ..model.transformer import Chain
+from ..settling.chain import coordinates_last, errors_down, predict_up
 from ..settling.settled import Settled
 
 # %% ../../nbs/2_learning/10_measures.ipynb #d70ca3d8
@@ -34,16 +34,16 @@ def undisturbed(model: M) -> M:
 KINDS = {Embedding: "embedding", AttentionLayer: "attention", FeedForwardLayer: "feed-forward"}
 
 
-def node_names(model: PCTransformer) -> list[str]:
+def node_names(model: Chain) -> list[str]:
     "Number and kind of every node, e.g. `3 attention`."
     return [f"{l} {KINDS.get(type(f), type(f).__name__)}" for l, f in enumerate(model.predictors)]
 
 
 @torch.no_grad()
-def feed_forward(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Tensor]:
-    "The states `(B, T, D)` of the target-free pass."
+def feed_forward(model: Chain, tokens: Any) -> list[Tensor]:
+    "The states `(B, *)` of the target-free pass."
     states = [tokens]
-    for f in model.predictors:
+    for f in model.at(tokens).predictors:
         states.append(f(states[-1]))
     return states[1:]
 
@@ -53,19 +53,19 @@ def scale(s: Tensor) -> float:
     return s.double().square().mean().sqrt().item()
 
 
-def outlier(s: Float[Tensor, "B T D"]) -> float:
+def outlier(s: Float[Tensor, "B ..."]) -> float:
     "Root mean square of the largest coordinate in units of the median one: 1 when all are alike."
-    each = s.double().square().mean((0, 1)).sqrt()
+    each = coordinates_last(s).flatten(0, -2).double().square().mean(0).sqrt()
     return (each.max() / each.median()).item()
 
 # %% ../../nbs/2_learning/10_measures.ipynb #f01c878f
 @torch.no_grad()
-def broken_node(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> str | None:
+def broken_node(model: Chain, tokens: Any) -> str | None:
     """Which node, or the output, first shows a number that is not finite, and why; `None` when
     all are finite."""
-    s = tokens
+    s, chain = tokens, model.at(tokens)
     places = [*(f"node {n}" for n in named(node_names(model))), "the output"]
-    for name, f in zip(places, [*model.predictors, model.output], strict=True):
+    for name, f in zip(places, [*chain.predictors, chain.output], strict=True):
         bad = [n for n, p in f.named_parameters() if not p.isfinite().all()]
         try:
             s = f(s)
@@ -82,9 +82,10 @@ def named(names: Iterable[str]) -> list[str]:
     return [n.replace(" ", " (", 1) + ")" for n in names]
 
 # %% ../../nbs/2_learning/10_measures.ipynb #624f96ef
-def per_token(x: Float[Tensor, "B T D"]) -> float:
+def per_token(x: Float[Tensor, "B ..."]) -> float:
     "Root mean square over positions of the norm."
-    return math.sqrt(x.double().square().sum().item() / (x.numel() // x.shape[-1]))
+    positions = coordinates_last(x).shape[:-1].numel()
+    return math.sqrt(x.double().square().sum().item() / positions)
 
 
 def share(a: float, b: float) -> float:
@@ -118,16 +119,16 @@ def compare_gradients(
 def step_length(directions: Sequence[Tensor], states: Sequence[Tensor]) -> float:
     """h of equation (4): no token's state moves by more than the cube root of the rounding
     error, relative to itself."""
+    size = lambda x: coordinates_last(x).norm(dim=-1)
     rates = [
-        (d.norm(dim=-1) / s.norm(dim=-1).clamp_min(1e-30)).amax()
-        for d, s in zip(directions, states, strict=True)
+        (size(d) / size(s).clamp_min(1e-30)).amax() for d, s in zip(directions, states, strict=True)
     ]
     return torch.finfo(states[0].dtype).eps ** (1 / 3) / max(torch.stack(rates).max().item(), 1e-30)
 
 
 def hessian_product(
-    model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], settled: Settled,
-    v: list[Tensor],             # `(B, T, D)` for every node
+    model: Chain, tokens: Any, targets: Tensor, settled: Settled,
+    v: list[Tensor],             # `(B, *)` for every node
 ) -> list[Tensor]:
     "Equation (4) at the settled errors: `H v` from two passes up and two down."
     weighed = settled.weighed
@@ -167,16 +168,16 @@ def extreme_eigenvalues(
 
 
 def curvature(
-    model: PCTransformer,
-    tokens: Int[Tensor, "B T"],
-    targets: Int[Tensor, "B T"],
+    model: Chain,
+    tokens: Any,
+    targets: Tensor,
     settled: Settled,
     products: int = 8,
 ) -> tuple[float, float]:
     """Smallest and largest eigenvalue of the preconditioned Hessian in errors, equation (3), at
     the settled errors."""
-    sizes, shape = [e.numel() for e in settled.errors], settled.errors[0].shape
-    split = lambda v: [x.view(shape) for x in v.split(sizes)]
+    sizes = [e.numel() for e in settled.errors]
+    split = lambda v: [x.view(e.shape) for x, e in zip(v.split(sizes), settled.errors)]
     apply = lambda v: torch.cat(
         [x.flatten() for x in hessian_product(model, tokens, targets, settled, split(v))]
     )

@@ -59,7 +59,7 @@ class ErrorSettling:
         stops = self.tolerance > 0       # maybe here: then the pass is needed once more
         measures = measure_residual or stops
         up, trace = begin(self.energy, model, tokens, targets, self.lean, measures)
-        again = partial(predict_up, model, tokens, targets, lean=self.lean, noise=up.noise)
+        again = partial(predict_up, up.model, tokens, targets, lean=self.lean, noise=up.noise)
         errors = no_errors(up.states)
         for _ in range(self.steps):
             deltas = errors_down(up, stops, self.pathway, self.energy.nudge)

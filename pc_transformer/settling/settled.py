@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pc_transformer.settling.chain import (
@@ -74,7 +74,7 @@ class Settled:
     "The states after settling, and how they got there."
 
     up: Pass                            # the last upward pass, with each layer's own graph
-    errors: list[Tensor]                # `eps_l (B, T, D)`
+    errors: list[Tensor]                # `eps_l (B, *)`
     weighed: Weighed                    # the energy that they were settled in
     # cross-entropy of the feed-forward pass, nats per token; its logits are target-free
     loss: float
@@ -102,22 +102,23 @@ class Settled:
         return self.node_energy.sum(-1)
 
     def message(self, l: int) -> Tensor:
-        "`dE_l / d mu_l = -w(u) Pi_l eps_l (B, T, D)`: what predictor l learns from."
+        "`dE_l / d mu_l = -w(u) Pi_l eps_l (B, *)`: what predictor l learns from."
         return -self.weighed.pull(l, self.errors[l])
 
-    def lessons(self, sign: float = 1.0) -> Iterator[tuple[Any, Sequence[Tensor]]]:
+    def lessons(self, sign: float = 1.0) -> Iterator[tuple[nn.Module, Sequence[Tensor | None]]]:
         """The output and every predictor with the gradients of their own energies, nats per token
-        times `sign`; uses up the graphs of the pass."""
+        times `sign` (`None`: a weight that took no part); uses up the graphs of the pass."""
         # a share that predicts nothing teaches zero
         model, count = self.up.model, self.count or 1
         if own := learned(model.output):
             energy = self.up.judge() * (sign * self.weighed.energy.nudge / count)
-            yield model.output, torch.autograd.grad(energy, own)
+            yield model.output, torch.autograd.grad(energy, own, allow_unused=True)
         # any order teaches the same; this one holds least at once
         for l in range(len(self.errors) - 1, -1, -1):
             if own := learned(model.predictors[l]):
                 mu, message = self.up.predict(l), sign * self.message(l) / count
-                yield model.predictors[l], torch.autograd.grad(mu, own, message.to(mu.dtype))
+                message = message.to(mu.dtype)
+                yield model.predictors[l], torch.autograd.grad(mu, own, message, allow_unused=True)
 
     def __repr__(self) -> str:
         moved = self.energy[-1].item() - self.energy[0].item()
@@ -197,13 +198,13 @@ class Trace:
 def begin(
     energy: FreeEnergy,
     model: Chain,
-    tokens: Int[Tensor, "B T"],
-    targets: Int[Tensor, "B T"],
+    tokens: Any,                # what the first predictor reads
+    targets: Tensor,
     lean: bool = False,         # keep states only and make each layer's graph again
     measures: bool = True,      # whether distances from equilibrium are wanted
 ) -> tuple[Pass, Trace]:
     """The feed-forward states of a batch and an empty trace in its energy. Raises TypeError,
     ValueError or SettlingError."""
     check_batch(model, tokens, targets, energy.reduce)
-    up = predict_up(model, tokens, targets, lean=lean, noise=noise_seed(model))
-    return up, Trace(energy.at(up.states, in_reach(targets)), up, measures)
+    up = predict_up(model.at(tokens), tokens, targets, lean=lean, noise=noise_seed(model))
+    return up, Trace(energy.at(up.states, in_reach(targets, up.states)), up, measures)

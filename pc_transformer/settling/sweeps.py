@@ -8,7 +8,8 @@ __all__ = ['Swept', 'check_plain', 'SweepSettling', 'sweep_down', 'one_step', 'd
 # %% ../../nbs/2_learning/06_sweeps.ipynb #dc38451e
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -25,13 +26,13 @@ class Swept(Settled):
     "The states after a sweep, and what it found on the way down."
 
     # gradients of sums, of every predictor and the output
-    found: list[tuple[Tensor, ...]] = field(default_factory=list)
+    found: list[tuple[Tensor | None, ...]] = field(default_factory=list)
 
-    def lessons(self, sign: float = 1.0) -> Iterator[tuple[Any, Sequence[Tensor]]]:
+    def lessons(self, sign: float = 1.0) -> Iterator[tuple[nn.Module, Sequence[Tensor | None]]]:
         "The gradients of every node's own energy, nats per token times `sign`, as they were found."
         scale, model = sign / (self.count or 1), self.up.model
         for module, found in zip([*model.predictors, model.output], self.found, strict=True):
-            yield module, [g * scale for g in found]
+            yield module, [None if g is None else g * scale for g in found]
 
 
 def check_plain(energy: FreeEnergy) -> None:
@@ -66,24 +67,23 @@ class SweepSettling:
         measure_residual: bool = True,      # as of any solver; here there is none to measure
     ) -> Settled:
         up, trace = begin(self.energy, model, tokens, targets, self.lean, measures=False)
-        deltas, found = sweep_down(model, up)
+        deltas, found = sweep_down(up)
         return Swept(**vars(one_step(trace, up, deltas)), found=found)
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #287017f2
-def sweep_down(
-    model: Any, up: Pass
-) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+def sweep_down(up: Pass) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
     """Every message, and with each the gradient of the layer it passes: `-Pi_l eps_l =
     delta_l` reads what `mu_l` was made of."""
-    delta, *found = torch.autograd.grad(up.judge(), [up.inputs[-1], *learned(model.output)])
+    model, grad = up.model, partial(torch.autograd.grad, allow_unused=True)
+    delta, *found = grad(up.judge(), [up.inputs[-1], *learned(model.output)])
     deltas, taught = [delta], [tuple(found)]
     for l in range(len(up.states) - 1, 0, -1):
         wanted = [up.inputs[l], *learned(model.predictors[l])]
-        delta, *found = torch.autograd.grad(up.predict(l), wanted, delta)
+        delta, *found = grad(up.predict(l), wanted, delta)
         deltas.append(delta)
         taught.append(tuple(found))
     first = learned(model.predictors[0])
-    taught.append(torch.autograd.grad(up.predict(0), first, delta) if first else ())
+    taught.append(grad(up.predict(0), first, delta) if first else ())
     return deltas[::-1], [*taught[:0:-1], taught[0]]
 
 
@@ -143,6 +143,12 @@ class HighwaySettling:
 def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
     "`delta_l` of every node after so many rounds, equation (3)."
     N = len(up.states) - 1
+    for l, s in enumerate(up.states):
+        if s.shape != up.states[-1].shape:
+            raise ValueError(
+                f"the highway needs states of one shape, but node {l} has {tuple(s.shape)} and the"
+                f" last {tuple(up.states[-1].shape)}"
+            )
     (top,) = torch.autograd.grad(up.judge(), up.inputs[-1], retain_graph=up.keeps)
     down = lambda l, delta: torch.autograd.grad(
         up.predict(l), up.inputs[l], delta, retain_graph=up.keeps
