@@ -32,7 +32,6 @@ from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table
-from pc_transformer.model import Chain
 from pc_transformer.learning import (
     Backprop,
     PredictiveCoding,
@@ -43,6 +42,7 @@ from pc_transformer.learning import (
     learn,
 )
 from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.model import Chain
 from pc_transformer.settling import (
     ErrorSettling,
     FreeEnergy,
