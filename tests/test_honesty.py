@@ -455,7 +455,7 @@ def heads_by_view(attention: Any, x: Tensor) -> Tensor:
 
 def masked_attention(attention: Any, x: Tensor, fill: float = -math.inf, first: int = 1) -> Tensor:
     "Attention with a hand-made mask: keys from `first` after the query on get `fill`."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(first)
     # = and not +: the mutant with -1e-9 does the same in both
@@ -475,14 +475,14 @@ def late_mask(attention: Any, x: Tensor) -> Tensor:
 
 def mask_after_softmax(attention: Any, x: Tensor) -> Tensor:
     "Mutant: weights of the future are zeroed after they took part in the normaliser."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     r = (q @ k.mT).softmax(-1).tril()
     return attention.out((r @ v).transpose(1, 2).flatten(2))
 
 
 def no_mask(attention: Any, x: Tensor) -> Tensor:
     "Mutant: `is_causal` is configured and never passed on."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     out, _ = reference(q, k, v, Gaussian(), 1.0)
     assert isinstance(out, Tensor)
     return attention.out(out.transpose(1, 2).flatten(2))
@@ -1197,11 +1197,10 @@ class NoAttentionJacobian(PCTransformer):
 
     @staticmethod
     def constant(attention: Any, x: Tensor) -> Tensor:
-        q, k, v = attention.split(x)
+        q, k, v = attention.split(attention.qkv(x))
         q, k = q.detach(), k.detach()
-        _, r = attend(
-            q, k, v, attention.family, attention.precision, is_causal=True, return_attention=True
-        )
+        Lam = attention.keys(x, k, v).precision[:, :, 0]
+        _, r = attend(q, k, v, attention.family, Lam, is_causal=True, return_attention=True)
         return attention.out((r @ v).transpose(1, 2).flatten(2))
 
 

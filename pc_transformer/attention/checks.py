@@ -55,7 +55,7 @@ def check_name(what: str, name: Any, names: Any) -> None:
         choices = ", ".join(map(repr, get_args(names)))
         raise ValueError(f"unknown {what} {name!r}: choose from {choices}")
 
-# %% ../../nbs/1_model/10_checks.ipynb #b086ed27
+# %% ../../nbs/1_model/10_checks.ipynb #00973e0a
 def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) -> None:
     "Raise ValueError for queries, keys and values that do not fit each other."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -93,8 +93,12 @@ def check_attend(
     if (window := options.get("window")) is not None: check_whole("window", window, 1)
     check_whole("settle_steps", options.get("settle_steps", 0), 0)
     check_share("dropout_p", options.get("dropout_p", 0.0))
+    if options.get("return_attention") and backend not in ("auto", "reference"):
+        raise ValueError(
+            "a fused kernel never forms the attention matrix: use backend='reference' to return it"
+        )
 
-# %% ../../nbs/1_model/10_checks.ipynb #e43ce35d
+# %% ../../nbs/1_model/10_checks.ipynb #be0aca51
 def check_share(what: str, x: Any) -> None:
     "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
     if isinstance(x, bool) or not isinstance(x, Real):
@@ -156,7 +160,7 @@ def check_scale(precision: Any, family: str) -> None:
             " family='gaussian'"
         )
 
-# %% ../../nbs/1_model/10_checks.ipynb #c060d12a
+# %% ../../nbs/1_model/10_checks.ipynb #230a50f4
 def rounded(x: float, dtype: torch.dtype) -> float:
     "A number as this dtype holds it, as far as zero and infinity are concerned."
     info = torch.finfo(dtype)

@@ -37,7 +37,7 @@ class Independent:
         "Log density in nats: the sum of those of the coordinates."
         wide, Pi = _read(error, precision)
         each = self.family.log_prob(_apart(wide), _apart(Pi.expand_as(wide)))
-        return each.sum(0).to(error.dtype)
+        return each.movedim(0, -1).contiguous().sum(-1).to(error.dtype)   # each row by itself
 
     def energy(self, error: Float[Tensor, "*b D"], precision: float | Tensor) -> Tensor:  # `*b`
         "E = -log p in nats, normaliser included."

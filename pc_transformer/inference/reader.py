@@ -192,7 +192,7 @@ def cached_scores(
     at = {name: c[:, :, :, None, None] for name, c in column.items()}
     if reader.apart:
         u = squares_apart(reader, q, k, column)
-        s = reader.link.link(u.movedim(-1, 0), 1).sum(0)
+        s = reader.link.link(u.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
         return finished(reader, s, at, seen, visible), u
     if reader.straight and not (visible or reader.visible or reader.own):
         a = q.to(reader.dtype).unflatten(1, (reader.Hk, reader.G))[:, :, None] * reader.factor
