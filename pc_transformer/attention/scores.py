@@ -41,7 +41,7 @@ def full_dtype(like: Tensor) -> torch.dtype:
     "The dtype of scores: float32 for shorter ones, else the tensor's own."
     return torch.promote_types(like.dtype, torch.float32)
 
-# %% ../../nbs/1_model/09_scores.ipynb #2cbeb50d
+# %% ../../nbs/1_model/09_scores.ipynb #8002641a
 def make_likelihood(
     family: str,                       # a name of `Attention`
     like: Tensor,                      # sets dtype and device
@@ -70,7 +70,7 @@ def component_of(parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"unknown component {shown(family)}: choose from {names}")
     return family, others
 
-# %% ../../nbs/1_model/09_scores.ipynb #8ebdb98c
+# %% ../../nbs/1_model/09_scores.ipynb #a59bae4f
 def check_parameters(family: str, parameters: Mapping[str, Any], coordinates: str) -> None:
     "Raise ValueError, one sentence, for a family or a parameter that is none."
     if family == "dot":
@@ -137,7 +137,7 @@ def link_of(
     if isinstance(likelihood, Elliptical): return likelihood.link(squares.sum(-1), d)
     return likelihood.family.link(squares.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
 
-# %% ../../nbs/1_model/09_scores.ipynb #378bc884
+# %% ../../nbs/1_model/09_scores.ipynb #fb44c650
 def in_sight(
     i: Tensor, j: Tensor, is_causal: bool, window: int | None
 ) -> Bool[Tensor, "I J"]:
@@ -227,7 +227,7 @@ class Keys:
         "These keys and later ones."
         return self.columns(lambda n, x: torch.cat([x, getattr(new, n)], 2 if n == "v" else 3))
 
-# %% ../../nbs/1_model/09_scores.ipynb #87f6370e
+# %% ../../nbs/1_model/09_scores.ipynb #8ef79d0d
 def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
     """Repeat the head axis (the second) of `own` key heads for `n_head` query heads; other
     lengths are left alone."""
@@ -250,7 +250,7 @@ def components(keys: Keys) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         (at(keys.k, m), at(keys.precision, m), at(keys.log_mix, m)) for m in range(keys.k.shape[2])
     ]
 
-# %% ../../nbs/1_model/09_scores.ipynb #69cad162
+# %% ../../nbs/1_model/09_scores.ipynb #780b989d
 def as_keys(
     k: Tensor,                            # `(B, Hk, Tk, d)`, for mixtures `(B, Hk, M, Tk, d)`
     v: Float[Tensor, "B Hk Tk dv"],
@@ -295,7 +295,7 @@ class Read:
         }
         return replace(self, **rows)
 
-# %% ../../nbs/1_model/09_scores.ipynb #a8d9fdc9
+# %% ../../nbs/1_model/09_scores.ipynb #9d655b32
 ELEMENTS = 1 << 20      # numbers that `by_rows` holds at once, about
 
 
