@@ -48,7 +48,7 @@ def backend_named(name: str, likelihood: Likelihood = "dot") -> Run:
     rows = by_rows if isinstance(likelihood, Independent) else kernels.chunked
     return {"reference": reference, "sdpa": kernels.sdpa, "chunked": rows}[name]
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #e0413909
 def posterior_mean(
     q: Float[Tensor, "B H Tq d"],
     keys: Keys,                      # heads spread
@@ -93,7 +93,7 @@ def seen_in(
             rows.append((may & x[..., None, :]).any(-1).any(2))
     return torch.cat(sees, -1), torch.cat(any_key, -1)
 
-# %% ../../nbs/1_model/11_attend.ipynb #aac92d0e
+# %% ../../nbs/1_model/11_attend.ipynb #bd7c9ad1
 # a finite distance gives a finite score
 PLAIN = (Gaussian, Laplace, Huber, Logistic, Contaminated)
 
@@ -123,7 +123,7 @@ def in_range(q: Tensor, keys: Keys, likelihood: Likelihood) -> bool | None:
     far = q.new_full((1, 1, 1), t, dtype=full)
     return bool(~out_of_range(far, likelihood, q.shape[-1]).any())
 
-# %% ../../nbs/1_model/11_attend.ipynb #17308ede
+# %% ../../nbs/1_model/11_attend.ipynb #39135ae8
 def sifted(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask
 ) -> tuple[Tensor, Keys, Float[Tensor, "B H Tq"] | None]:
@@ -133,7 +133,7 @@ def sifted(
     keys = spread(keys, q.shape[1])
     return (q, keys, None) if fine else lost_rows(q, keys, likelihood, mask)
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #d5fa665b
 def lost_rows(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask
 ) -> tuple[Tensor, Keys, Float[Tensor, "B H Tq"]]:
@@ -184,7 +184,7 @@ class Reweighted(Elliptical):
         "Not a density: raises NotImplementedError."
         raise NotImplementedError("a reweighted link only ranks keys; it is no density")
 
-# %% ../../nbs/1_model/11_attend.ipynb #46d499b2
+# %% ../../nbs/1_model/11_attend.ipynb #11807151
 def settle_query(
     q: Float[Tensor, "B H Tq d"],
     keys: Keys,
@@ -198,13 +198,14 @@ def settle_query(
     moved = settle(q, keys, likelihood, replace(mask, dropout_p=0.0), backend)
     return moved if lost is None else moved * lost[..., None].to(q.dtype)
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #0147ad54
 def settle_together(
     q: Tensor, keys: Keys, likelihood: Any, mask: Mask, backend: Backend
 ) -> Float[Tensor, "B H Tq d"]:
     "Equation (3) for one distance: read-outs with another link, merged over components."
     d, each = q.shape[-1], components(keys)
-    weighted = likelihood if isinstance(likelihood, str | Gaussian) else Reweighted(likelihood)
+    plain = isinstance(likelihood, str | Gaussian)
+    weighted: Any = likelihood if plain else Reweighted(likelihood)
     tops, bottoms, lses = [], [], []
     for k, Lam, log_mix in each:
         shared = isinstance(likelihood, str) or (Lam.shape[-2] == 1 and len(each) == 1)
@@ -219,7 +220,7 @@ def settle_together(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #a12744aa
 def settle_apart(
     q: Tensor, keys: Keys, likelihood: Any, mask: Mask, backend: Backend
 ) -> Float[Tensor, "B H Tq d"]:
@@ -245,7 +246,7 @@ def settle_rows(
     blind = (torch.cat(logits, 3) == -math.inf).all(3)
     return torch.where(blind, q, (r * torch.cat(pulls, 3)).sum(3).to(q.dtype))
 
-# %% ../../nbs/1_model/11_attend.ipynb #d4721f76
+# %% ../../nbs/1_model/11_attend.ipynb #f4cd4b96
 Need = Literal["out", "lse", "responsibilities"]
 
 
@@ -302,7 +303,7 @@ def enter(
 OPTIONS = ("precision", "log_mix", "is_causal", "attn_mask", "window", "dropout_p", "coordinates",
            "settle_steps", "return_attention", "return_lse")
 
-# %% ../../nbs/1_model/11_attend.ipynb #134d558f
+# %% ../../nbs/1_model/11_attend.ipynb #8d2971fc
 def attend(
     q: Float[Tensor, "B H Tq d"],
     k: Tensor,                                # `(B, Hk, Tk, d)`, Hk divides H; mixtures: with M
@@ -373,7 +374,7 @@ def energy(
     log_Z = torch.as_tensor(constant, dtype=lse.dtype, device=q.device)
     return (log_Z[..., 0] if log_Z.dim() == 4 else log_Z) - lse
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #15aecb24
 def attention_energy(
     q: Float[Tensor, "B H Tq d"],
     k: Tensor,                                 # as in `attend`

@@ -35,16 +35,16 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
 
 def check_mask(attn_mask: Any) -> None:
     "Raise TypeError unless this is a mask, or none."
+    if attn_mask is None: return
     real = isinstance(attn_mask, Tensor)
-    if attn_mask is None or real and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-        return
+    if real and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()): return
     kind = str(attn_mask.dtype).removeprefix("torch.") if real else shown(attn_mask)
     raise TypeError(
         "attn_mask must be a tensor, bool (True: may attend) or float (added to the scores), but is"
         f" {kind}"
     )
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #83ba6c8e
 def check_name(what: str, name: Any, names: Any) -> None:
     "Raise TypeError or ValueError unless this is one of the names of a `Literal`."
     if not isinstance(name, str):
@@ -55,7 +55,7 @@ def check_name(what: str, name: Any, names: Any) -> None:
         choices = ", ".join(map(repr, get_args(names)))
         raise ValueError(f"unknown {what} {name!r}: choose from {choices}")
 
-# %% ../../nbs/1_model/10_checks.ipynb #00973e0a
+# %% ../../nbs/1_model/10_checks.ipynb #8b254c55
 def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) -> None:
     "Raise ValueError for queries, keys and values that do not fit each other."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -76,7 +76,7 @@ def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) 
             f"is_causal needs as many queries as keys ({shapes}); pass attn_mask instead"
         )
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #109fcf63
 def check_attend(
     q: Any, k: Any, v: Any, family: Any, backend: Any = "auto", **options: Any
 ) -> None:
@@ -98,7 +98,7 @@ def check_attend(
             "a fused kernel never forms the attention matrix: use backend='reference' to return it"
         )
 
-# %% ../../nbs/1_model/10_checks.ipynb #be0aca51
+# %% ../../nbs/1_model/10_checks.ipynb #149ef247
 def check_share(what: str, x: Any) -> None:
     "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
     if isinstance(x, bool) or not isinstance(x, Real):
@@ -121,7 +121,7 @@ def heads_of(x: Any, shape: tuple[int, ...], n_head: int) -> tuple[int, ...]:
     by_query = isinstance(x, Tensor) and x.dim() >= -axis and x.shape[axis] == n_head
     return (shape[0], n_head, *shape[2:]) if by_query else shape
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #33a742ea
 def check_shapes(
     q: Tensor, k: Tensor, precision: Any, log_mix: Any, attn_mask: Tensor | None
 ) -> None:
@@ -146,7 +146,7 @@ def check_shapes(
     ):
         check_fits(what, x, shape, hint)
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #4b3a261d
 def check_scale(precision: Any, family: str) -> None:
     "Raise ValueError for a dot product with a precision per key."
     per_key = (
@@ -160,7 +160,7 @@ def check_scale(precision: Any, family: str) -> None:
             " family='gaussian'"
         )
 
-# %% ../../nbs/1_model/10_checks.ipynb #230a50f4
+# %% ../../nbs/1_model/10_checks.ipynb #8a493eaf
 def rounded(x: float, dtype: torch.dtype) -> float:
     "A number as this dtype holds it, as far as zero and infinity are concerned."
     info = torch.finfo(dtype)
@@ -170,7 +170,7 @@ def rounded(x: float, dtype: torch.dtype) -> float:
         else 0.0 if abs(x) < info.smallest_normal * info.eps else x
     )
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #d2fe216f
 def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
     """`x`, or one sentence if an entry is not positive and finite; NaN where nobody can look.
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from .attend import Need, mapped, read, settle_query
 from .checks import check_fits, check_mask, sound
-from .scores import Keys, Likelihood, Mask, Read, full_dtype, make_likelihood
+from pc_transformer.attention.scores import (
+    Coordinates, Keys, Likelihood, Mask, Read, full_dtype, make_likelihood,
+)
 from .sharpness import INIT_STD, TAILS, initial_precision, typical_score
 from ..config import ModelConfig
 from ..isolation import linear
@@ -49,7 +51,7 @@ def tail_of(config: ModelConfig) -> float:
     "The tail with which heads start: the configuration's, or the usual one."
     return config.tail or TAILS[config.attention][1]
 
-# %% ../../nbs/1_model/13_head.ipynb #80f2e80a
+# %% ../../nbs/1_model/13_head.ipynb #9d9ee55b
 class Heads(nn.Module):
     "The learned parameters of attention heads, and what they show of a token."
 
@@ -57,7 +59,8 @@ class Heads(nn.Module):
         super().__init__()
         c, family = config, config.attention
         self.n_head, self.n_kv_head, self.d = c.n_head, c.n_kv_head or c.n_head, c.d_head
-        self.family, self.coordinates, self.mixing = family, c.coordinates, c.mixing
+        self.family, self.mixing = family, c.mixing
+        self.coordinates: Coordinates = c.coordinates
         self.window, self.qk_norm, self.dropout = c.window, c.qk_norm, c.dropout
         self.n_component = c.n_component if family == "mixture" else 1
         self.qkv = linear(c.d_model, (self.n_head + 2 * self.n_kv_head) * self.d, c.bias)
@@ -87,7 +90,7 @@ class Heads(nn.Module):
         if self.qk_norm: q, k = F.rms_norm(q, (self.d,)), F.rms_norm(k, (self.d,))
         return q, k, v
 
-# %% ../../nbs/1_model/13_head.ipynb #ae11708b
+# %% ../../nbs/1_model/13_head.ipynb #c544a565
 def shown_precision(heads: Heads, x: Float[Tensor, "B T D"]) -> Float[Tensor, "#B Hk M #T #d"]:
     "Precision of the keys of these tokens (for `dot`: scale)."
     full = full_dtype(x)
@@ -98,7 +101,7 @@ def shown_precision(heads: Heads, x: Float[Tensor, "B T D"]) -> Float[Tensor, "#
         log = log + mapped(x, heads.precision_map)[:, :, None, :, None]
     return sound(log.exp(), full, True, f"the precision of {heads.family} attention").to(full)
 
-
+# %% ../../nbs/1_model/13_head.ipynb #90734035
 def shown_prior(
     heads: Heads, x: Float[Tensor, "B T D"], k: Float[Tensor, "B Hk M T d"], precision: Tensor
 ) -> Float[Tensor, "#B Hk M #T"] | None:
@@ -117,7 +120,7 @@ def shown_prior(
         total = norms if total is None else total + norms
     return None if total is None else sound(total, full, False, "log_mix").to(full)
 
-# %% ../../nbs/1_model/13_head.ipynb #98784d7c
+# %% ../../nbs/1_model/13_head.ipynb #e8ad8195
 class PCAttention(Heads):
     """Multi-head causal self-attention whose key likelihood, precision and tails are learned.
 

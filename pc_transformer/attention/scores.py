@@ -41,7 +41,7 @@ def full_dtype(like: Tensor) -> torch.dtype:
     "The dtype of scores: float32 for shorter ones, else the tensor's own."
     return torch.promote_types(like.dtype, torch.float32)
 
-# %% ../../nbs/1_model/09_scores.ipynb #8002641a
+# %% ../../nbs/1_model/09_scores.ipynb #827c05d0
 def make_likelihood(
     family: str,                       # a name of `Attention`
     like: Tensor,                      # sets dtype and device
@@ -70,7 +70,7 @@ def component_of(parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"unknown component {shown(family)}: choose from {names}")
     return family, others
 
-# %% ../../nbs/1_model/09_scores.ipynb #a59bae4f
+# %% ../../nbs/1_model/09_scores.ipynb #432bda55
 def check_parameters(family: str, parameters: Mapping[str, Any], coordinates: str) -> None:
     "Raise ValueError, one sentence, for a family or a parameter that is none."
     if family == "dot":
@@ -128,7 +128,7 @@ def squares_of(q: Tensor, k: Tensor, Lam: Tensor) -> Float[Tensor, "B H Tq Tk d"
     "Squared errors of all coordinates, in units of the precision."
     return Lam[:, :, None] * (q[:, :, :, None] - k[:, :, None]).square()
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #f476d78a
 def link_of(
     likelihood: Elliptical | Independent, squares: Float[Tensor, "B H Tq Tk d"]
 ) -> Float[Tensor, "B H Tq Tk"]:
@@ -137,7 +137,7 @@ def link_of(
     if isinstance(likelihood, Elliptical): return likelihood.link(squares.sum(-1), d)
     return likelihood.family.link(squares.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
 
-# %% ../../nbs/1_model/09_scores.ipynb #fb44c650
+# %% ../../nbs/1_model/09_scores.ipynb #a6c5ea10
 def in_sight(
     i: Tensor, j: Tensor, is_causal: bool, window: int | None
 ) -> Bool[Tensor, "I J"]:
@@ -146,7 +146,7 @@ def in_sight(
     seen = after >= 0 if is_causal else torch.ones_like(after, dtype=torch.bool)
     return seen if window is None else seen & (after.abs() < window)
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #98a7221f
 @dataclass(frozen=True)
 class Mask:
     "What a query may see, and how many of its weights are dropped."
@@ -165,7 +165,7 @@ class Mask:
         "`hide` for the scores of the queries at positions `i`."
         j = torch.arange(s.shape[-1], device=s.device)
         s = s.masked_fill(~in_sight(i, j, self.is_causal, self.window), -math.inf)
-        allowed = additive_mask(s, *s.shape[-2:], False, self.rows(i))
+        allowed = additive_mask(s, s.shape[-2], s.shape[-1], False, self.rows(i))
         return s if allowed is None else s + allowed
 
     def hide(self, s: Float[Tensor, "B H Tq Tk"]) -> Float[Tensor, "B H Tq Tk"]:
@@ -227,7 +227,7 @@ class Keys:
         "These keys and later ones."
         return self.columns(lambda n, x: torch.cat([x, getattr(new, n)], 2 if n == "v" else 3))
 
-# %% ../../nbs/1_model/09_scores.ipynb #8ef79d0d
+# %% ../../nbs/1_model/09_scores.ipynb #965d736a
 def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
     """Repeat the head axis (the second) of `own` key heads for `n_head` query heads; other
     lengths are left alone."""
@@ -245,12 +245,14 @@ def spread(keys: Keys, n_head: int) -> Keys:
 
 def components(keys: Keys) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     "Keys, precision and prior of each component, without the axis M: what a backend takes."
-    at = lambda x, m: None if x is None else x[:, :, m if x.shape[2] > 1 else 0]
+    at = lambda x, m: x[:, :, m if x.shape[2] > 1 else 0]
+    b = keys.log_mix
     return [
-        (at(keys.k, m), at(keys.precision, m), at(keys.log_mix, m)) for m in range(keys.k.shape[2])
+        (at(keys.k, m), at(keys.precision, m), None if b is None else at(b, m))
+        for m in range(keys.k.shape[2])
     ]
 
-# %% ../../nbs/1_model/09_scores.ipynb #780b989d
+# %% ../../nbs/1_model/09_scores.ipynb #7b1cc499
 def as_keys(
     k: Tensor,                            # `(B, Hk, Tk, d)`, for mixtures `(B, Hk, M, Tk, d)`
     v: Float[Tensor, "B Hk Tk dv"],
@@ -278,7 +280,7 @@ def key_scores(
     s = torch.stack([mask.hide(scores(q, k, likelihood, Lam, b)) for k, Lam, b in each])
     return log_sum_exp(s, 0)
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #52635abf
 @dataclass(frozen=True)
 class Read:
     "What attention gives back; `None` where nobody asked."
@@ -295,10 +297,10 @@ class Read:
         }
         return replace(self, **rows)
 
-# %% ../../nbs/1_model/09_scores.ipynb #9d655b32
+# %% ../../nbs/1_model/09_scores.ipynb #05b0f4be
 ELEMENTS = 1 << 20      # numbers that `by_rows` holds at once, about
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #0c7c5753
 def by_rows(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B H Tk d"],
@@ -326,7 +328,7 @@ def by_rows(
     out, lse = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
     return out, lse if need_lse else None
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #a8e1ebad
 def some_rows(
     q: Tensor, k: Tensor, v: Tensor, likelihood: Likelihood, precision: float | Tensor,
     log_mix: float | Tensor | None, sees: Mask, i: Tensor, seed: int,

@@ -44,7 +44,7 @@ def typical_score(
     mean = torch.tensor(2 * precision * dim * alpha, dtype=torch.float64)
     return d / 2 * math.log(precision) + n * float(family.link(mean, dim))
 
-# %% ../../nbs/1_model/12_sharpness.ipynb #5d46ee4d
+# %% ../../nbs/1_model/12_sharpness.ipynb #64b5595d
 def initial_precision(
     family: Attention,
     # D, width of the normalised state that queries and keys are made of

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..attention.attend import read
 from ..attention.scores import Mask
 from ..energies.elliptical import check_whole, shown
 from .cache import KVCache
@@ -257,7 +256,7 @@ def remember(
     if cache.length == 0 and x.shape[1] > 1:
         keys, mask = a.keys(x, k, v), Mask(None, True, a.window)
         q = a.settle(q, keys, mask, settle_steps)
-        found = read(q, keys, a.likelihood, mask, "lse" if need else "out")
+        found = a.read(q, keys, mask, "lse" if need else "out")
         out, lse = found.out, found.lse
     else:
         stop = cache.length + x.shape[1]
@@ -266,8 +265,8 @@ def remember(
         for _ in range(settle_steps): q = settled(reader, q, K, column, seen)
         s, _ = cached_scores(reader, q, K, column, seen, need)
         out, lse = read_out(reader, s, V, need)
+        out = a.gate(out, lse)
     energy = (reader.log_Z - lse).mean(1) if energies and lse is not None else None
-    out = a.gate(out, lse)
     return out.to(x.dtype).transpose(1, 2).flatten(2), energy
 
 

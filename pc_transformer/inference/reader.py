@@ -190,7 +190,7 @@ def cached_scores(
     Distances of curved links only, of each
     coordinate if they are independent."""
     at = {name: c[:, :, :, None, None] for name, c in column.items()}
-    if reader.apart:
+    if reader.apart and isinstance(reader.link, Elliptical):
         u = squares_apart(reader, q, k, column)
         s = reader.link.link(u.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
         return finished(reader, s, at, seen, visible), u
@@ -285,6 +285,7 @@ def settled_apart(
     reader: Reader, s: Tensor, u: Tensor, k: Tensor, column: Mapping[str, Tensor]
 ) -> Float[Tensor, "B H Tq d"]:
     "The same step with independent coordinates, each with weights of its own."
+    assert isinstance(reader.link, Elliptical)
     w = reader.link.weight(u.movedim(-1, 0), 1).clamp_min(torch.finfo(u.dtype).tiny)
     logits = s[..., None] + w.log().movedim(0, -1)
     if reader.own: logits = logits + column["lam"].log()[:, :, :, None, None, :, None]
