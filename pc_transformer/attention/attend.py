@@ -25,7 +25,7 @@ from pc_transformer.attention.checks import (
 from .kernels.masks import responsibilities
 from pc_transformer.attention.scores import (
     Backend, Coordinates, Keys, Likelihood, Mask, Read, as_keys, by_rows, components, full_dtype,
-    in_sight, key_scores, link_of, log_sum_exp, make_likelihood, radial, reference, scores, spread,
+    in_sight, key_scores, log_sum_exp, make_likelihood, radial, reference, scores, spread,
     squares_of,
 )
 from ..config import Attention
@@ -48,7 +48,7 @@ def backend_named(name: str, likelihood: Likelihood = "dot") -> Run:
     rows = by_rows if isinstance(likelihood, Independent) else kernels.chunked
     return {"reference": reference, "sdpa": kernels.sdpa, "chunked": rows}[name]
 
-# %% ../../nbs/1_model/11_attend.ipynb #e0413909
+# %% ../../nbs/1_model/11_attend.ipynb #d970ad97
 def posterior_mean(
     q: Float[Tensor, "B H Tq d"],
     keys: Keys,                      # heads spread
@@ -93,7 +93,7 @@ def seen_in(
             rows.append((may & x[..., None, :]).any(-1).any(2))
     return torch.cat(sees, -1), torch.cat(any_key, -1)
 
-# %% ../../nbs/1_model/11_attend.ipynb #bd7c9ad1
+# %% ../../nbs/1_model/11_attend.ipynb #dc87a71e
 # a finite distance gives a finite score
 PLAIN = (Gaussian, Laplace, Huber, Logistic, Contaminated)
 
@@ -123,7 +123,7 @@ def in_range(q: Tensor, keys: Keys, likelihood: Likelihood) -> bool | None:
     far = q.new_full((1, 1, 1), t, dtype=full)
     return bool(~out_of_range(far, likelihood, q.shape[-1]).any())
 
-# %% ../../nbs/1_model/11_attend.ipynb #39135ae8
+# %% ../../nbs/1_model/11_attend.ipynb #2bae2335
 def sifted(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask
 ) -> tuple[Tensor, Keys, Float[Tensor, "B H Tq"] | None]:
@@ -133,7 +133,7 @@ def sifted(
     keys = spread(keys, q.shape[1])
     return (q, keys, None) if fine else lost_rows(q, keys, likelihood, mask)
 
-# %% ../../nbs/1_model/11_attend.ipynb #d5fa665b
+# %% ../../nbs/1_model/11_attend.ipynb #f0427cbe
 def lost_rows(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask
 ) -> tuple[Tensor, Keys, Float[Tensor, "B H Tq"]]:
@@ -184,7 +184,7 @@ class Reweighted(Elliptical):
         "Not a density: raises NotImplementedError."
         raise NotImplementedError("a reweighted link only ranks keys; it is no density")
 
-# %% ../../nbs/1_model/11_attend.ipynb #11807151
+# %% ../../nbs/1_model/11_attend.ipynb #199b78ab
 def settle_query(
     q: Float[Tensor, "B H Tq d"],
     keys: Keys,
@@ -198,7 +198,7 @@ def settle_query(
     moved = settle(q, keys, likelihood, replace(mask, dropout_p=0.0), backend)
     return moved if lost is None else moved * lost[..., None].to(q.dtype)
 
-# %% ../../nbs/1_model/11_attend.ipynb #0147ad54
+# %% ../../nbs/1_model/11_attend.ipynb #83c4e13f
 def settle_together(
     q: Tensor, keys: Keys, likelihood: Any, mask: Mask, backend: Backend
 ) -> Float[Tensor, "B H Tq d"]:
@@ -220,7 +220,7 @@ def settle_together(
     blind = (lse == -math.inf)[..., None]
     return torch.where(blind, q, top / bottom.masked_fill(blind, 1.0))
 
-# %% ../../nbs/1_model/11_attend.ipynb #a12744aa
+# %% ../../nbs/1_model/11_attend.ipynb #ff98a865
 def settle_apart(
     q: Tensor, keys: Keys, likelihood: Any, mask: Mask, backend: Backend
 ) -> Float[Tensor, "B H Tq d"]:
@@ -246,7 +246,7 @@ def settle_rows(
     blind = (torch.cat(logits, 3) == -math.inf).all(3)
     return torch.where(blind, q, (r * torch.cat(pulls, 3)).sum(3).to(q.dtype))
 
-# %% ../../nbs/1_model/11_attend.ipynb #f4cd4b96
+# %% ../../nbs/1_model/11_attend.ipynb #86bf2397
 Need = Literal["out", "lse", "responsibilities"]
 
 
@@ -303,7 +303,7 @@ def enter(
 OPTIONS = ("precision", "log_mix", "is_causal", "attn_mask", "window", "dropout_p", "coordinates",
            "settle_steps", "return_attention", "return_lse")
 
-# %% ../../nbs/1_model/11_attend.ipynb #8d2971fc
+# %% ../../nbs/1_model/11_attend.ipynb #ea3b59a8
 def attend(
     q: Float[Tensor, "B H Tq d"],
     k: Tensor,                                # `(B, Hk, Tk, d)`, Hk divides H; mixtures: with M
@@ -374,7 +374,7 @@ def energy(
     log_Z = torch.as_tensor(constant, dtype=lse.dtype, device=q.device)
     return (log_Z[..., 0] if log_Z.dim() == 4 else log_Z) - lse
 
-# %% ../../nbs/1_model/11_attend.ipynb #15aecb24
+# %% ../../nbs/1_model/11_attend.ipynb #d48bc682
 def attention_energy(
     q: Float[Tensor, "B H Tq d"],
     k: Tensor,                                 # as in `attend`

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.masks import additive_mask, per_coordinate, responsibilities
-from ..config import Attention
 from ..energies.elliptical import Elliptical, check_tails, shown
 from ..energies.families import FAMILIES, Gaussian
 from ..energies.mixture import Independent
@@ -41,7 +40,7 @@ def full_dtype(like: Tensor) -> torch.dtype:
     "The dtype of scores: float32 for shorter ones, else the tensor's own."
     return torch.promote_types(like.dtype, torch.float32)
 
-# %% ../../nbs/1_model/09_scores.ipynb #827c05d0
+# %% ../../nbs/1_model/09_scores.ipynb #210a9b13
 def make_likelihood(
     family: str,                       # a name of `Attention`
     like: Tensor,                      # sets dtype and device
@@ -70,7 +69,7 @@ def component_of(parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"unknown component {shown(family)}: choose from {names}")
     return family, others
 
-# %% ../../nbs/1_model/09_scores.ipynb #432bda55
+# %% ../../nbs/1_model/09_scores.ipynb #bc422d26
 def check_parameters(family: str, parameters: Mapping[str, Any], coordinates: str) -> None:
     "Raise ValueError, one sentence, for a family or a parameter that is none."
     if family == "dot":
@@ -128,7 +127,7 @@ def squares_of(q: Tensor, k: Tensor, Lam: Tensor) -> Float[Tensor, "B H Tq Tk d"
     "Squared errors of all coordinates, in units of the precision."
     return Lam[:, :, None] * (q[:, :, :, None] - k[:, :, None]).square()
 
-# %% ../../nbs/1_model/09_scores.ipynb #f476d78a
+# %% ../../nbs/1_model/09_scores.ipynb #8653855f
 def link_of(
     likelihood: Elliptical | Independent, squares: Float[Tensor, "B H Tq Tk d"]
 ) -> Float[Tensor, "B H Tq Tk"]:
@@ -137,7 +136,7 @@ def link_of(
     if isinstance(likelihood, Elliptical): return likelihood.link(squares.sum(-1), d)
     return likelihood.family.link(squares.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
 
-# %% ../../nbs/1_model/09_scores.ipynb #a6c5ea10
+# %% ../../nbs/1_model/09_scores.ipynb #71ebb0c5
 def in_sight(
     i: Tensor, j: Tensor, is_causal: bool, window: int | None
 ) -> Bool[Tensor, "I J"]:
@@ -146,7 +145,7 @@ def in_sight(
     seen = after >= 0 if is_causal else torch.ones_like(after, dtype=torch.bool)
     return seen if window is None else seen & (after.abs() < window)
 
-# %% ../../nbs/1_model/09_scores.ipynb #98a7221f
+# %% ../../nbs/1_model/09_scores.ipynb #d5f07e9b
 @dataclass(frozen=True)
 class Mask:
     "What a query may see, and how many of its weights are dropped."
@@ -227,7 +226,7 @@ class Keys:
         "These keys and later ones."
         return self.columns(lambda n, x: torch.cat([x, getattr(new, n)], 2 if n == "v" else 3))
 
-# %% ../../nbs/1_model/09_scores.ipynb #965d736a
+# %% ../../nbs/1_model/09_scores.ipynb #b726e569
 def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
     """Repeat the head axis (the second) of `own` key heads for `n_head` query heads; other
     lengths are left alone."""
@@ -252,7 +251,7 @@ def components(keys: Keys) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         for m in range(keys.k.shape[2])
     ]
 
-# %% ../../nbs/1_model/09_scores.ipynb #7b1cc499
+# %% ../../nbs/1_model/09_scores.ipynb #fbbcc64c
 def as_keys(
     k: Tensor,                            # `(B, Hk, Tk, d)`, for mixtures `(B, Hk, M, Tk, d)`
     v: Float[Tensor, "B Hk Tk dv"],
@@ -280,7 +279,7 @@ def key_scores(
     s = torch.stack([mask.hide(scores(q, k, likelihood, Lam, b)) for k, Lam, b in each])
     return log_sum_exp(s, 0)
 
-# %% ../../nbs/1_model/09_scores.ipynb #52635abf
+# %% ../../nbs/1_model/09_scores.ipynb #a612d417
 @dataclass(frozen=True)
 class Read:
     "What attention gives back; `None` where nobody asked."
@@ -297,10 +296,10 @@ class Read:
         }
         return replace(self, **rows)
 
-# %% ../../nbs/1_model/09_scores.ipynb #05b0f4be
+# %% ../../nbs/1_model/09_scores.ipynb #a1513336
 ELEMENTS = 1 << 20      # numbers that `by_rows` holds at once, about
 
-# %% ../../nbs/1_model/09_scores.ipynb #0c7c5753
+# %% ../../nbs/1_model/09_scores.ipynb #44365b5f
 def by_rows(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B H Tk d"],
@@ -328,7 +327,7 @@ def by_rows(
     out, lse = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
     return out, lse if need_lse else None
 
-# %% ../../nbs/1_model/09_scores.ipynb #a8e1ebad
+# %% ../../nbs/1_model/09_scores.ipynb #307b6173
 def some_rows(
     q: Tensor, k: Tensor, v: Tensor, likelihood: Likelihood, precision: float | Tensor,
     log_mix: float | Tensor | None, sees: Mask, i: Tensor, seed: int,

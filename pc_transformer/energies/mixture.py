@@ -25,7 +25,7 @@ def _apart(x: Tensor) -> Tensor:
     "Each coordinate as an error of one dimension: `(*batch, D)` to `(D, *batch, 1)`."
     return x.movedim(-1, 0)[..., None]
 
-# %% ../../nbs/1_model/07_mixtures.ipynb #14a0b238
+# %% ../../nbs/1_model/07_mixtures.ipynb #fb222a75
 @dataclass(frozen=True)
 class Independent:
     """A one-dimensional density of a family in each coordinate, equation (14). Errors and
@@ -85,7 +85,7 @@ def _spread(points: Tensor, M: int, generator: torch.Generator | None) -> Tensor
         chosen = torch.cat([chosen, points[torch.multinomial(away, 1, generator=generator)]])
     return chosen
 
-# %% ../../nbs/1_model/07_mixtures.ipynb #b714b057
+# %% ../../nbs/1_model/07_mixtures.ipynb #9247dd89
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """M Gaussian components of an error, equation (15); not elliptical. Error and precision as
