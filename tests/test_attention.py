@@ -183,7 +183,8 @@ def test_rows_of_independent_coordinates(
     family: Any, mask: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     "Some rows at a time in float32 equal the reference in float64: outputs, lse, every gradient."
-    monkeypatch.setattr(sys.modules["pc_transformer.attention.scores"], "ELEMENTS", 5 * 2 * 2 * 19 * 8)
+    module = sys.modules["pc_transformer.attention.scores"]
+    monkeypatch.setattr(module, "ELEMENTS", 5 * 2 * 2 * 19 * 8)     # five rows at a time
     Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}
     x, found = [*(draw(i, 2, 2, 19, 8) for i in range(3)), Lam[kind].exp()], []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):

@@ -10,7 +10,6 @@ __all__ = ['SCORES', 'entropy', 'Decomposition', 'decompose', 'ensemble_log_prob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
