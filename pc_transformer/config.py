@@ -192,6 +192,8 @@ class ModelConfig(Config):
     # nu, p or delta at the start, for the families that have one; None: the family's own
     tail: float | None = None
     n_component: int = 2  # M, components per key of a mixture
+    # one density of a key's distance, or a product of one for each coordinate
+    coordinates: Literal["together", "independent"] = "together"
     n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head; None: n_head
     window: int | None = None  # sliding window of attention, in tokens; None: the whole past
     qk_norm: bool = False  # scale queries and keys to mean square one
@@ -222,29 +224,16 @@ class ModelConfig(Config):
     def _check_dot(self) -> None:
         """A dot product is no density: it has one scale a head, and nothing a token could say
         about it."""
+        _check(
+            self.attention != "dot" or self.coordinates == "together",
+            "dot products are no densities: they have no independent coordinates",
+        )
         plain = self.precision == "head" and self.mixing != "norm"
         _check(
             self.attention != "dot" or plain,
             "dot attention has one scale per head and no density: precision must be "
             f"'head' and mixing not 'norm', got {self.precision!r} and {self.mixing!r}",
         )
-
-    @property
-    def attention_options(self) -> dict[str, Any]:
-        "What an attention layer needs besides its sizes, its family and its initial precision."
-        names = (
-            "precision",
-            "mixing",
-            "tail",
-            "n_component",
-            "n_kv_head",
-            "window",
-            "qk_norm",
-            "background",
-            "dropout",
-            "bias",
-        )
-        return {name: getattr(self, name) for name in names}
 
     @property
     def d_head(self) -> int:

@@ -2,6 +2,7 @@
 dropout, conversions."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import (
-    Component,
     PCAttention,
+    as_keys,
     attend,
     attention_energy,
     floats_per_key,
@@ -24,6 +25,7 @@ from pc_transformer.attention import (
 )
 from pc_transformer.energies import FAMILIES, Gaussian, GeneralizedGaussian
 from pc_transformer.experiments.attention_node import AttentionNode
+from pc_transformer.isolation import Draws, drawing
 from pc_transformer.model import convert
 
 close = torch.testing.assert_close
@@ -148,49 +150,52 @@ def test_half_precision(case: str, dtype: torch.dtype) -> None:
     assert got.dtype == dtype and (got - want).abs().max() < 2 * usual + torch.finfo(dtype).eps
 
 
-QUERY_CASES: dict[str, dict[str, Any]] = {
+READ_CASES: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "prior": {"is_causal": True, "log_mix": draw(9, 2, 2, 19)},
     "mask": {"attn_mask": draw(8, 2, 2, 19, 19) < 0.3},
     "bias with a gradient": {"attn_mask": draw(7, 19, 19).requires_grad_()},
     "window": {"is_causal": True, "window": 5},
-    "dropout of nothing": {"dropout_p": 0.0},
+    "window on both sides": {"window": 3},
 }
 
 
-@every_case
-@pytest.mark.parametrize("mask", QUERY_CASES)
+@every_density
+def test_independent_coordinates_are_a_sum_of_one_dimensional_densities(family: Any) -> None:
+    "The score of a key, normaliser included, is the sum of `FAMILIES`' own log densities."
+    q, k, Lam = draw(0, 1, 2, 5, 4), draw(1, 1, 2, 6, 4), draw(2, 1, 2, 6, 4).exp()
+    one = FAMILIES[family]()
+    error = q[:, :, :, None] - k[:, :, None]
+    want = sum(
+        one.log_prob(error[..., c, None], Lam[:, :, None, :, c, None]) for c in range(4)
+    ).logsumexp(-1)
+    energy = attention_energy(q, k, family, precision=Lam, coordinates="independent")
+    close(energy, -want, rtol=1e-10, atol=1e-10)
+    # the same density only for a Gaussian
+    together = attention_energy(q, k, family, precision=Lam)
+    assert torch.allclose(together, energy) == (family == "gaussian")
+
+
+@every_density
+@pytest.mark.parametrize("mask", READ_CASES)
 @pytest.mark.parametrize("kind", ["head", "key", "diagonal"])
-def test_precision_per_query(case: str, mask: str, kind: str) -> None:
-    """What `auto` picks in float32 for a precision per query equals the reference in float64:
-    outputs, lse, every gradient."""
-    if case == "dot" and kind != "head":
-        pytest.skip("a dot product has one scale per head")
-    x = [draw(i, 2, 2, 19, 8) for i in range(3)]
-    Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}[
-        kind
-    ].exp()
-    x += [Lam, draw(4, 2, 2, 19).exp()]
-    found = []
+def test_rows_of_independent_coordinates(
+    family: Any, mask: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Some rows at a time in float32 equal the reference in float64: outputs, lse, every gradient."
+    module = sys.modules["pc_transformer.attention.scores"]
+    monkeypatch.setattr(module, "ELEMENTS", 5 * 2 * 2 * 19 * 8)     # five rows at a time
+    Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}
+    x, found = [*(draw(i, 2, 2, 19, 8) for i in range(3)), Lam[kind].exp()], []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
         leaves = [y.detach().to(dtype).requires_grad_() for y in x]
         more = {
             n: y.to(dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
-            for n, y in QUERY_CASES[mask].items()
+            for n, y in READ_CASES[mask].items()
         }
-        q, k, v, Lam, lam = leaves
-        out, lse = attend(
-            q,
-            k,
-            v,
-            family_of(case),
-            Lam,
-            query_precision=lam,
-            backend=backend,
-            return_lse=True,
-            **more,
-            **CASES[case],
-        )
+        options: dict[str, Any] = {"backend": backend, "return_lse": True, **more}
+        q, k, v, own = leaves
+        out, lse = attend(q, k, v, family, own, coordinates="independent", **options)
         seen = lse.isfinite()
         total = out.sin().sum() + (lse[seen] / 10).cos().sum()
         found.append([out, lse[seen], *torch.autograd.grad(total, leaves)])
@@ -198,48 +203,45 @@ def test_precision_per_query(case: str, mask: str, kind: str) -> None:
         assert got.isfinite().all() and (got - want).abs().max() < 1e-4 * (1 + want.abs().max())
 
 
-@pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
-def test_precision_per_query_of_mixtures_and_of_pairs_that_coincide(family: Any) -> None:
-    """Components share the query's precision; queries that equal their key lose no digits; other
-    queries do not matter."""
-    q, v, lam = draw(0, 1, 2, 70, 8), draw(1, 1, 2, 70, 8), draw(2, 1, 2, 70).exp()
-    k = torch.stack([q, q + 1], 2)
+def test_dropout_of_independent_coordinates_is_the_same_in_the_backward_pass() -> None:
+    "The weights that are dropped are drawn again for the gradient: a finite difference agrees."
+    q, k, v = (draw(i, 1, 2, 7, 4).requires_grad_() for i in range(3))
+
+    def call(v: Tensor) -> Tensor:
+        with drawing(Draws(5)):
+            return attend(q, k, v, "laplace", coordinates="independent", dropout_p=0.4)
+
+    (slope,) = torch.autograd.grad(call(v).sum(), v)
+    moved = (call(v + 1.0).sum() - call(v).sum()).item()
+    assert abs(slope.sum().item() - moved) < 1e-9
+    assert not torch.allclose(slope, torch.ones_like(slope) * slope.mean())
+
+
+@pytest.mark.parametrize("n_head", [2, 1])
+def test_independent_coordinates_share_keys_and_tails(n_head: int) -> None:
+    "Grouped heads and a tail a head: each head by itself gives the same."
+    q, k, v = draw(0, 2, 2, 9, 4), draw(1, 2, n_head, 9, 4), draw(2, 2, n_head, 9, 4)
+    nu = torch.tensor([[1.0], [7.0]], dtype=torch.float64)
+    options: dict[str, Any] = {"coordinates": "independent", "is_causal": True}
+    both = attend(q, k, v, "student_t", 2.0, nu=nu, **options)
+    for h in range(2):
+        own = [x[:, h % n_head, None] for x in (k, v)]
+        alone = attend(q[:, h, None], *own, "student_t", 2.0, nu=nu[h].item(), **options)
+        close(both[:, h, None], alone)
+
+
+@every_density
+def test_independent_coordinates_settle(family: Any) -> None:
+    "Each coordinate has weights of its own, and no step raises the energy."
+    q, k = 3 * draw(0, 2, 3, 7, 4), 2 * draw(1, 2, 3, 7, 4)
     options: dict[str, Any] = {
-        "component": family,
-        "precision": 4.0,
+        "precision": draw(2, 2, 3, 7).exp(),
         "is_causal": True,
         "return_lse": True,
+        "coordinates": "independent",
     }
-    want = attend(q, k, v, "mixture", query_precision=lam, backend="reference", **options)
-    got = attend(q.float(), k.float(), v.float(), "mixture", query_precision=lam.float(), **options)
-    close(got[0].double(), want[0], rtol=1e-4, atol=1e-4)
-    close(got[1].double(), want[1], rtol=1e-4, atol=1e-4)
-    changed = lam.clone()
-    changed[..., 40:] = 7.0
-    again = attend(
-        q.float(), k.float(), v.float(), "mixture", query_precision=changed.float(), **options
-    )
-    assert torch.equal(again[0][:, :, :40], got[0][:, :, :40]) and not torch.equal(
-        again[0][:, :, 40:], got[0][:, :, 40:]
-    )
-
-
-@pytest.mark.parametrize("family", ["gaussian", "student_t", "laplace"])
-def test_settling_with_a_precision_per_query_never_raises_the_energy(family: Any) -> None:
-    q, k, v, lam = (
-        draw(0, 1, 2, 30, 4),
-        draw(1, 1, 2, 20, 4),
-        draw(2, 1, 2, 20, 4),
-        draw(3, 1, 2, 30).exp(),
-    )
-    E = [
-        -attend(q, k, v, family, 1.0, query_precision=lam, settle_steps=n, return_lse=True)[1]
-        for n in range(5)
-    ]
-    assert (
-        all((b - a).max() < 1e-10 for a, b in zip(E, E[1:], strict=False))
-        and (E[0] - E[4]).max() > 0.1
-    )
+    E = torch.stack([-attend(q, k, k, family, settle_steps=n, **options)[1] for n in range(5)])
+    assert E.diff(dim=0).max() < 1e-9 and (E[0] - E[4]).max() > 0.1
 
 
 @every_density
@@ -309,9 +311,7 @@ def test_a_step_size_of_a_third_of_the_way_is_not_what_settles() -> None:
     q, k = draw(0, 8, 8, 64, 2), 3 * draw(1, 8, 8, 3, 2)
     link = FAMILIES["student_t"](1.0)
     E = lambda x: -scores(x, k, link, 1.0).logsumexp(-1)
-    right = settle_query(
-        q, [Component(k, torch.ones(1, 1, 1, 1, dtype=q.dtype))], link, "reference"
-    )
+    right = settle_query(q, as_keys(k, k, 1.0), link, backend="reference")
     wrong = scores(q, k, link, 1.0).softmax(-1) @ k
     assert (E(right) - E(q)).max() < 1e-10 < 1e-3 < (E(wrong) - E(q)).max()
 
@@ -384,7 +384,9 @@ def test_attention_matrix_of_a_mixture_sums_to_one() -> None:
 
 
 def test_dropout_needs_training() -> None:
-    layer, x = PCAttention(16, 2, "laplace", dropout=0.5), draw(0, 2, 6, 16, dtype=torch.float32)
+    layer, x = PCAttention(
+        ModelConfig(d_model=16, n_head=2, attention="laplace", dropout=0.5)
+    ), draw(0, 2, 6, 16, dtype=torch.float32)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -552,32 +554,6 @@ def test_inputs_may_lie_in_memory_in_any_order(case: str, grads: bool) -> None:
         close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_dot_product_with_a_precision_per_query_keeps_its_digits_in_short_dtypes(
-    dtype: torch.dtype,
-) -> None:
-    "The query times its precision is not rounded to the short dtype, and does not overflow."
-    x, lam = (
-        [draw(i, 1, 2, 9, 32).to(dtype) for i in range(3)],
-        torch.full((9,), 10.0) + torch.arange(9) / 7,
-    )
-    want = attend(
-        *(y.double() for y in x),
-        "dot",
-        query_precision=lam.double(),
-        backend="reference",
-        return_lse=True,
-    )
-    got = attend(*x, "dot", query_precision=lam, return_lse=True)
-    assert (
-        got[0].dtype == dtype
-        and (got[0] - want[0]).abs().max() < 0.02
-        and (got[1] - want[1]).abs().max() < 1e-3
-    )
-    ones = torch.ones(1, 1, 4, 8, dtype=dtype)
-    assert attend(ones, ones, ones, "dot", 1e-3, query_precision=1e5).isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("family", "shape"),
     [("laplace", {}), ("generalized_gaussian", {"p": 1.5}), ("generalized_gaussian", {"p": 1.0})],
@@ -595,14 +571,12 @@ def test_settling_keeps_the_digits_of_sharp_families(family: Any, shape: dict[st
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_later_query_that_is_no_number_changes_no_earlier_row(family: Any, bad: float) -> None:
     k, v = (draw(i, 1, 2, 40, 8, dtype=torch.float32) for i in range(2))
-    lam, q = torch.ones(40), k.clone()
-    want = attend(q, k, v, family, is_causal=True, query_precision=lam)
-    q[:, :, 35] = bad
-    got = attend(q, k, v, family, is_causal=True, query_precision=lam)
-    assert torch.equal(got[:, :, :35], want[:, :, :35]) and got[:, :, 35].isnan().all()
-    lam[30] = bad
-    with pytest.raises(ValueError, match="query_precision must be positive and finite in float32"):
-        attend(q, k, v, family, is_causal=True, query_precision=lam)
+    for coordinates in ("together", "independent"):
+        q, options = k.clone(), {"is_causal": True, "coordinates": coordinates}
+        want = attend(q, k, v, family, **options)
+        q[:, :, 35] = bad
+        got = attend(q, k, v, family, **options)
+        assert torch.equal(got[:, :, :35], want[:, :, :35]) and got[:, :, 35].isnan().all()
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -634,25 +608,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "laplace on sdpa": ({"family": "laplace", "backend": "sdpa"}, "chunked"),
     "dropout on sdpa": ({"backend": "sdpa", "dropout_p": 0.5}, "chunked"),
-    "negative precision of a query": ({"query_precision": -1.0}, "query_precision"),
-    "precision of other queries": (
-        {"query_precision": torch.ones(3)},
-        "query_precision of shape (3,)",
-    ),
-    "precision per query on sdpa": (
-        {"query_precision": torch.ones(4), "backend": "sdpa"},
-        "chunked",
-    ),
     "independent coordinates on a kernel": (
-        {"family": "independent_laplace", "backend": "chunked"},
-        "reference",
+        {"family": "laplace", "coordinates": "independent", "backend": "triton"},
+        "use backend='chunked'",
     ),
-    "independent coordinates settle": (
-        {"family": "independent_laplace", "settle_steps": 1},
-        "does not settle",
+    "independent coordinates of a dot product": (
+        {"family": "dot", "coordinates": "independent"},
+        "no densities",
     ),
+    "coordinates that are none": ({"coordinates": "each"}, "unknown choice of coordinates 'each'"),
+    "coordinates are no name": ({"coordinates": True}, "is a name such as"),
     "independent coordinates with a tail": (
-        {"family": "independent_laplace", "nu": 1.0},
+        {"family": "laplace", "coordinates": "independent", "nu": 1.0},
         "no parameter 'nu'",
     ),
     "gpu kernel here": ({"backend": "triton"}, "riton"),
@@ -731,7 +698,7 @@ def test_what_is_no_number_has_one_outcome(family: str, fault: str) -> None:
 @pytest.mark.parametrize("fault", ["q nan", "k inf", "v -inf", "k 1e30"])
 def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str) -> None:
     "Also in short dtypes, for other precisions, for settling queries and in the attention matrix."
-    key, query = torch.ones(2, 2, 9) / 2, torch.full((9,), 0.5)
+    key = torch.ones(2, 2, 9) / 2
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         value = 1e200 if dtype == torch.float64 and "1e30" in fault else FAULTS[fault][1]
         with pytest.MonkeyPatch.context() as patch:
@@ -740,18 +707,10 @@ def test_what_is_no_number_has_one_outcome_in_other_calls(fault: str, seen: str)
     for backend in ("reference", "chunked"):
         answers_alike("laplace", fault, seen, backend, precision=key)
         answers_alike("gaussian", fault, seen, backend, precision=key[..., None].expand(2, 2, 9, 8))
-        answers_alike(
-            "student_t",
-            fault,
-            seen,
-            backend,
-            precision=key,
-            query_precision=query,
-            nu=torch.ones(2, 1),
-        )
+        answers_alike("student_t", fault, seen, backend, precision=key, nu=torch.ones(2, 1))
         answers_alike("gaussian", fault, seen, backend, settle_steps=2)
-        answers_alike("dot", fault, seen, backend, query_precision=query)
-        answers_alike("independent_laplace", fault, seen, "auto")
+        for family in ("laplace", "student_t"):
+            answers_alike(family, fault, seen, backend, coordinates="independent")
     (what, value), x = FAULTS[fault], [draw(i, 2, 2, 9, 8).float() for i in range(3)]
     x["qkv".index(what)][1, 1, 4, 3] = value
     out, r, lse = attend(*x, "huber", return_attention=True, return_lse=True, **SEEN[seen])
@@ -815,8 +774,6 @@ LAWLESS: dict[str, dict[str, Any]] = {
         "precision": torch.ones(1, 2, 4, 4).index_fill(3, torch.tensor(3), math.nan)
     },
     "zero": {"precision": torch.zeros(())},
-    "a query's": {"query_precision": torch.tensor([1.0, 1.0, math.nan, 1.0])},
-    "a query's, overflowing": {"query_precision": 1e300},
     "prior nan": {"log_mix": torch.tensor([0.0, math.nan, 0.0, 0.0])},
     "prior inf": {"log_mix": torch.tensor([0.0, math.inf, 0.0, 0.0])},
     "prior number": {"log_mix": math.nan},
@@ -949,27 +906,27 @@ def test_nobody_looks_in_vmap_and_while_compiling(family: Any) -> None:
 
 
 LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    "half a head": ({"n_head": 1.5}, "n_head must be a whole number, got 1.5"),
-    "no head": ({"n_head": 0}, "n_head must be at least 1"),
-    "half a window": ({"window": 2.5}, "window must be a whole number"),
-    "no window": ({"window": 0}, "window must be at least 1"),
-    "half a key head": ({"n_kv_head": 1.0}, "n_kv_head must be a whole number"),
+    "half a head": ({"n_head": 1.5}, "n_head must be an integer, got 1.5"),
+    "no head": ({"n_head": 0}, "n_head must be positive"),
+    "half a window": ({"window": 2.5}, "window must be an integer"),
+    "no window": ({"window": 0}, "window must be positive"),
+    "half a key head": ({"n_kv_head": 1.0}, "n_kv_head must be an integer"),
     "no tail": ({"tail": 3.0}, "has no tail"),
     "a tail that is none": (
-        {"family": "huber", "tail": math.nan},
-        "tail must be positive and finite",
+        {"attention": "huber", "tail": math.nan},
+        "tail must be a finite number",
     ),
-    "a word for a tail": ({"family": "huber", "tail": "3"}, "tail must be a number"),
+    "a word for a tail": ({"attention": "huber", "tail": "3"}, "tail must be a finite number"),
     "a precision that is none": (
         {"precision_init": math.inf},
-        "precision_init must be positive and finite",
+        "precision_init must be a finite number",
     ),
-    "no precision": ({"precision_init": 0.0}, "precision_init must be positive and finite"),
+    "no precision": ({"precision_init": 0.0}, "precision_init must be positive"),
     "truth for components": (
-        {"family": "mixture", "n_component": True},
-        "n_component must be a whole number",
+        {"attention": "mixture", "n_component": True},
+        "n_component must be an integer",
     ),
-    "a word for dropout": ({"dropout": "no"}, "dropout must be a number"),
+    "a word for dropout": ({"dropout": "no"}, "dropout must be a finite number"),
     "all dropped": ({"dropout": 1.0}, "dropout must lie in"),
 }
 
@@ -978,7 +935,7 @@ LAYERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_layers_that_cannot_be_are_one_sentence(case: str) -> None:
     options, words = LAYERS[case]
     with pytest.raises((TypeError, ValueError)) as error:
-        PCAttention(**{"d_model": 16, "n_head": 2} | options)
+        PCAttention(ModelConfig(**{"d_model": 16, "n_head": 2} | options))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -167,7 +167,15 @@ def test_any_parts_and_any_lengths(data):
 def test_settling_queries_over_a_cache(family, monkeypatch):
     """Equals a forward pass in which every layer's queries settle."""
     config = replace(SMALL, attention=family, n_kv_head=2)
-    for changes in ({}, {"precision": "key"}, {"mixing": "key", "window": 6}):
+    apart = {"coordinates": "independent"}
+    for changes in (
+        {},
+        apart,
+        {"precision": "key"},
+        {"precision": "key", **apart},
+        {"mixing": "key", "window": 6},
+        {"mixing": "norm", "window": 6, "precision": "diagonal", **apart},
+    ):
         try:
             model = make(replace(config, **changes), torch.float64, sharper=1.5)
         except ConfigError:
@@ -175,19 +183,20 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
         tokens = random_tokens(2, 10)
 
         def settling(self, x):
-            q, k, v = self.split(x)
+            q, keys = self.look(x)
             tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
-            Lam = self.precision_of(x)
+            with_M = lambda y: y if y is None or self.family == "mixture" else y.squeeze(2)
             out = attend(
                 q,
-                k,
-                v,
+                with_M(keys.k),
+                keys.v,
                 self.family,
-                Lam,
-                self.mixing_of(x, k, Lam),
+                with_M(keys.precision),
+                with_M(keys.log_mix),
                 is_causal=True,
                 window=self.window,
                 settle_steps=2,
+                coordinates=self.coordinates,
                 **tail,
             )
             return self.out(out.transpose(1, 2).flatten(2))
@@ -245,7 +254,9 @@ def test_bytes(family, dtype):
             name = str(own).removeprefix("torch.")
             cache = KVCache.allocate(PCTransformer(config).to(own), 3, 17, dtype)
             assert cache.nbytes == cache_bytes(config, 3, 17, dtype or name, name)
-            assert tuple(cache.column) == columns(family, config.precision, config.mixing)
+            assert tuple(cache.column) == columns(
+                family, config.precision, config.mixing, config.coordinates
+            )
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1e-6, 1.0, 1e6]))
@@ -383,19 +394,25 @@ def test_revised_attention_equals_attend():
         cache.readers[0], q, cache.keys(0, 6), {n: c[0, ..., :6] for n, c in cache.column.items()}
     )
     expected = attend(
-        q, cache.keys(0, 6), cache.values(0, 6), "student_t", a.precision, nu=a.log_tail.exp()
+        q,
+        cache.keys(0, 6),
+        cache.values(0, 6),
+        "student_t",
+        a.log_precision.exp(),
+        nu=a.log_tail.exp(),
     )
     torch.testing.assert_close(read_out(cache.readers[0], s, cache.values(0, 6))[0], expected)
 
 
+@pytest.mark.parametrize("coordinates", ["together", "independent"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "dot"])
-def test_energies(family):
+def test_energies(family, coordinates):
     """What `energies` leaves behind is what `attention_energy` says, the same with and
     without a cache."""
     from pc_transformer.attention import attention_energy
 
     model, tokens = (
-        make(replace(SMALL, attention=family, n_layer=1), torch.float64),
+        make(replace(SMALL, attention=family, n_layer=1, coordinates=coordinates), torch.float64),
         random_tokens(2, 7),
     )
     one, many = KVCache.allocate(model, 2), KVCache.allocate(model, 2)
@@ -404,15 +421,17 @@ def test_energies(family):
     extend(model, tokens[:, 6:], many, energies=True)
     a, x = model.predictors[1].attention, model.predictors[1].norm(model.predictors[0](tokens))
     with torch.no_grad():
-        q, k, _ = a.split(x)
+        q, keys = a.look(x)
         tail = {} if a.log_tail is None else {TAILS[family][0]: a.log_tail.exp()}
+        with_M = lambda y: y if y is None or family == "mixture" else y.squeeze(2)
         expected = attention_energy(
             q,
-            k,
+            with_M(keys.k),
             family,
-            precision=a.precision,
-            log_mix=a.mixing_of(x, k, a.precision),
+            precision=with_M(keys.precision),
+            log_mix=with_M(keys.log_mix),
             is_causal=True,
+            coordinates=coordinates,
             **tail,
         ).mean(1)
     torch.testing.assert_close(one.energy, expected)

@@ -282,6 +282,9 @@ def test_any_model_with_any_changes(
         {
             "bias": st.booleans(),
             "background": st.booleans(),
+            "coordinates": st.sampled_from(
+                ("together",) if family == "dot" else ("together", "independent")
+            ),
             "qk_norm": st.booleans(),
             "window": st.sampled_from((None, 3)),
             "n_kv_head": st.sampled_from((None, 1)),

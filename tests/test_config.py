@@ -36,6 +36,9 @@ counts = st.fixed_dictionaries(
 )
 
 
+coordinates = st.sampled_from(["together", "independent"])
+
+
 @st.composite
 def models(draw) -> ModelConfig:
     n_head, d_head = draw(st.integers(1, 64)), draw(st.integers(1, 64))
@@ -63,6 +66,7 @@ def models(draw) -> ModelConfig:
         window=draw(st.none() | sizes),
         qk_norm=draw(st.booleans()),
         background=draw(st.booleans()),
+        coordinates="together" if attention == "dot" else draw(coordinates),
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pc_transformer.attention.kernels import chunked, merge, sdpa
-from pc_transformer.energies import Gaussian, Huber, IndependentLaplace, Laplace, StudentT
+from pc_transformer.energies import Gaussian, Huber, Independent, Laplace, StudentT
 
 CHAPTER = Path(__file__).resolve().parents[1] / "nbs/0_theory/01_attention.ipynb"
 SIZES = [(1, 1, 64, 8), (2, 3, 96, 16), (1, 2, 130, 33)]
@@ -234,7 +234,7 @@ def test_independent_laplace_is_all_elementwise() -> None:
     q, k, _ = inputs(size, grad=False)
 
     def run() -> Tensor:
-        return IndependentLaplace().log_prob(q[:, :, :, None] - k[:, :, None], torch.tensor(0.5))
+        return Independent(Laplace()).log_prob(q[:, :, :, None] - k[:, :, None], torch.tensor(0.5))
 
     with Elements("abs") as counter:
         run()

@@ -22,7 +22,7 @@ from pc_transformer.energies import (
     GaussianMixture,
     GeneralizedGaussian,
     Huber,
-    IndependentLaplace,
+    Independent,
     Laplace,
     Logistic,
     StudentT,
@@ -551,21 +551,36 @@ def test_independent_laplace_is_torchs(seed: int, own: tuple[int, ...], scale: f
         (tensor(seed, (3, 4)) / scale**0.5).requires_grad_(),
         tensor(seed + 1, own).exp() * scale,
     )
-    value = IndependentLaplace().log_prob(error, precision)
+    value = Independent(Laplace()).log_prob(error, precision)
     close(value, torch.distributions.Laplace(0, precision.rsqrt()).log_prob(error).sum(-1))
-    close(IndependentLaplace().energy(error, precision), -value)
+    close(Independent(Laplace()).energy(error, precision), -value)
     (want,) = torch.autograd.grad(value.sum(), error)
     score, w = (
         f(error.detach(), precision)
-        for f in (IndependentLaplace().score, IndependentLaplace().weight)
+        for f in (Independent(Laplace()).score, Independent(Laplace()).weight)
     )
     close(score, want)
     close(-w * precision * error.detach(), want)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_independent_coordinates_are_a_sum(family: str) -> None:
+    "Density and slope are those of the coordinates, one by one; a Gaussian is nothing new."
+    one, error = FAMILIES[family](), tensor(0, (3, 4))
+    precision, both = tensor(1, (3, 4)).exp(), Independent(FAMILIES[family]())
+    parts = [(error[..., c, None], precision[..., c, None]) for c in range(4)]
+    close(both.log_prob(error, precision), sum(one.log_prob(*part) for part in parts))
+    close(both.score(error, precision), torch.cat([one.score(*part) for part in parts], -1))
+    close(-both.weight(error, precision) * precision * error, both.score(error, precision))
+    zero = torch.zeros(4, dtype=error.dtype)
+    close(both.log_prob(zero, 1.0), one.link(zero[0], 1) * 4 - both.log_normaliser(4))
+    same = torch.allclose(both.log_prob(error, precision), one.log_prob(error, precision))
+    assert same == (family == "gaussian")
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_independent_laplace_fits_its_own_draws(diagonal: bool) -> None:
-    lone, scale = IndependentLaplace(), torch.tensor([0.01, 900.0], dtype=torch.float64)
+    lone, scale = Independent(Laplace()), torch.tensor([0.01, 900.0], dtype=torch.float64)
     errors = lone.sample(
         (4000, 2), scale if diagonal else scale[1], torch.Generator().manual_seed(0)
     )
@@ -703,14 +718,13 @@ def test_a_component_can_be_switched_off() -> None:
 
 def truth(family: Any, error: float, dim: int, precision: float) -> tuple[Any, Any]:
     "Log density and slope of `dim` equal errors, in 60 digits."
+    if isinstance(family, Independent):
+        value, slope = truth(family.family, error, 1, precision)
+        return dim * value, slope
     e, Pi = mpmath.mpf(error), mpmath.mpf(precision)
     u = dim * Pi * e**2
     shape = {f.name: mpmath.mpf(getattr(family, f.name)) for f in fields(family)}
     a = next(iter(shape.values()), None)
-    if isinstance(family, IndependentLaplace):
-        return dim * (mpmath.log(Pi) / 2 - mpmath.sqrt(Pi) * abs(e) - mpmath.log(2)), -mpmath.sqrt(
-            Pi
-        ) * mpmath.sign(e)
     if isinstance(family, Gaussian):
         g, w = -u / 2, mpmath.mpf(1)
     elif isinstance(family, StudentT):
@@ -734,7 +748,12 @@ def truth(family: Any, error: float, dim: int, precision: float) -> tuple[Any, A
 
 
 SHORT = [torch.float16, torch.bfloat16, torch.float32]
-EVERY = [*ELLIPTICAL, Contaminated(0.1, 1e-8), IndependentLaplace()]
+EVERY = [
+    *ELLIPTICAL,
+    Contaminated(0.1, 1e-8),
+    Independent(Laplace()),
+    Independent(StudentT(2.0)),
+]
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
@@ -833,7 +852,7 @@ def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
         rtol=1e-3,
         atol=1e-3,
     )
-    for family in (*ELLIPTICAL[:5], IndependentLaplace(), mixture(0, 2, 4, False)):
+    for family in (*ELLIPTICAL[:5], Independent(Laplace()), mixture(0, 2, 4, False)):
         for bad in (
             1e300,
             torch.tensor(1e300, dtype=torch.float64),
@@ -868,7 +887,7 @@ def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
         far.log_prob(torch.zeros(2, 4))
 
 
-@pytest.mark.parametrize("family", [*ELLIPTICAL, IndependentLaplace()], ids=str)
+@pytest.mark.parametrize("family", [*ELLIPTICAL, Independent(Laplace())], ids=str)
 def test_a_fit_of_short_errors(family: Any) -> None:
     "Fitted in float64; a precision that the dtype cannot hold is refused, not infinite."
     errors = (300 * tensor(0, (200, 3))).half()
@@ -956,7 +975,7 @@ def test_slopes_of_extreme_errors() -> None:
         (lambda: Laplace().energy(torch.zeros(2), None), TypeError, "a precision must be a number"),
         (lambda: Laplace().energy(torch.zeros(2), True), TypeError, "a precision must be a number"),
         (
-            lambda: IndependentLaplace().weight(torch.zeros(2), torch.tensor(True)),
+            lambda: Independent(Laplace()).weight(torch.zeros(2), torch.tensor(True)),
             TypeError,
             "a precision must be a number",
         ),

@@ -14,6 +14,7 @@ from common import stir
 from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.attention import Keys
 from pc_transformer.config import replace
 from pc_transformer.data import CharTokenizer, TextData
 from pc_transformer.experiments import evidence
@@ -30,7 +31,7 @@ from pc_transformer.inference import (
     sample_columns,
     settle_columns,
 )
-from pc_transformer.inference.evidence import Memory
+from pc_transformer.inference.evidence import pick
 from pc_transformer.settling import SettlingError
 from pc_transformer.training import Trainer, save
 from pc_transformer.training.run import RunConfig
@@ -243,19 +244,20 @@ def test_memories_are_cut_joined_and_picked_by_column_and_row() -> None:
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g)
     for own in (True, False):
-        p, w = (draw(3, 2, 5), draw(3, 2, 5)) if own else (draw(2, 1, 1), None)
-        memory = Memory(draw(3, 2, 5, 4), draw(3, 2, 5, 4), p, w)
-        parts = memory.cut(0, 2).append(memory.cut(2, 3)).append(memory.cut(3, 5))
+        p, w = (draw(3, 2, 1, 5, 1), draw(3, 2, 1, 5)) if own else (draw(1, 2, 1, 1, 1), None)
+        by_key = ("precision", "log_mix") if own else ()
+        memory = Keys(draw(3, 2, 1, 5, 4), draw(3, 2, 5, 4), p, w, by_key)
+        parts = memory[:2].append(memory[2:3]).append(memory[3:5])
         for name in ("k", "v", "precision", "log_mix"):
             whole, joined = getattr(memory, name), getattr(parts, name)
             assert (whole is None and joined is None) or torch.equal(whole, joined), name
-        cut, row = memory.cut(1, 3), memory.pick(torch.tensor([2]))
-        assert torch.equal(cut.k, memory.k[:, :, 1:3]) and torch.equal(cut.v, memory.v[:, :, 1:3])
+        cut, row = memory[1:3], pick(memory, torch.tensor([2]))
+        assert torch.equal(cut.k, memory.k[:, :, :, 1:3]) and torch.equal(cut.v, memory.v[:, :, 1:3])
         assert torch.equal(row.k, memory.k[2:]) and torch.equal(row.v, memory.v[2:])
         if own:
             assert (
                 cut.precision is not None
-                and torch.equal(cut.precision, p[..., 1:3])
+                and torch.equal(cut.precision, p[:, :, :, 1:3])
                 and row.log_mix is not None
             )
             assert w is not None and torch.equal(row.log_mix, w[2:])

@@ -31,7 +31,7 @@ from pc_transformer.energies import (
     Gaussian,
     GeneralizedGaussian,
     Huber,
-    IndependentLaplace,
+    Independent,
     Laplace,
     Logistic,
     StudentT,
@@ -477,7 +477,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         with pytest.raises(error, match=match):
             g.triton(**arguments)  # type: ignore[arg-type]
 
-    wrong("no link 'IndependentLaplace'", link=IndependentLaplace())
+    wrong("no link 'Independent'", link=Independent(Laplace()))
     wrong("no link 'gaussian'", link="gaussian")
     wrong("needs q \\(B, H, Tq, d\\)", q=q[0])
     wrong("bfloat16 or float16", TypeError, q=q.double())

@@ -69,6 +69,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "student_t": {"attention": "student_t", "precision_init": 4.0, "tail": 3.0, "precision": "key"},
     "laplace": {"attention": "laplace", "precision_init": 4.0, "background": True, "n_kv_head": 1},
     "mixture": {"attention": "mixture", "precision_init": 4.0, "mixing": "key"},
+    "student_t, each coordinate": {
+        "attention": "student_t",
+        "precision_init": 4.0,
+        "tail": 3.0,
+        "coordinates": "independent",
+    },
+    "laplace, each coordinate": {
+        "attention": "laplace",
+        "coordinates": "independent",
+        "precision": "key",
+        "mixing": "key",
+        "background": True,
+    },
     "gaussian, diagonal": {
         "attention": "gaussian",
         "precision_init": 1.0,
@@ -466,7 +479,7 @@ def heads_by_view(attention: Any, x: Tensor) -> Tensor:
 
 def masked_attention(attention: Any, x: Tensor, fill: float = -math.inf, first: int = 1) -> Tensor:
     "Attention with a hand-made mask: keys from `first` after the query on get `fill`."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(first)
     # = and not +: the mutant with -1e-9 does the same in both
@@ -486,14 +499,14 @@ def late_mask(attention: Any, x: Tensor) -> Tensor:
 
 def mask_after_softmax(attention: Any, x: Tensor) -> Tensor:
     "Mutant: weights of the future are zeroed after they took part in the normaliser."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     r = (q @ k.mT).softmax(-1).tril()
     return attention.out((r @ v).transpose(1, 2).flatten(2))
 
 
 def no_mask(attention: Any, x: Tensor) -> Tensor:
     "Mutant: `is_causal` is configured and never passed on."
-    q, k, v = attention.split(x)
+    q, k, v = attention.split(attention.qkv(x))
     out, _ = reference(q, k, v, Gaussian(), 1.0)
     assert isinstance(out, Tensor)
     return attention.out(out.transpose(1, 2).flatten(2))
@@ -943,10 +956,11 @@ def normalised(s: Tensor, gain: Tensor) -> Tensor:
 
 
 def log_shape(c: ModelConfig, u: Tensor, tail: Tensor | None) -> Tensor:
-    "The link g(u) of a family, from its formula."
+    "The link g(u) of a family, from its formula; of one coordinate where they are independent."
     if c.attention == "student_t":
         assert tail is not None
-        return -(tail + c.d_head) / 2 * (1 + u / tail).log()
+        d = 1 if c.coordinates == "independent" else c.d_head
+        return -(tail + d) / 2 * (1 + u / tail).log()
     return -u.sqrt() if c.attention == "laplace" else -u / 2
 
 
@@ -975,8 +989,12 @@ def scores_by_hand(
         )
         if (by_token := get("precision_map")) is not None:
             log_lambda = log_lambda + (x[:, : k.shape[1]] @ by_token[g])[..., None]
-        u = (log_lambda.exp() * (q - key) ** 2).sum(-1)
-        score = log_shape(c, u, None if tail is None else tail[h, 0].exp()) + log_lambda.sum(-1) / 2
+        squares, nu = log_lambda.exp() * (q - key) ** 2, None if tail is None else tail[h, 0].exp()
+        if c.coordinates == "independent":
+            g_u = sum(log_shape(c, u, nu) for u in squares.unbind(-1))
+        else:
+            g_u = log_shape(c, squares.sum(-1), nu)
+        score = g_u + log_lambda.sum(-1) / 2
         if mix is not None:
             score = score + mix[g, m, 0] - mix[g, :, 0].logsumexp(0)
         if (by_token := get("mix_map")) is not None:
@@ -1210,11 +1228,10 @@ class NoAttentionJacobian(PCTransformer):
 
     @staticmethod
     def constant(attention: Any, x: Tensor) -> Tensor:
-        q, k, v = attention.split(x)
+        q, k, v = attention.split(attention.qkv(x))
         q, k = q.detach(), k.detach()
-        _, r = attend(
-            q, k, v, attention.family, attention.precision, is_causal=True, return_attention=True
-        )
+        Lam = attention.keys(x, k, v).precision[:, :, 0]
+        _, r = attend(q, k, v, attention.family, Lam, is_causal=True, return_attention=True)
         return attention.out((r @ v).transpose(1, 2).flatten(2))
 
 

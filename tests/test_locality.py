@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer
+from pc_transformer.config import to_dict
 from pc_transformer.energies import Laplace, StudentT
 from pc_transformer.learning import PredictiveCoding, Solver, accumulate
 from pc_transformer.settling import ErrorSettling, FreeEnergy, Settled, StateSettling
@@ -46,6 +47,7 @@ import sys
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from pc_transformer.config import ModelConfig
 from pc_transformer.model import AttentionLayer, Embedding, FeedForwardLayer
 from pc_transformer.energies import Gaussian, Laplace, StudentT
 from pc_transformer.learning import local_gradient
@@ -85,10 +87,7 @@ def constructor(model: PCTransformer, l: int) -> str:
     if l == 0:
         return f"Embedding({c.vocab_size}, {c.block_size}, {c.d_model})"
     if l % 2:
-        return (
-            f"AttentionLayer({c.d_model}, {c.n_head}, {c.attention!r}, {c.precision_init},"
-            f" **{c.attention_options!r})"
-        )
+        return f"AttentionLayer(ModelConfig(**{to_dict(c)!r}))"
     return f"FeedForwardLayer({c.d_model})"
 
 

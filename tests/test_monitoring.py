@@ -298,7 +298,7 @@ def test_attention_rows_are_the_layers_own(family: str) -> None:
     layer: Any = build(**FAMILIES[family]).double().predictors[1]
     s = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r, seen = attention_rows(layer, s)
-    v = layer.attention.split(layer.norm(s))[2]
+    v = layer.attention.look(layer.norm(s))[1].v
     torch.testing.assert_close(
         s + layer.attention.out((r @ v).transpose(1, 2).flatten(2)), layer(s), rtol=1e-9, atol=1e-12
     )

@@ -198,15 +198,10 @@ def test_attention_energy_from_the_attention_itself(family: str) -> None:
         states = node_states(model, TOKENS)
         for f, s in zip(list(model.predictors)[1::2], states[::2], strict=False):
             a, x = f.attention, f.norm(s)
-            q, k, _ = a.split(x)
-            Lam = a.precision_of(x)
-            mix = a.mixing_of(x, k, Lam)
-            mix = (
-                torch.zeros(k.shape[:-1], dtype=torch.float64)
-                if mix is None
-                else mix.expand(k.shape[:-1])
-            )
-            Lam = Lam.expand(k.shape[:-1])
+            q, keys = a.look(x)
+            k, Lam, mix = keys.k[:, :, 0], keys.precision[:, :, 0, :, 0], keys.log_mix
+            mix = torch.zeros(k.shape[:-1], dtype=k.dtype) if mix is None else mix[:, :, 0]
+            Lam, mix = Lam.expand(k.shape[:-1]), mix.expand(k.shape[:-1])
             for b, h, t in [(b, h, t) for b in range(6) for h in range(2) for t in range(10)]:
                 sees = slice(max(0, t + 1 - (a.window or 10)), t + 1)
                 u = Lam[b, h, sees] * (q[b, h, t] - k[b, h, sees]).square().sum(-1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..attention import kernels
 from ..attention.attend import posterior_mean
-from ..attention.scores import Component
+from ..attention.scores import Keys, Mask
 from pc_transformer.energies.families import (
     Contaminated, Gaussian, GeneralizedGaussian, Huber, Laplace, Logistic, StudentT,
 )
@@ -133,8 +133,9 @@ def mixture(
 ) -> tuple[Tensor, Tensor | None]:
     """Two components per key, as `attend` computes them: one pass by row chunks, or two calls of
     a GPU's kernel merged."""
-    keys = Component(torch.stack([k, k + 0.5], 2), precision[:, :, None])
-    return posterior_mean(q, keys, v, link, "auto", **kw)
+    keys = Keys(torch.stack([k, k + 0.5], 2), v, precision[:, :, None])
+    need = kw.pop("need_lse", False)
+    return posterior_mean(q, keys, link, Mask(kw.pop("mask", None), **kw), need)
 
 
 def gpu(name: str) -> Callable[..., Any]:

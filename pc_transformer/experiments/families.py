@@ -106,7 +106,10 @@ def run_config(family: str, sharpness: float | None, seed: int, base: RunConfig)
         return replace(c, **{"model.precision_init": None})
     m, tail = c.model, {}
     if m.attention in TAILS: tail = {TAILS[m.attention][0]: m.tail or TAILS[m.attention][1]}
-    start = initial_precision(m.attention, m.d_model, m.d_head, sharpness, m.qk_norm, **tail)
+    width = (m.d_model, m.d_head)
+    start = initial_precision(
+        m.attention, *width, sharpness, m.qk_norm, m.coordinates, **tail
+    )
     return replace(c, **{"model.precision_init": start})
 
 # %% ../../nbs/6_experiments/06_precision_and_tails.ipynb #c1b4d262

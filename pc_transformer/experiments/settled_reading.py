@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..attention import attend
 from ..config import replace, to_dict
 from ..training.run import RunConfig
 from ..data.damage import damage
@@ -33,7 +32,7 @@ from pc_transformer.inference.calibration import (
 )
 from ..inference.decode import extend
 from ..inference.sampling import SamplingConfig
-from ..inference.uncertainty import attention_call, entropy, head_energies, node_states
+from ..inference.uncertainty import entropy, head_energies, node_states
 from ..isolation import evaluating
 from ..model import convert
 from ..model.layers import AttentionLayer
@@ -83,9 +82,11 @@ def query_looks(
             [f for f in still.predictors if isinstance(f, AttentionLayer)], states[::2]
         ):
             a, x, best = f.attention, f.norm(s), torch.zeros(())
-            q, k, v, options = attention_call(a, x)
+            q, keys = a.look(x)
             for n in STEPS:
-                r = attend(q, k, v, a.family, settle_steps=n, return_attention=True, **options)[1]
+                settled = a.settle(q, keys, a.mask(), n)
+                r = a.read(settled, keys, a.mask(), "responsibilities").responsibilities
+                assert r is not None
                 best = r.argmax(-1) if n == 0 else best
                 same = (r.argmax(-1) == best).double().mean()
                 row = (head_energies(a, x, n).mean(), torch.special.entr(r).sum(-1).mean(), same)

@@ -44,7 +44,8 @@ def cache_bytes(
     w, w1 = DTYPES[dtype].itemsize, max(4, DTYPES[compute].itemsize)
     M = config.n_component if config.attention == "mixture" else 1
     per_key = 2 * config.d_head * w + (dtype == "int8") * 2 * w1
-    per_key += len(columns(config.attention, config.precision, config.mixing)) * M * w1
+    kept = columns(config.attention, config.precision, config.mixing, config.coordinates)
+    per_key += len(kept) * M * w1
     return config.n_layer * batch * (config.n_kv_head or config.n_head) * length * per_key
 
 # %% ../../nbs/3_inference/03_cache.ipynb #6badb5b1

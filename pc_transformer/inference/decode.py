@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_extend', 'extend', 'one_more', 'quick_scores', 'describe_one', 'weighted_square', 'decode', 'decode_at',
-           'places', 'advance', 'remember', 'split_plain', 'causal']
+           'places', 'advance', 'remember']
 
 # %% ../../nbs/3_inference/05_decode.ipynb #2ad7a9e3
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..attention import attend
-from ..attention.head import PCAttention
-from ..attention.sharpness import TAILS
+from ..attention.scores import Mask
 from ..energies.elliptical import check_whole, shown
 from .cache import KVCache
 from .reader import Reader, cached_scores, measure_near, read_out, settled
@@ -257,11 +255,14 @@ def remember(
     reader = cache.readers[layer]
     a = reader.attention
     need = energies or a.background is not None
-    q, k, v = split_plain(a, cache.via(a.qkv, x.shape[1])(x))
+    q, k, v = a.split(cache.via(a.qkv, x.shape[1])(x))
     cache.write(layer, k, v, x, slots)
     # nothing to look back at: exactly the model's own pass
     if cache.length == 0 and x.shape[1] > 1:
-        out, lse = causal(a, x, q, k, v, need, settle_steps)
+        keys, mask = a.keys(x, k, v), Mask(None, True, a.window)
+        q = a.settle(q, keys, mask, settle_steps)
+        found = a.read(q, keys, mask, "lse" if need else "out")
+        out, lse = found.out, found.lse
     else:
         stop = cache.length + x.shape[1]
         K, V = cache.keys(layer, stop, first), cache.values(layer, stop, first)
@@ -269,39 +270,6 @@ def remember(
         for _ in range(settle_steps): q = settled(reader, q, K, column, seen)
         s, _ = cached_scores(reader, q, K, column, seen, need)
         out, lse = read_out(reader, s, V, need)
+        out = a.gate(out, lse)
     energy = (reader.log_Z - lse).mean(1) if energies and lse is not None else None
-    if a.background is not None and lse is not None:
-        out = out * torch.sigmoid(lse - a.background)[..., None]
     return out.to(x.dtype).transpose(1, 2).flatten(2), energy
-
-
-def split_plain(a: PCAttention, qkv: Float[Tensor, "B T E"]) -> tuple[Tensor, Tensor, Tensor]:
-    """`PCAttention.split` before a mixture's shift: queries `(B, H, T, d)`, keys and values `(B,
-    Hk, T, d)`."""
-    q, k, v = (
-        qkv.unflatten(-1, (-1, a.d)).transpose(1, 2).split([a.n_head, a.n_kv_head, a.n_kv_head], 1)
-    )
-    return (F.rms_norm(q, (a.d,)), F.rms_norm(k, (a.d,)), v) if a.qk_norm else (q, k, v)
-
-
-def causal(
-    a: PCAttention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, settle_steps: int,
-) -> tuple[Tensor, Tensor | None]:
-    "The attention of `PCAttention.forward` in eval mode."
-    tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
-    k = k if a.shift is None else k[:, :, None] + a.shift
-    precision = a.precision_of(x)
-    found = attend(
-        q,
-        k,
-        v,
-        a.family,
-        precision,
-        a.mixing_of(x, k, precision),
-        is_causal=True,
-        window=a.window,
-        return_lse=need_lse,
-        settle_steps=settle_steps,
-        **tail
-    )
-    return (found[0], found[1]) if isinstance(found, tuple) else (found, None)

@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'entropy', 'Decomposition', 'decompose', 'ensemble_log_probs', 'noisy_log_probs', 'prior_mass',
-           'attention_call', 'head_energies', 'node_states', 'StateGaussians', 'token_scores']
+           'head_energies', 'node_states', 'StateGaussians', 'token_scores']
 
 # %% ../../nbs/3_inference/07_uncertainty.ipynb #53708df3
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attention.attend import attention_energy
+from ..attention.attend import energy
 from ..attention.head import PCAttention
-from ..attention.scores import spread_heads
-from ..attention.sharpness import TAILS
+from ..attention.scores import Keys, Mask, spread_heads
 from ..energies.families import Gaussian
 from .sampling import is_int, is_real
 from ..isolation import check_seed, evaluating
@@ -102,32 +100,13 @@ def noisy_log_probs(
     return torch.stack(out)
 
 # %% ../../nbs/3_inference/07_uncertainty.ipynb #1bc0db38
-def prior_mass(a: PCAttention, k: Tensor, log_mix: Tensor | None) -> Float[Tensor, "B H T"]:
+def prior_mass(a: PCAttention, keys: Keys) -> Float[Tensor, "B H T"]:
     "log of the sum of mixing weights over the keys that each query sees."
-    T = k.shape[-2]
+    k, log_mix = keys.k, keys.log_mix
     b = k.new_zeros(k.shape[:-1]) if log_mix is None else log_mix.expand(k.shape[:-1])
-    b = b.logsumexp(2) if k.dim() == 5 else b                       # components of a mixture
-    after = torch.arange(T, device=k.device)[:, None] - torch.arange(T, device=k.device)
-    hidden = (after < 0) | (after >= (a.window or T))
-    return spread_heads(
-        b[:, :, None].masked_fill(hidden, -math.inf).logsumexp(-1), a.n_kv_head, a.n_head
-    )
-
-
-def attention_call(
-    a: PCAttention, x: Float[Tensor, "B T D"]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    "Queries, keys and values of one layer, and the options of `attend` with which it reads."
-    q, k, v = a.split(x)
-    precision = a.precision_of(x)
-    tail = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
-    own = {
-        "precision": precision,
-        "log_mix": a.mixing_of(x, k, precision),
-        "is_causal": True,
-        "window": a.window,
-    }
-    return q, k, v, own | tail
+    T, b = k.shape[-2], b.logsumexp(2)                              # components of a mixture
+    seen = Mask(None, True, a.window).hide(b[:, :, None].expand(-1, -1, T, -1))
+    return spread_heads(seen.logsumexp(-1), a.n_kv_head, a.n_head)
 
 
 def head_energies(
@@ -135,10 +114,9 @@ def head_energies(
 ) -> Float[Tensor, "B H T"]:
     """Equation (3) for every head of one layer, of queries that settle first, in nats. Raises
     ValueError for dot products."""
-    q, k, _, options = attention_call(a, x)
-    return attention_energy(q, k, a.family, settle_steps=settle_steps, **options) + prior_mass(
-        a, k, options["log_mix"]
-    )
+    (q, keys), mask = a.look(x), Mask(None, True, a.window)
+    q = a.settle(q, keys, mask, settle_steps)
+    return energy(q, keys, a.likelihood, mask) + prior_mass(a, keys)
 
 # %% ../../nbs/3_inference/07_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:

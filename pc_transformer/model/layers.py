@@ -6,7 +6,7 @@
 __all__ = ['LayerNorm', 'Embedding', 'AttentionLayer', 'FeedForwardLayer', 'Output']
 
 # %% ../../nbs/1_model/14_layers.ipynb #b7e1b11b
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..attention.head import PCAttention
-from ..config import Attention
+from ..config import ModelConfig
 from ..isolation import Dropout, linear, table
 
 # %% ../../nbs/1_model/14_layers.ipynb #787187cb
@@ -47,22 +47,11 @@ class Embedding(nn.Module):
 class AttentionLayer(nn.Module):
     "Predicts the next node by looking at earlier tokens: `mu = s + Attention(LN(s))`."
 
-    def __init__(
-        self,
-        d_model: int,
-        n_head: int,
-        family: Attention = "gaussian",
-        precision_init: float | None = None,
-        dropout: float = 0.0,  # of attention weights and of the whole branch, in training
-        bias: bool = False,  # in the norm and in both linear maps
-        **options: Any,  # of `PCAttention`
-    ):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm = LayerNorm(d_model, bias)
-        self.attention = PCAttention(
-            d_model, n_head, family, precision_init, dropout=dropout, bias=bias, **options
-        )
-        self.dropout = Dropout(dropout)
+        self.norm = LayerNorm(config.d_model, config.bias)
+        self.attention = PCAttention(config)
+        self.dropout = Dropout(config.dropout)     # of the whole branch, in training
 
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return s + self.dropout(self.attention(self.norm(s)))

@@ -150,10 +150,7 @@ class PCTransformer(Chain):
 
     @staticmethod
     def block(c: ModelConfig) -> tuple[AttentionLayer, FeedForwardLayer]:
-        attention = AttentionLayer(
-            c.d_model, c.n_head, c.attention, c.precision_init, **c.attention_options
-        )
-        return attention, FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu)
+        return AttentionLayer(c), FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu)
 
     def forward(
         self,

@@ -10,14 +10,12 @@ __all__ = ['KINDS', 'DEAD', 'FROZEN', 'CERTAIN', 'undisturbed', 'node_names', 'f
 # %% ../../nbs/2_learning/10_measures.ipynb #a5d87f1a
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attention import attend
-from ..attention.sharpness import TAILS
+from ..attention import Mask
 from ..isolation import M, private, view
 from ..model.layers import AttentionLayer, Embedding, FeedForwardLayer
 from ..model.transformer import Chain
@@ -211,17 +209,13 @@ def attention_rows(
     a, T = layer.attention, s.shape[1]
     pairs = max(1, most // (a.n_head * T * a.d * a.n_component))
     x = layer.norm(s[: max(1, pairs // T)])
-    q, k, v = a.split(x)
+    q, keys = a.look(x)
     rows = torch.linspace(0, T - 1, min(T, pairs), device=s.device).round().long()
     back = rows[:, None] - torch.arange(T, device=s.device)
-    mask = (back >= 0) & (back < (a.window or T))
-    tail: dict[str, Any] = {} if a.log_tail is None else {TAILS[a.family][0]: a.log_tail.exp()}
-    precision = a.precision_of(x)
-    mix = a.mixing_of(x, k, precision)
-    found = attend(
-        q[:, :, rows], k, v, a.family, precision, mix, attn_mask=mask, return_attention=True, **tail
-    )
-    return found[1], mask.sum(-1)
+    seen = (back >= 0) & (back < (a.window or T))
+    r = a.read(q[:, :, rows], keys, Mask(seen[None, None]), "responsibilities").responsibilities
+    assert r is not None
+    return r, seen.sum(-1)
 
 
 def saturated_rows(layer: AttentionLayer, s: Float[Tensor, "B T D"]) -> float:
