@@ -307,7 +307,7 @@ def sample(
     """
     from pc_transformer.experiments.evidence import make_settler
     from pc_transformer.inference.generate import generate_text, opening
-    from pc_transformer.inference.packed import packed
+    from pc_transformer.inference.packed import pack
     from pc_transformer.training.trainer import pick_device
 
     net, tokenizer = load_pair(model_folder(model))
@@ -321,7 +321,7 @@ def sample(
     elif settle is not None: how = {"settle": make_settler(settle, settle_steps)}
     print(
         generate_text(
-            packed(net),
+            pack(net),
             tokenizer,
             begin,
             max_new_tokens,

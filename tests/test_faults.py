@@ -1035,7 +1035,7 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     for study in (
         "uncertainty.study_one",
         "experiments.settled_reading.study_one",
-        "evidence.go_on",
+        "evidence_study.go_on",
     ):
         monkeypatch.setattr(
             f"pc_transformer.{study}",

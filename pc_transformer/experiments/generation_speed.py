@@ -23,7 +23,7 @@ from .attention_speed import about, clock, interleaved
 from ..inference.cache import KVCache
 from ..inference.decode import advance
 from ..inference.generate import generate
-from ..inference.packed import blocked, has_blocks, packed, turned
+from ..inference.packed import blocked, has_blocks, pack, turned
 from ..model.transformer import PCTransformer
 from ..training.files import write_text
 
@@ -64,7 +64,7 @@ def contenders(
         name: PCTransformer(replace(config, **changes)).eval() for name, changes in families.items()
     }
     runs: dict[str, Callable[[], Any]] = {
-        name: run(packed(m, batch)) for name, m in models.items()
+        name: run(pack(m, batch)) for name, m in models.items()
     }
     runs[NO_COPIES] = run(models["dot"])
     if no_cache: runs[NO_CACHE] = run(PCTransformer(config).eval(), cache=False)
@@ -113,7 +113,7 @@ def by_position(
     out, width, token = [], length // bins, torch.zeros(1, 1, dtype=torch.int64)
     device = torch.device("cpu")
     for name in ("dot", "gaussian", "student_t"):
-        model = packed(PCTransformer(replace(config, block_size=length, **FAMILIES[name])).eval())
+        model = pack(PCTransformer(replace(config, block_size=length, **FAMILIES[name])).eval())
         times: list[list[float]] = [[] for _ in range(bins)]
         for _ in range(rounds):
             cache = KVCache.allocate(model)
@@ -172,7 +172,7 @@ def bandwidth(rounds: int, size: int = 2**26) -> float:  # GB/s
 def compiled(config: ModelConfig, rounds: int, backend: str = "inductor") -> dict[str, Any]:
     """Milliseconds of a step of one row as it is and through `torch.compile`, and seconds until
     the latter is ready."""
-    cache = KVCache.allocate(packed(PCTransformer(config).eval()))
+    cache = KVCache.allocate(pack(PCTransformer(config).eval()))
     token = torch.zeros(1, 1, dtype=torch.int64)
     def eager(n: int) -> torch.Tensor:
         cache.lengths = [n]

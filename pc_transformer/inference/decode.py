@@ -52,7 +52,7 @@ def check_new(tokens: Any, cache: KVCache, counts: Sequence[int] | None) -> None
     if len(counts) != rows or not all(1 <= n <= T for n in counts):
         raise ValueError(f"counts must be {rows} numbers from 1 to {T}, got {list(counts)}")
 
-# %% ../../nbs/3_inference/05_decode.ipynb #abe4e30d
+# %% ../../nbs/3_inference/05_decode.ipynb #a75e85e4
 @dataclass(frozen=True)
 class Places:
     "Where new tokens go, and what they may see."
@@ -75,7 +75,7 @@ def places(cache: KVCache, T: int) -> Places:
     rows = torch.arange(cache.batch, device=device)[:, None]
     return Places((rows, i) if ragged else slice(n, n + T), seen, first)
 
-# %% ../../nbs/3_inference/05_decode.ipynb #17d4b1ec
+# %% ../../nbs/3_inference/05_decode.ipynb #febb7ed2
 def split_plain(a: PCAttention, qkv: Float[Tensor, "B T E"]) -> tuple[Tensor, Tensor, Tensor]:
     """`PCAttention.split` before a mixture's shift: queries `(B, H, T, d)`, keys and values `(B,
     Hk, T, d)`."""
@@ -107,7 +107,7 @@ def causal(
     )
     return (found[0], found[1]) if isinstance(found, tuple) else (found, None)
 
-# %% ../../nbs/3_inference/05_decode.ipynb #c93d1a66
+# %% ../../nbs/3_inference/05_decode.ipynb #3942753e
 def remember(
     cache: KVCache, layer: int, x: Float[Tensor, "B T D"], at: Places, settle_steps: int = 0
 ) -> Float[Tensor, "B T D"]:
@@ -122,7 +122,7 @@ def remember(
     else:
         stop = cache.length + T
         K, V = cache.keys(layer, stop, at.first), cache.values(layer, stop, at.first)
-        column = {name: c[layer, ..., at.first : stop] for name, c in cache.column.items()}
+        column = cache.columns(layer, stop, at.first)
         for _ in range(settle_steps): q = settled(reader, q, K, column, at.seen)
         s = cached_scores(reader, q, K, column, at.seen, need)
         out, lse = read_out(reader, s, V, need)
@@ -130,7 +130,7 @@ def remember(
         out = out * torch.sigmoid(lse - a.background)[..., None]
     return out.to(x.dtype).transpose(1, 2).flatten(2)
 
-# %% ../../nbs/3_inference/05_decode.ipynb #0a53b126
+# %% ../../nbs/3_inference/05_decode.ipynb #8890dead
 def advance(
     cache: KVCache,
     tokens: Int64[Tensor, "B T"],
@@ -160,7 +160,7 @@ def newest(s: Float[Tensor, "B T D"], counts: Sequence[int]) -> Float[Tensor, "B
     "State of each row's last token."
     return s[torch.arange(len(s)), torch.tensor(counts, device=s.device) - 1][:, None]
 
-# %% ../../nbs/3_inference/05_decode.ipynb #447cb4fe
+# %% ../../nbs/3_inference/05_decode.ipynb #36fdd198
 def extend(
     model: PCTransformer,
     tokens: Int64[Tensor, "B T"],                # what follows the tokens in the cache

@@ -22,7 +22,7 @@ from .sources import Cached, Reading, Windows, make_source
 from .texts import Texts, read_prompts, start_texts
 from ..isolation import check_seed
 
-# %% ../../nbs/3_inference/08_generation.ipynb #8a7b7975
+# %% ../../nbs/3_inference/08_generation.ipynb #ed014c2e
 def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
     "One generator for the batch, or one for each row if `seed` is a sequence. Raises `ValueError`."
     if seed is None:
@@ -50,7 +50,7 @@ def draw(
     whole[rows] = q
     return sample(whole, generators[0])[rows]
 
-# %% ../../nbs/3_inference/08_generation.ipynb #6781edce
+# %% ../../nbs/3_inference/08_generation.ipynb #c322e265
 @dataclass(frozen=True)
 class Step:
     "What one step of a stream has added."
@@ -61,7 +61,7 @@ class Step:
     log_probs: Float[Tensor, " b"]
     stopped: list[int]  # rows that end with this token
 
-# %% ../../nbs/3_inference/08_generation.ipynb #5f060017
+# %% ../../nbs/3_inference/08_generation.ipynb #6b266479
 @dataclass
 class Writer:
     "Texts that grow, and all that decides how."
@@ -108,7 +108,7 @@ def count(texts: Texts, V: int) -> Float[Tensor, "B V"]:
     rows = [texts.tokens[r, :n].cpu() for r, n in enumerate(texts.lengths)]
     return torch.stack([torch.bincount(row, minlength=V) for row in rows]).double()
 
-# %% ../../nbs/3_inference/08_generation.ipynb #d61370b8
+# %% ../../nbs/3_inference/08_generation.ipynb #ba020088
 def read_options(
     sampling: SamplingConfig | None, options: dict[str, Any], limits: Any
 ) -> tuple[SamplingConfig, Reading]:
@@ -130,7 +130,7 @@ def read_options(
         )
     return chosen, reading
 
-# %% ../../nbs/3_inference/08_generation.ipynb #95c10925
+# %% ../../nbs/3_inference/08_generation.ipynb #dfc160a6
 def stream(
     # model(tokens) -> logits (B, T, V); model.config has block_size and vocab_size
     model: nn.Module,
@@ -163,7 +163,7 @@ def stream(
     writer = Writer(texts, source, make_generators(seed, len(rows)), choice, reading)
     return (writer.step() for _ in range(max_new_tokens) if texts.rows)
 
-# %% ../../nbs/3_inference/08_generation.ipynb #7ca950ac
+# %% ../../nbs/3_inference/08_generation.ipynb #05f9875c
 def generate(
     model: nn.Module,
     prompt: Tensor | Sequence[Tensor],
@@ -224,7 +224,7 @@ def generate_text(
             return prompt + text[: min(found)]
     return tokenizer.decode(torch.cat([ids, *new]))
 
-# %% ../../nbs/3_inference/08_generation.ipynb #3014e30b
+# %% ../../nbs/3_inference/08_generation.ipynb #efd0d779
 def check_text(model: Any, tokenizer: Any, prompt: Any, stop: Any) -> None:
     "Raise `TypeError` or `ValueError`, one sentence, for what `generate_text` cannot read."
     if not isinstance(tokenizer, Tokenizer):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Product', 'SMALL', 'PACKED', 'M', 'turned', 'has_blocks', 'blocked', 'fast_product', 'version', 'Frozen', 'Packed',
-           'packed']
+           'pack']
 
 # %% ../../nbs/3_inference/02_packed.ipynb #35d72945
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def turned(W: Float[Tensor, "o i"], b: Tensor | None) -> Product:
     copy = W.T.contiguous().T
     return lambda x: F.linear(x, copy, b)
 
-# %% ../../nbs/3_inference/02_packed.ipynb #518e9c40
+# %% ../../nbs/3_inference/02_packed.ipynb #44f5d1e7
 def has_blocks() -> bool:
     "Whether PyTorch offers oneDNN's blocked order."
     names = ("_linear_pointwise", "_reorder_linear_weight")
@@ -41,7 +41,7 @@ def blocked(W: Float[Tensor, "o i"], b: Tensor | None, batch: int) -> Product:
     copy = torch.ops.mkldnn._reorder_linear_weight(W, batch)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, b, "none", [], "")
 
-# %% ../../nbs/3_inference/02_packed.ipynb #9dc37b35
+# %% ../../nbs/3_inference/02_packed.ipynb #1a09966b
 # fewer weights than this are not copied; from so many rows on blocks are best
 SMALL, PACKED = 2**17, 3
 
@@ -73,7 +73,7 @@ class Frozen:
         now = list(self.model.parameters())
         return len(now) == len(self.seen) and all(a is b for a, (b, _) in zip(now, self.seen))
 
-# %% ../../nbs/3_inference/02_packed.ipynb #1ae033dc
+# %% ../../nbs/3_inference/02_packed.ipynb #50aaf145
 class Packed(nn.Module):
     "A linear map that reads a copy of its frozen weight, where one token a row is asked for."
 
@@ -83,7 +83,7 @@ class Packed(nn.Module):
         self.copied = (map.weight, version(map.weight))
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         "The map's own, as it is now."
         return self.map.weight
 
@@ -96,18 +96,19 @@ class Packed(nn.Module):
             raise ValueError("packed weights are frozen, but one has changed: pack the model again")
         return self.product(x if isinstance(self.map, nn.Linear) else self.map.norm(x))
 
-# %% ../../nbs/3_inference/02_packed.ipynb #fdf7fcfc
+# %% ../../nbs/3_inference/02_packed.ipynb #69856886
 M = TypeVar("M", bound=nn.Module)
 
 
-def packed(model: M, batch: int = 1) -> M:
+def pack(model: M, batch: int = 1) -> M:
     """The model with copies of its wide weights, to write `batch` rows a token at a time:
     frozen, see `Packed`. Its memory is at most the model's again."""
     seen = view(model)
     for parent in list(seen.modules()):
         for name, map in parent._modules.items():
-            if type(map) not in (nn.Linear, Output) or map._forward_hooks or map._forward_pre_hooks:
+            if not isinstance(map, nn.Linear | Output) or type(map) not in (nn.Linear, Output):
                 continue
+            if map._forward_hooks or map._forward_pre_hooks: continue
             if (product := fast_product(map, batch)) is not None:
                 parent._modules[name] = Packed(map, product)
     return seen

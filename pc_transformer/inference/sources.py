@@ -7,7 +7,7 @@ __all__ = ['NextToken', 'Recompute', 'Still', 'Windows', 'Cached', 'Reading', 'c
 
 # %% ../../nbs/3_inference/07_sources.ipynb #e2fa2245
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -77,13 +77,14 @@ class Cached:
 
     def __init__(self, cache: KVCache, settle_steps: int = 0, anew: bool = False):
         self.cache, self.settle_steps, self.anew = cache, settle_steps, anew
-        self.starts: list[int] | None = None
+        self.starts: tuple[int, ...] | None = None
 
     def __call__(self, texts: Texts) -> Float[Tensor, "b V"]:
         "Raises ValueError if a weight has changed since the first token."
         self.cache.check_weights(replaced=False)
-        starts, counts = zip(*((a, b - a) for a, b in texts.spans()), strict=True)
-        one_more = [n + 1 for n in self.cache.lengths] == list(counts)
+        spans = texts.spans()
+        starts, counts = tuple(a for a, _ in spans), [b - a for a, b in spans]
+        one_more = [n + 1 for n in self.cache.lengths] == counts
         grown, self.starts = one_more and starts == self.starts and not self.anew, starts
         if not grown: self.cache.clear()
         new = block(texts, 1 if grown else max(counts))

@@ -48,7 +48,8 @@ def read_prompts(prompt: Any, limits: Any, longer: bool) -> list[Tensor]:
     if not several or not all(isinstance(p, Tensor) for p in prompt):
         check_prompt(prompt, limits.block_size, limits.vocab_size, longer)
         return list(torch.atleast_2d(prompt))
-    for row, p in enumerate(prompt):
+    rows: list[Tensor] = list(prompt)
+    for row, p in enumerate(rows):
         try:
             check_prompt(p, limits.block_size, limits.vocab_size, longer)
         except (TypeError, ValueError) as error:
@@ -57,7 +58,7 @@ def read_prompts(prompt: Any, limits: Any, longer: bool) -> list[Tensor]:
             raise ValueError(
                 f"row {row}: a prompt in a list must have shape (time,), but has {tuple(p.shape)}."
             )
-    return list(prompt)
+    return rows
 
 # %% ../../nbs/3_inference/06_texts.ipynb #4037bbf8
 @dataclass
