@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
+from pc_transformer.experiments.evidence import EvidenceSettler
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.experiments.uncertainty import flat_predictions
@@ -120,7 +121,7 @@ def readers(model: PCTransformer, t: Trainer) -> dict[str, Callable[[], Any]]:
     read = {
         "generate": lambda: generate(model, X[:, :3], 6, **text),
         "without a cache": lambda: generate(model, X[:, :3], 6, cache=False, **text),
-        "evidence": lambda: generate(model, X[:1, :3], 3, settle="evidence", **text),
+        "evidence": lambda: generate(model, X[:1, :3], 3, settle=EvidenceSettler(), **text),
         "evaluate": lambda: evaluate(model, IDS, 12),
         "damaged": lambda: evaluate_damaged(model, IDS, 12, 11, 0.2),
         "cosine": lambda: gradient_cosine(PredictiveCoding(), model, X, Y),
@@ -277,7 +278,7 @@ def test_evaluation_drops_nothing() -> None:
         "damaged": lambda m: evaluate_damaged(m, IDS, 12, 11, 0.2),
         "generate": lambda m: generate(m, X[:, :4], 6, seed=0, cache=False),
         "recompute": lambda m: generate(m, X[:, :4], 6, seed=0, settle=Recompute()),
-        "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle="evidence"),
+        "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle=EvidenceSettler()),
         "cosine": lambda m: gradient_cosine(
             PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2)), m, X, Y
         ),
