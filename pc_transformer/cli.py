@@ -33,7 +33,7 @@ from pc_transformer.training.checkpoints import (
     SavedTokenizer, load, load_pair, read_run_config, resume as resume_run, write_run_config,
 )
 from .training.files import CheckpointError, Interrupted, read_json
-from .training.loop import progress_bar, train as train_run
+from .training.loop import Checkpoints, Progress, train as train_run
 from .training.parallel import ProcessError, join
 from .training.trainer import start
 
@@ -141,8 +141,8 @@ def train(
                 f"going on after step {trainer.step} of {trainer.config.train.iters} with"
                 f" {out / 'config.yaml'}"
             )
-        bar = progress_bar(config.learner.algorithm, trainer) if progress and first else None
-        train_run(trainer, out, text.tokenizer, bar)
+        bar = [Progress(config.learner.algorithm)] if progress and first else []
+        train_run(trainer, Checkpoints(out, text.tokenizer), *bar)
     if first:
         last = trainer.record[-1]
         say(
@@ -237,7 +237,8 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
         data: a corpus by name, or a text file; null: the run's own, else tinyshakespeare
         device: auto, cpu, cuda, ...
     """
-    from pc_transformer.training.trainer import evaluate as whole_split, pick_device
+    from pc_transformer.data.tasks import evaluate as whole_split
+    from pc_transformer.training.trainer import pick_device
 
     (net, tokenizer), data = load_pair(model_folder(model)), data_of(model, data)
     train_text, valid_text = halves(read_text(data))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import LEARNED
 from pc_transformer.config import Attention, LearnerConfig, RunConfig, TrainConfig
+from pc_transformer.data import Text
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
 
 few = settings(deadline=None, derandomize=True, database=None, max_examples=10)
@@ -337,7 +338,8 @@ def test_training_run(grad_clip: float) -> None:
         grad_clip=grad_clip,
     )
     config = RunConfig(ModelConfig(11, 16, 2, 2, 16, "dot"), LearnerConfig("backprop"), train)
-    trainer, theirs = Trainer(config, ids, ids, torch.device("cpu")), GPT(config.model)
+    trainer = Trainer(config, Text.of_ids(ids, ids, config), torch.device("cpu"))
+    theirs = GPT(config.model)
     with torch.no_grad():
         for p, q in pairs(trainer.model, theirs):
             q.copy_(p)

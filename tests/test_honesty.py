@@ -29,6 +29,7 @@ from pc_transformer import ModelConfig, PCTransformer, generate, load, save
 from pc_transformer.attention import attend, reference
 from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import LearnerConfig, RunConfig, TrainConfig, to_dict
+from pc_transformer.data import Text
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.tinyshakespeare import table
 from pc_transformer.learning import (
@@ -821,10 +822,10 @@ def check_rule_6_resume(
     """Stopped after 4 of 8 steps and resumed, the losses and weights of all steps are those of
     one uninterrupted run."""
     cpu = torch.device("cpu")
-    whole = advance(Trainer(config, IDS, IDS, cpu), 8)
-    save_checkpoint(advance(Trainer(config, IDS, IDS, cpu), 4), run)
+    whole = advance(Trainer(config, Text.of_ids(IDS, IDS, config), cpu), 8)
+    save_checkpoint(advance(Trainer(config, Text.of_ids(IDS, IDS, config), cpu), 4), run)
     torch.manual_seed(12345)
-    trainer = kind(config, IDS, IDS, cpu)
+    trainer = kind(config, Text.of_ids(IDS, IDS, config), cpu)
     go_on(trainer, run)
     advance(trainer, 4)
     pairs = zip(trainer.losses, whole.losses, strict=True)
@@ -1675,7 +1676,8 @@ def test_rule_10(shape: dict[str, int], seed: int, family: str, steps: int) -> N
 def test_rule_10_is_reported(family: str, learner: LearnerConfig) -> None:
     """Each evaluation of a run notes its cosine, residual and energies; those of backprop say
     that they are backprop's."""
-    trainer = advance(Trainer(run_config(family, learner), IDS, IDS, torch.device("cpu")), 2)
+    config = run_config(family, learner)
+    trainer = advance(Trainer(config, Text.of_ids(IDS, IDS, config), torch.device("cpu")), 2)
     entry = trainer.measure()
     tokens, targets = trainer.batch(0)
     assert -1.0 <= entry["cosine"] <= 1.0 + 1e-9

@@ -27,6 +27,7 @@ from pc_transformer.config import (
     TrainConfig,
     replace,
 )
+from pc_transformer.data import Text
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.uncertainty import flat_predictions
 from pc_transformer.inference import (
@@ -90,7 +91,7 @@ def trainer(learner: LearnerConfig | None = None, **changes: Any) -> Trainer:
     "A run with dropout."
     c = RunConfig(model=replace(CONFIG, **changes), learner=learner or LearnerConfig(),
                   train=TrainConfig(iters=8, batch_size=4, eval_interval=8))
-    return Trainer(c, IDS[:300], IDS[300:], torch.device("cpu"))
+    return Trainer(c, Text.of_ids(IDS[:300], IDS[300:], c), torch.device("cpu"))
 
 
 def same(a: Any, b: Any) -> bool:

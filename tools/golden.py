@@ -23,6 +23,7 @@ from pc_transformer import ModelConfig, PCTransformer, generate
 from pc_transformer.config import Attention, RunConfig, replace
 from pc_transformer.learning import Backprop, PredictiveCoding, gradients
 from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
+from pc_transformer.data import Text
 from pc_transformer.training import Trainer, save, save_checkpoint
 
 SMALL = {"vocab_size": 17, "block_size": 12, "n_layer": 2, "n_head": 4, "d_model": 32}
@@ -97,7 +98,8 @@ def of_training(name: str) -> dict[str, Tensor]:
         "learner.relative_precision": 1000.0,
         **LEARNERS[name],
     }
-    trainer = Trainer(replace(RunConfig(), **changes), ids[:500], ids[500:], torch.device("cpu"))
+    config = replace(RunConfig(), **changes)
+    trainer = Trainer(config, Text.of_ids(ids[:500], ids[500:], config), torch.device("cpu"))
     seen = [
         trainer.measure()["valid_loss"],
         *(trainer.advance() for _ in range(20)),

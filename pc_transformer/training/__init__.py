@@ -1,5 +1,6 @@
 """One run: files, checkpoints, the loop."""
 
+from ..data.tasks import evaluate
 from .files import *
 from .trainer import *
 from .checkpoints import *
