@@ -180,7 +180,7 @@ def settled_run(
         {"loss": None} if error else {}
     )
 
-# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #8e95679f
+# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #bb78ff15
 BACKPROP = {"learner.algorithm": "backprop"}
 SMALL = {"model.n_layer": 2, "model.d_model": 64}
 HIGHWAY = {"learner.solver": "highway", "learner.steps": 3, "learner.relative_precision": 1000}
@@ -196,7 +196,7 @@ def grids(shared: Mapping[str, Any], *lines: tuple[Mapping[str, Any], tuple[int,
     "Grids with their seeds, all with the same changes besides."
     return [arm for changes, seeds in lines for arm in grid({**shared, **changes}, seeds)]
 
-# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #4ed893a4
+# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #1cc9d34b
 def as_good(base: RunConfig) -> list[Arm]:
     "Two thousand, five thousand and five hundred steps of the demo's model."
     stiff = {"learner.relative_precision": 10000}
@@ -227,7 +227,7 @@ def deeper(base: RunConfig) -> list[Arm]:
         arms += grids(deep, (BACKPROP, THREE), (pc, ONE), (stiff, THREE), (HIGHWAY, seeds))
     return arms + grids(few, (states, ONE)) + grids(few | {"model.n_layer": 12}, (states, ONE))
 
-# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #b29eae0c
+# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #2ef484f2
 def altered_data(base: RunConfig) -> list[Arm]:
     "A smaller model on data that is altered, at several learning rates; and batches of few rows."
     once = {**SMALL, "train.iters": 500, "train.eval_interval": 500}
@@ -263,7 +263,7 @@ def rates(once: Mapping[str, Any]) -> list[Arm]:
                at(latents(100), 0.002, 0.004)),
     ]
 
-# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #33122976
+# %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #66407606
 @study("settle", "Is any setting of predictive coding better than backprop?", run=settled_run)
 def MAP(base: RunConfig) -> list[Arm]: return as_good(base) + deeper(base) + altered_data(base)
 
@@ -283,6 +283,7 @@ def WRONG_TARGETS(base: RunConfig) -> list[Arm]:
     return [
         *(a for l in losses for a in grids(SMALL, ({**l, **rate(0.001, 0.002, 0.004)}, THREE))),
         *(a for l in losses for a in grids(SMALL, ({**l, **rate(0.002)}, (4, 5, 6)))),
+        *grids(SMALL, ({**BACKPROP, **rate(0.001, 0.004)}, (4, 5, 6))),
         *(a for l in demo for a in grids({}, ({**l, **rate(0.001, 0.002)}, THREE))),
     ]
 
