@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import pkgutil
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ def arm_name(changes: Mapping[str, Any]) -> str:
     "What an arm is called that has no better name: its changes in alphabetical order."
     return ", ".join(f"{last(k)} {v}" for k, v in sorted(changes.items())) or "default"
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #e93e4ce9
+# %% ../../nbs/6_experiments/02_harness.ipynb #9b81577f
 @dataclass(frozen=True)
 class Job:
     "One run to make."
@@ -85,7 +86,7 @@ def report(trainer: Trainer) -> dict[str, Any]:
         "record": [{k: v for k, v in e.items() if k != "energy"} for e in trainer.record],
     }
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #59b32799
+# %% ../../nbs/6_experiments/02_harness.ipynb #2daf3639
 @dataclass(frozen=True)
 class Study:
     "An experiment: what is asked, and what is run to answer it."
@@ -103,7 +104,7 @@ def study(name: str, question: str, **facts: Any) -> Callable[..., Study]:
     "Make a study of the function that lists its arms."
     return lambda arms: Study(name, question, arms, **facts)
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #cad1727f
+# %% ../../nbs/6_experiments/02_harness.ipynb #260c46df
 @dataclass(frozen=True)
 class Planned:
     "A run that a study asks for."
@@ -152,7 +153,7 @@ def plan(
     every = sorted({seed for _, some in wanted for seed in some})
     return [planned(of, arm, seed, shared) for seed in every for arm, own in wanted if seed in own]
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #f003a22f
+# %% ../../nbs/6_experiments/02_harness.ipynb #76f7d15d
 def begin(of: Study, first: RunConfig, command: str, device: torch.device) -> Results:
     "The results of a study of which nothing has been run yet."
     about = about_run(first, device)
@@ -168,11 +169,11 @@ def perform(of: Study, p: Planned, device: torch.device, out: Path) -> dict[str,
     config = p.config
     if task and "model.vocab_size" not in p.changes:
         config = replace(config, **{"model.vocab_size": task.vocab_size})
-    folder = out / "runs" / f"{p.arm}, seed {p.seed}".replace("/", "_")
+    folder = out / "models" / re.sub(r"[^\w.]+", "-", f"{p.arm}, seed {p.seed}")
     numbers = of.run(Job(config, task, device, folder), **p.extras)
     return {"arm": p.arm, "seed": p.seed, "changes": p.changes, **numbers}
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #c9c30ace
+# %% ../../nbs/6_experiments/02_harness.ipynb #9a3d3db5
 def run(
     of: Study,
     out: Path,                                   # folder of results.json
@@ -208,7 +209,7 @@ def said(made: Mapping[str, Any]) -> str:
     "A run in a few words: its loss, or why it has none."
     return made.get("error") or (f"{made['loss']:.4f}" if "loss" in made else "done")
 
-# %% ../../nbs/6_experiments/02_harness.ipynb #f93069ff
+# %% ../../nbs/6_experiments/02_harness.ipynb #14a0d88a
 def studies_in(module: ModuleType) -> dict[str, Study]:
     "The studies that a module makes, by name."
     return {s.name: s for s in vars(module).values() if isinstance(s, Study)}
