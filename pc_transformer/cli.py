@@ -684,7 +684,9 @@ def free_cores() -> int:
 def set_threads(args: Sequence[str]) -> list[str]:
     """Choose the number of threads: `--threads`, else OMP_NUM_THREADS, else the free cores; the
     other arguments. Raises ConfigError."""
-    words = [part for a in args for part in (a.split("=", 1) if a.startswith("--threads=") else [a])]
+    words = [
+        part for a in args for part in (a.split("=", 1) if a.startswith("--threads=") else [a])
+    ]
     given = os.environ.get("OMP_NUM_THREADS", "") or str(free_cores())
     if "--threads" in words:
         i = words.index("--threads")

@@ -779,7 +779,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
     said = refused(
         train,
         run,
-        tmp_path / "run",
+        Checkpoints(tmp_path / "run"),
         says="diverged by step .* lower the learning rate",
         kind=FloatingPointError,
     )

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer, generate
 from pc_transformer.config import Attention, RunConfig, replace
+from pc_transformer.data import Text
 from pc_transformer.learning import Backprop, PredictiveCoding, gradients
 from pc_transformer.settling import ErrorSettling, HighwaySettling, StateSettling, SweepSettling
-from pc_transformer.data import Text
 from pc_transformer.training import Trainer, save, save_checkpoint
 
 SMALL = {"vocab_size": 17, "block_size": 12, "n_layer": 2, "n_head": 4, "d_model": 32}

@@ -154,7 +154,9 @@ class Text(Task):
         if self.source is None:
             return scores
         size = len(self.source.valid_text[1:].encode())
-        return scores | {"bits_per_byte": bits_per_byte(scores["loss"], len(self.valid_ids) - 1, size)}
+        return scores | {
+            "bits_per_byte": bits_per_byte(scores["loss"], len(self.valid_ids) - 1, size)
+        }
 
     def baselines(self) -> dict[str, dict[str, float]]:
         if self.source is None:
@@ -196,7 +198,9 @@ class Copying(Task):
     @classmethod
     def of(cls, config: RunConfig) -> "Copying":
         "Ten symbols, as many as a model of this configuration can read and copy."
-        return cls(10, (config.model.block_size + 1) // 2, config.train.batch_size, config.train.seed)
+        return cls(
+            10, (config.model.block_size + 1) // 2, config.train.batch_size, config.train.seed
+        )
 
     def rows(self, n: int, draw: torch.Generator) -> Batch:
         x = torch.randint(self.vocab_size, (n, self.length), generator=draw)

@@ -61,7 +61,9 @@ def sharpened(config: RunConfig, sharpness: float | None) -> RunConfig:
     m = config.model
     if sharpness is None:
         if m.attention != "dot":
-            raise ConfigError(f"only dot products have a fixed scale: give {m.attention} a sharpness")
+            raise ConfigError(
+                f"only dot products have a fixed scale: give {m.attention} a sharpness"
+            )
         return replace(config, **{"model.precision_init": None})
     tail = {}
     if m.attention in TAILS: tail = {TAILS[m.attention][0]: m.tail or TAILS[m.attention][1]}

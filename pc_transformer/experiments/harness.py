@@ -94,7 +94,8 @@ class Study:
     name: str                # its results are in `results/<name>/results.json`
     question: str            # one sentence
     arms: Callable[[RunConfig], list[Arm]]
-    run: Callable[..., dict[str, Any]] = train_and_measure     # (job, **changes that are no settings)
+    # (job, **changes that are no settings)
+    run: Callable[..., dict[str, Any]] = train_and_measure
     task: Callable[[RunConfig], Task] | None = open_text       # `None`: it needs none
     base: Mapping[str, Any] = field(default_factory=dict)      # changes that all arms share
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -252,4 +253,6 @@ def find(name: str) -> Study:
         return next(iter(found.values()))
     if own in found:
         return found[own]
-    raise ConfigError(f"there is no study {name!r}: choose from {', '.join(sorted(found)) or 'none'}")
+    raise ConfigError(
+        f"there is no study {name!r}: choose from {', '.join(sorted(found)) or 'none'}"
+    )

@@ -134,7 +134,8 @@ def table(
     heads = ["", *columns, *([f"minus {base}"] if base else []), "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + (len(heads) - 1) * "---:|"]
     for name, known in (baselines or {}).items():
-        cells = [f"{known[c]:.{digits}f}" if c in known else "" for c in columns.values()]
+        found = [known.get(c) if isinstance(c, str) else None for c in columns.values()]
+        cells = ["" if x is None else f"{x:.{digits}f}" for x in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |" * (len(heads) - len(columns)))
     for name, runs in rows.items():
         cells = [cell(runs, column, digits) for column in columns.values()]
@@ -167,4 +168,6 @@ def load(name: str) -> Results:
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (place := folder / "results" / name / "results.json").is_file():
             return read(place)
-    raise CheckpointError(f"there is no results/{name}/results.json here or above: `pct run {name}`")
+    raise CheckpointError(
+        f"there is no results/{name}/results.json here or above: `pct run {name}`"
+    )

@@ -192,7 +192,9 @@ def latents(beta: Any, steps: Any = 4) -> dict[str, Any]:
     return {"learner.steps": steps, "learner.relative_precision": beta}
 
 
-def grids(shared: Mapping[str, Any], *lines: tuple[Mapping[str, Any], tuple[int, ...]]) -> list[Arm]:
+def grids(
+    shared: Mapping[str, Any], *lines: tuple[Mapping[str, Any], tuple[int, ...]]
+) -> list[Arm]:
     "Grids with their seeds, all with the same changes besides."
     return [arm for changes, seeds in lines for arm in grid({**shared, **changes}, seeds)]
 
@@ -255,12 +257,17 @@ def rates(once: Mapping[str, Any]) -> list[Arm]:
     wrong, worse = {**once, "label_noise": 0.3}, {**once, "label_noise": 0.6}
     return [
         *grids(once, at(BACKPROP, 0.002), at(latents(100), 0.002)),
-        *grids(wrong, at(BACKPROP, 0.0005, 0.002, 0.004, 0.008), at(latents(100), 0.0005, 0.002, 0.004)),
+        *grids(
+            wrong, at(BACKPROP, 0.0005, 0.002, 0.004, 0.008), at(latents(100), 0.0005, 0.002, 0.004)
+        ),
         *grids(wrong, (latents(30), THREE)),
         *grids(worse, (BACKPROP, THREE), at(BACKPROP, 0.004, 0.008)),
         *grids(worse, (latents([100, 30]), THREE), at(latents([100, 30]), 0.004)),
-        *grids({**once, "input_noise": 0.2}, at(BACKPROP, 0.002, 0.004, 0.008),
-               at(latents(100), 0.002, 0.004)),
+        *grids(
+            {**once, "input_noise": 0.2},
+            at(BACKPROP, 0.002, 0.004, 0.008),
+            at(latents(100), 0.002, 0.004),
+        ),
     ]
 
 # %% ../../nbs/6_experiments/07_better_than_backprop.ipynb #66407606

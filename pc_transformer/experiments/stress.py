@@ -153,7 +153,8 @@ def stress(job: Job, n: int) -> dict[str, Any]:
     found = [{**case, **try_case(case)} for case in map(draw_case, range(first, first + n))]
     ended = lambda some: {o: sum(f["outcome"] == o for f in some) for o in ENDS}
     by = lambda key: {
-        v: ended([f for f in found if f[key] == v]) for v in sorted({f[key] for f in found}, key=str)
+        v: ended([f for f in found if f[key] == v])
+        for v in sorted({f[key] for f in found}, key=str)
     }
     residuals = {solver: sorted(residuals_of(found, solver)) for solver in by("solver")}
     return {
