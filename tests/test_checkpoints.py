@@ -1030,7 +1030,7 @@ def test_the_folder_is_given_back_however_training_ends(
         raise error
 
     with pytest.raises(error):
-        train(trainer(), Checkpoints(tmp_path / "run"), fail)
+        train(trainer(), fail, Checkpoints(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
     train(trainer(), Checkpoints(tmp_path / "run"))
 
