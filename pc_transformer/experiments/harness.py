@@ -218,7 +218,7 @@ def studies_in(module: ModuleType) -> dict[str, Study]:
 
 def own_modules() -> Iterator[ModuleType]:
     "The modules of this package's experiments."
-    package = importlib.import_module("pc_transformer.experiments")
+    package = importlib.import_module(__name__.rpartition(".")[0])
     for found in pkgutil.iter_modules(package.__path__):
         yield importlib.import_module(f"{package.__name__}.{found.name}")
 
