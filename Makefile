@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make .venv with the pinned packages
 
 demo: $(STAMP) ## train a standard GPT, ours by backprop and ours by predictive coding on Tiny Shakespeare; compare
-	$(BIN)/pct compare --iters 500 --out runs/demo --overwrite true
+	$(BIN)/pct run demo --out runs/demo
 
 test: $(STAMP) ## every check: notebooks, package, README, types, docs, tests
 	$(BIN)/python tools/check.py

@@ -450,6 +450,7 @@ def test_a_token_costs_the_same_work_at_every_position():
 
 def test_a_training_step_makes_a_cache_stale() -> None:
     "The trainer's fused optimiser does not count versions by itself."
+    from pc_transformer.data import Text
     from pc_transformer.training import Trainer
     from pc_transformer.training.run import RunConfig
 
@@ -461,7 +462,8 @@ def test_a_training_step_makes_a_cache_stale() -> None:
         "model.n_head": 2,
         "model.d_model": 16,
     }
-    trainer = Trainer(replace(RunConfig(), **changes), ids[:300], ids[300:], torch.device("cpu"))
+    config = replace(RunConfig(), **changes)
+    trainer = Trainer(config, Text.of_ids(ids[:300], ids[300:], config), torch.device("cpu"))
     cache = KVCache.allocate(trainer.model, 1)
     extend(trainer.model, random_tokens(1, 4), cache)
     trainer.advance()

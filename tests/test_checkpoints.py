@@ -29,12 +29,13 @@ from torch.nn.utils import parametrize
 
 from pc_transformer import ModelConfig, PCTransformer, load, save
 from pc_transformer.config import ConfigError, TrainConfig, replace
-from pc_transformer.data import CharTokenizer
+from pc_transformer.data import CharTokenizer, Text
 from pc_transformer.learning import Backprop
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.settling import SettlingError
 from pc_transformer.training import (
     CheckpointError,
+    Checkpoints,
     Trainer,
     checkpoints,
     digest,
@@ -80,7 +81,7 @@ def made(config: ModelConfig = TINY, seed: int = 0) -> PCTransformer:
 
 
 def trainer(config: RunConfig = RUN, steps: int = 0) -> Trainer:
-    new = Trainer(config, IDS, IDS[:50], torch.device("cpu"))
+    new = Trainer(config, Text.of_ids(IDS, IDS[:50], config), torch.device("cpu"))
     for _ in range(steps):
         new.advance()
     return new
@@ -436,7 +437,7 @@ def test_a_file_where_a_folder_is_meant_and_the_reverse(name: str, tmp_path: Pat
         refused(call, tmp_path / "file" / "below")
     refused(read_run_config, tmp_path / "file")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        refused(train, trainer(), place, says="cannot be the folder of a run")
+        refused(train, trainer(), Checkpoints(place), says="cannot be the folder of a run")
     folder = save(made(), tmp_path / "model")
     (folder / name).unlink()
     (folder / name).mkdir()
@@ -780,7 +781,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
     said = refused(
         train,
         run,
-        tmp_path / "run",
+        Checkpoints(tmp_path / "run"),
         says="diverged by step .* lower the learning rate",
         kind=FloatingPointError,
     )
@@ -810,8 +811,8 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
     said = refused(
         lambda: train(
             trainer(replace(RUN, **{"train.eval_interval": 100})),
-            tmp_path / "run",
-            after_step=overflow,
+            overflow,
+            Checkpoints(tmp_path / "run"),
         ),
         says=r"predictors\.2\.up\.weight.*lower the learning rate",
         kind=FloatingPointError,
@@ -916,7 +917,7 @@ def test_large_weights_alone_are_no_divergence(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
-    train(trainer(), tmp_path)
+    train(trainer(), Checkpoints(tmp_path))
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000005", "step-000006"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.yaml",
@@ -926,13 +927,13 @@ def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newest_checkpoint_costs_one_interval(tmp_path: Path) -> None:
-    train(whole := trainer(), tmp_path)
+    train(whole := trainer(), Checkpoints(tmp_path))
     (tmp_path / "step-000006" / "optimizer.safetensors").unlink()
     refused(resume, trainer(), tmp_path, says="step-000006")
     shutil.rmtree(tmp_path / "step-000006")
     again = trainer()
     resume(again, tmp_path)
-    train(again, tmp_path)
+    train(again, Checkpoints(tmp_path))
     assert again.losses == whole.losses
 
 
@@ -1009,17 +1010,17 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         other = replace(RUN, **{"train.seed": 5})
-        for call in (lambda: train(trainer(other), run), lambda: write_run_config(other, run)):
+        for call in (lambda: train(trainer(other), Checkpoints(run)), lambda: write_run_config(other, run)):
             assert f"process {holder.pid} " in refused(call, says=str(run))
         assert (run / "config.yaml").read_text() == before and not checkpoints(run)
-        train(trainer(other), tmp_path / "elsewhere")
+        train(trainer(other), Checkpoints(tmp_path / "elsewhere"))
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (run / ".lock").exists(), (
         "the test proves nothing: the lock was given back in good order"
     )
-    train(trainer(), run)
+    train(trainer(), Checkpoints(run))
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-000005", "step-000006"]
 
 
@@ -1031,9 +1032,9 @@ def test_the_folder_is_given_back_however_training_ends(
         raise error
 
     with pytest.raises(error):
-        train(trainer(), tmp_path / "run", after_step=fail)
+        train(trainer(), fail, Checkpoints(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
-    train(trainer(), tmp_path / "run")
+    train(trainer(), Checkpoints(tmp_path / "run"))
 
 
 def test_many_ask_for_one_folder(tmp_path: Path) -> None:
@@ -1063,11 +1064,11 @@ def test_many_ask_for_one_folder(tmp_path: Path) -> None:
 
 def test_a_run_does_not_go_on_with_anothers_checkpoints(tmp_path: Path) -> None:
     "A fresh run, or one resumed before the other went on, into a folder that holds later steps."
-    train(trainer(), tmp_path)
+    train(trainer(), Checkpoints(tmp_path))
     kept = {p: p.stat().st_ino for p in checkpoints(tmp_path)}
     other = replace(RUN, **{"train.seed": 5})
     for fresh in (trainer(other), trainer(steps=3)):
-        refused(train, fresh, tmp_path, says="step-000006.*did not write")
+        refused(train, fresh, Checkpoints(tmp_path), says="step-000006.*did not write")
     assert (
         kept == {p: p.stat().st_ino for p in checkpoints(tmp_path)}
         and read_run_config(tmp_path) == RUN
@@ -1081,6 +1082,6 @@ def test_what_train_writes_can_be_resumed_from_its_folder_alone(tmp_path: Path) 
         if t.step == 2:
             shutil.rmtree(tmp_path / "run")
 
-    train(trainer(), tmp_path / "run", after_step=vanish)
+    train(trainer(), Checkpoints(tmp_path / "run"), vanish)
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000005", "step-000006"]
     assert read_run_config(tmp_path / "run") == RUN

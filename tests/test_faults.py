@@ -35,7 +35,6 @@ from pc_transformer.training import (
     files,
     load_pair,
     save_checkpoint,
-    trainer,
     write_text,
 )
 
@@ -96,7 +95,7 @@ def check_whole(run: Path) -> int:
 
 def one_sentence(said: str) -> str:
     "What `pct` said, if it was one short line and no traceback."
-    lines = said.strip().splitlines()
+    lines = [line for line in said.strip().splitlines() if not line.startswith("threads: ")]
     assert "Traceback" not in said, said
     assert len(lines) == 1, f"{len(lines)} lines instead of one sentence:\n{said}"
     assert lines[0].startswith("pct: ") and 20 < len(lines[0]) < 600, lines[0]
@@ -778,22 +777,15 @@ def test_an_option_that_equals_its_default_is_an_option(
     assert "vocab_size is 65, but the corpus has 10 characters: leave it out" in fails(
         small, capsys
     )
-    for option in (
-        "--train.iters=2000",
-        "--train.eval_interval=250",
-        "--train.seed=1",
-        "--learner.algorithm=predictive_coding",
-    ):
-        said = fails(["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys)
-        assert option[2:].partition("=")[0] in said and "use --iters" in said
-    said = fails(
-        ["study", f"--out={tmp_path / 's'}", f"--data={text}", "--model.attention=gaussian"], capsys
-    )
-    assert "study sets model.attention itself" in said
-    for option in ("--seeds=[]", "--variants=[]"):
-        assert "must name at least one" in fails(
-            ["compare", f"--out={tmp_path / 'c'}", f"--data={text}", option], capsys
-        )
+    study = ["run", "demo", f"--out={tmp_path / 'c'}"]
+    for changes in ('{"train.iter": 3}', '{"learner.steps": 0}', '{"label_noise": 0.1}'):
+        said = fails([*study, f"--changes={changes}"], capsys)
+        assert "iter" in said or "steps" in said or "label_noise" in said
+    assert "must name at least one" in fails([*study, "--seeds=[]"], capsys)
+    assert "no arm of demo" in fails([*study, "--only=student"], capsys)
+    assert "choose from" in fails(["run", "everything"], capsys)
+    assert "no file" in fails(["run", str(tmp_path / "nothing.py")], capsys)
+    assert "whole number" in fails(["data", str(text), "--threads=0"], capsys)
     assert not any((tmp_path / name).exists() for name in ("run", "c", "s"))
 
 
@@ -1084,7 +1076,14 @@ def test_a_checkpoint_file_is_named_as_one(
 # ---- the door: nothing that a file or an option can cause ends in a traceback
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "compare", "uncertainty"])
+def small_demo(text: Path) -> str:
+    "Changes that make the demo's runs a step of a tiny model on this text."
+    sizes = {"n_layer": 1, "n_head": 1, "d_model": 4, "block_size": 4}
+    changes = {f"model.{k}": v for k, v in sizes.items()}
+    return json.dumps({**changes, "train.iters": 1, "data": str(text)})
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "run", "uncertainty"])
 def test_hostile_options(
     verb: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1097,7 +1096,7 @@ def test_hostile_options(
         "train": command(tmp_path / "run", text),
         "evaluate": ["evaluate", str(whole)],
         "sample": ["sample", str(whole)],
-        "compare": ["compare", f"--out={tmp_path / 'c'}", f"--data={text}", "--iters=1"],
+        "run": ["run", "demo", f"--out={tmp_path / 'c'}", "--changes", small_demo(text)],
         "uncertainty": ["uncertainty", f"[{whole}]", f"--out={tmp_path / 'u'}", f"--data={text}"],
     }[verb]
     hostile = [
@@ -1133,9 +1132,7 @@ def test_hostile_options(
         said = capsys.readouterr().err
         assert status in (1, 2) and "Traceback" not in said, (option, said)
         if status == 1:
-            one_sentence(
-                said[said.index("pct: ") :].partition("\n")[0] if verb == "compare" else said
-            )  # beside bars
+            one_sentence(said)
         elif not option.startswith("--config"):
             assert len(said) < 12000, option
 
@@ -1176,7 +1173,7 @@ def test_ctrl_c_outside_of_training(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "evaluate", interrupt)
+    monkeypatch.setattr("pc_transformer.cli.whole_split", interrupt)
     assert main(["evaluate", str(whole)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "pct: interrupted"
 
@@ -1200,6 +1197,6 @@ def test_a_bug_keeps_its_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(trainer, "evaluate", broken)
+    monkeypatch.setattr("pc_transformer.cli.whole_split", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         main(["evaluate", str(whole)])

@@ -48,8 +48,11 @@ def dotted(path: str) -> str:
 @cache
 def statements(text: str) -> list[ast.Import | ast.ImportFrom | ast.Call]:
     "All that imports, at the top of a file or within a function."
+    # what is looked up by a name that somebody gives, as a study is, is no arrow
     asks = lambda node: (
-        isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith("import_module")
+        and isinstance(node.args[0], ast.Constant)
     )
     return [
         node

@@ -19,6 +19,7 @@ from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import LEARNED
 from pc_transformer.config import Attention, TrainConfig
 from pc_transformer.learning.config import LearnerConfig
+from pc_transformer.data import Text
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
 from pc_transformer.training.run import RunConfig
 
@@ -339,7 +340,8 @@ def test_training_run(grad_clip: float) -> None:
         grad_clip=grad_clip,
     )
     config = RunConfig(ModelConfig(11, 16, 2, 2, 16, "dot"), LearnerConfig("backprop"), train)
-    trainer, theirs = Trainer(config, ids, ids, torch.device("cpu")), GPT(config.model)
+    trainer = Trainer(config, Text.of_ids(ids, ids, config), torch.device("cpu"))
+    theirs = GPT(config.model)
     with torch.no_grad():
         for p, q in pairs(trainer.model, theirs):
             q.copy_(p)

@@ -30,8 +30,10 @@ from pc_transformer import ModelConfig, PCTransformer, generate, load, save
 from pc_transformer.attention import attend, reference
 from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
+from pc_transformer.data import Text
 from pc_transformer.energies import Gaussian
-from pc_transformer.experiments.tinyshakespeare import table
+from pc_transformer.experiments.results import Results
+from pc_transformer.experiments.tinyshakespeare import summary
 from pc_transformer.learning import (
     Backprop,
     PredictiveCoding,
@@ -845,10 +847,10 @@ def check_rule_6_resume(
     """Stopped after 4 of 8 steps and resumed, the losses and weights of all steps are those of
     one uninterrupted run."""
     cpu = torch.device("cpu")
-    whole = advance(Trainer(config, IDS, IDS, cpu), 8)
-    save_checkpoint(advance(Trainer(config, IDS, IDS, cpu), 4), run)
+    whole = advance(Trainer(config, Text.of_ids(IDS, IDS, config), cpu), 8)
+    save_checkpoint(advance(Trainer(config, Text.of_ids(IDS, IDS, config), cpu), 4), run)
     torch.manual_seed(12345)
-    trainer = kind(config, IDS, IDS, cpu)
+    trainer = kind(config, Text.of_ids(IDS, IDS, config), cpu)
     go_on(trainer, run)
     advance(trainer, 4)
     pairs = zip(trainer.losses, whole.losses, strict=True)
@@ -1725,7 +1727,8 @@ def test_rule_10(shape: dict[str, int], seed: int, family: str, steps: int) -> N
 def test_rule_10_is_reported(family: str, learner: LearnerConfig) -> None:
     """Each evaluation of a run notes its cosine, residual and energies; those of backprop say
     that they are backprop's."""
-    trainer = advance(Trainer(run_config(family, learner), IDS, IDS, torch.device("cpu")), 2)
+    config = run_config(family, learner)
+    trainer = advance(Trainer(config, Text.of_ids(IDS, IDS, config), torch.device("cpu")), 2)
     entry = trainer.measure()
     tokens, targets = trainer.batch(0)
     assert -1.0 <= entry["cosine"] <= 1.0 + 1e-9
@@ -1820,8 +1823,8 @@ def test_rule_10_catches(family: str, mutant: type[PredictiveCoding]) -> None:
 # ---- rule 12: no table without baselines
 
 
-def synthetic_results(n_seeds: int = 3, seed: int = 0) -> dict[str, Any]:
-    "What `compare` returns, as far as the table reads it."
+def synthetic_results(n_seeds: int = 3, seed: int = 0) -> Results:
+    "What the study returns, as far as the table reads it."
     draw = random.Random(seed)
     bits = lambda nats: nats / math.log(2)
     baseline = {"uniform": 4.174, "unigram": 3.347, "5-gram": 1.669}
@@ -1830,23 +1833,18 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> dict[str, Any]:
         for s in range(1, n_seeds + 1):
             loss = 1.9 + draw.uniform(-0.05, 0.05)
             runs.append(
-                {"variant": variant, "seed": s, "valid_loss": loss, "bits_per_byte": bits(loss)}
+                {"arm": variant, "seed": s, "loss": loss, "bits_per_byte": bits(loss)}
             )
             runs[-1] |= {
                 "tokens": 1_536_000,
                 "parameters": parameters,
                 "seconds": 50 + draw.uniform(0, 60),
             }
-    return {
-        "seeds": list(range(1, n_seeds + 1)),
-        "baselines": {
-            n: {"nats_per_char": v, "bits_per_byte": bits(v)} for n, v in baseline.items()
-        },
-        "runs": runs,
-    }
+    known = {n: {"loss": v, "bits_per_byte": bits(v)} for n, v in baseline.items()}
+    return Results("", "", {}, {}, known, runs)
 
 
-def check_rule_12(text: str, results: dict[str, Any]) -> None:
+def check_rule_12(text: str, results: Results) -> None:
     """Baselines in the same unit, tokens, parameters, seeds; mean and spread from three seeds on.
 
     Seconds of runs made on different days do not compare: time stands beside it, as ratios
@@ -1866,8 +1864,8 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
         found = [i for i, cell in enumerate(header) if word in cell]
         assert len(found) == 1, f"the header {header} has no column of {word}"
         column[word] = found[0]
-    keys = {"nats": "nats_per_char", "bits": "bits_per_byte"}
-    for name, b in results["baselines"].items():
+    keys = {"nats": "loss", "bits": "bits_per_byte"}
+    for name, b in results.baselines.items():
         assert name in body, f"there is no baseline {name}"
         for unit, key in keys.items():
             shown = body[name][column[unit]]
@@ -1876,8 +1874,8 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
             )
     for needed in ("uniform", "unigram", "5-gram"):
         assert needed in body, f"there is no baseline {needed}"
-    for variant in {r["variant"] for r in results["runs"]}:
-        runs = [r for r in results["runs"] if r["variant"] == variant]
+    for variant in {r["arm"] for r in results.runs}:
+        runs = [r for r in results.runs if r["arm"] == variant]
         assert variant in body, f"there is no row of {variant}"
         row = body[variant]
         want = {
@@ -1890,7 +1888,7 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
             assert shown.replace(",", "") == str(value), (
                 f"{variant} says {shown!r} {word}, should say {value:,}"
             )
-        for unit, key in (("nats", "valid_loss"), ("bits", "bits_per_byte")):
+        for unit, key in (("nats", "loss"), ("bits", "bits_per_byte")):
             values = [r[key] for r in runs]
             mean, shown = statistics.mean(values), row[column[unit]]
             assert shown.startswith(f"{mean:.3f}"), (
@@ -1907,7 +1905,7 @@ def check_rule_12(text: str, results: dict[str, Any]) -> None:
 def test_rule_12(n_seeds: int) -> None:
     for seed in range(3):
         results = synthetic_results(n_seeds, seed)
-        check_rule_12(table(results), results)
+        check_rule_12(summary(results), results)
 
 
 def in_other_units(text: str) -> str:
@@ -1935,26 +1933,22 @@ TABLES: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("mutant", TABLES.values(), ids=TABLES.keys())
 def test_rule_12_catches(mutant: Callable[[str], str]) -> None:
     results = synthetic_results()
-    assert mutant(table(results)) != table(results)
+    assert mutant(summary(results)) != summary(results)
     with pytest.raises(AssertionError, match="there is no|says|has no column"):
-        check_rule_12(mutant(table(results)), results)
+        check_rule_12(mutant(summary(results)), results)
 
 
 def test_rule_12_catches_the_best_seed() -> None:
     "Mutant: the best of three seeds instead of their mean."
     results = synthetic_results()
     best = {
-        v: min(r["valid_loss"] for r in results["runs"] if r["variant"] == v)
+        v: min(r["loss"] for r in results.runs if r["arm"] == v)
         for v in ("GPT, backprop",)
     }
-    flattering = {
-        **results,
-        "runs": [
-            {**r, "valid_loss": best.get(r["variant"], r["valid_loss"])} for r in results["runs"]
-        ],
-    }
+    runs = [{**r, "loss": best.get(r["arm"], r["loss"])} for r in results.runs]
+    flattering = dataclasses.replace(results, runs=runs)
     with pytest.raises(AssertionError, match="the mean is"):
-        check_rule_12(table(flattering), results)
+        check_rule_12(summary(flattering), results)
 
 
 def test_configurations_in_the_rules_are_plain() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
+from pc_transformer.data import Text
 from pc_transformer.experiments.evidence import EvidenceSettler
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.incremental import IncrementalPC
@@ -95,7 +96,7 @@ def trainer(learner: LearnerConfig | None = None, **changes: Any) -> Trainer:
         learner=learner or LearnerConfig(),
         train=TrainConfig(iters=8, batch_size=4, eval_interval=8),
     )
-    return Trainer(c, IDS[:300], IDS[300:], torch.device("cpu"))
+    return Trainer(c, Text.of_ids(IDS[:300], IDS[300:], c), torch.device("cpu"))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import TrainConfig, replace
+from pc_transformer.data import Text
 from pc_transformer.energies import StudentT
 from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.learning import Backprop, Learner, PredictiveCoding
@@ -81,7 +82,8 @@ LEARNERS: dict[str, Learner] = {
 
 
 def make(**changes: Any) -> Trainer:
-    return Trainer(replace(CONFIG, **changes), IDS[:300], IDS[300:], torch.device("cpu"))
+    config = replace(CONFIG, **changes)
+    return Trainer(config, Text.of_ids(IDS[:300], IDS[300:], config), torch.device("cpu"))
 
 
 def build(seed: int = 1, scale: float = 3.0, **options: Any) -> PCTransformer:
@@ -122,7 +124,7 @@ def test_a_watched_run_is_the_same_run(run: str) -> None:
     after = torch.get_rng_state()
     torch.manual_seed(3)
     monitor = Monitor(interval=3, products=1)
-    watched = train(make(**RUNS[run]), after_step=monitor)
+    watched = train(make(**RUNS[run]), monitor)
     assert [look.step for look in monitor.history] == [3, 6, 8]
     assert watched.losses == quiet.losses and watched.record == quiet.record
     assert torch.equal(torch.get_rng_state(), after)
@@ -192,7 +194,7 @@ def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
     """A history goes to disk and back; a failed write leaves the old file; a damaged file is one
     clear sentence."""
     monitor = Monitor(interval=4, products=1)
-    train(make(), after_step=monitor)
+    train(make(), monitor)
     place = monitor.save(tmp_path / "deep" / "monitor.json")
     again = Monitor.load(place)
     assert (
@@ -225,9 +227,9 @@ def test_results_file_is_whole_or_absent(tmp_path: Path) -> None:
 def test_a_resumed_run_continues_its_history() -> None:
     """Looks that are made again replace the old ones, so steps never repeat."""
     monitor = Monitor(interval=3, products=0)
-    train(make(), after_step=monitor)
+    train(make(), monitor)
     first = copy.deepcopy(monitor.history)
-    train(make(), after_step=monitor)
+    train(make(), monitor)
     assert monitor.history == first and [look.step for look in first] == [3, 6, 8]
 
 
@@ -277,7 +279,7 @@ def test_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     """Outside a notebook a shown monitor prints one line a look."""
     monitor = Monitor(interval=4, products=0)
     monitor.show()
-    train(make(), after_step=monitor)
+    train(make(), monitor)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and "4/8" in lines[0] and "8/8" in lines[1] and "signal 1.00" in lines[1]
     assert status_line(monitor.history[0]).startswith("step 4  loss")

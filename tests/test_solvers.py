@@ -20,6 +20,7 @@ from torch import Tensor
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import TrainConfig
 from pc_transformer.experiments.incremental import IncrementalPC
+from pc_transformer.data import Text
 from pc_transformer.learning import (
     ENERGIES,
     Backprop,
@@ -370,7 +371,7 @@ def trainer(learner: LearnerConfig, **changes: Any) -> Trainer:
     model = ModelConfig(**SIZES, dropout=changes.pop("dropout", 0.0))
     config = RunConfig(model, learner, dataclasses.replace(train, **changes))
     ids = torch.randint(9, (400,), generator=torch.Generator().manual_seed(0))
-    return Trainer(config, ids[:300], ids[300:], torch.device("cpu"))
+    return Trainer(config, Text.of_ids(ids[:300], ids[300:], config), torch.device("cpu"))
 
 
 LEARNERS = {

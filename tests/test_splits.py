@@ -19,11 +19,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.cli import main
 from pc_transformer.config import replace
-from pc_transformer.data import CharTokenizer, TextData, baselines, damage
+from pc_transformer.training.run import RunConfig
+from pc_transformer.data import CharTokenizer, Damaged, Text, TextData, baselines, damage
 from pc_transformer.experiments import (
-    costs,
     evidence_study,
     families,
+    harness,
     settled_reading,
     settling,
     tinyshakespeare,
@@ -31,8 +32,6 @@ from pc_transformer.experiments import (
 )
 from pc_transformer.experiments.evidence import EvidenceTransformer
 from pc_transformer.experiments.evidence_study import EvidenceTrainer
-from pc_transformer.experiments.families import DamagedTrainer
-from pc_transformer.experiments.settling import AlteredTrainer
 from pc_transformer.inference import noisy_log_probs
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
@@ -171,21 +170,23 @@ def test_the_sentinels_themselves() -> None:
 
 
 def evidence_trainer(c: RunConfig, data: TextData) -> EvidenceTrainer:
-    t = EvidenceTrainer(c, data.train_ids, data.valid_ids, torch.device("cpu"))
+    t = EvidenceTrainer(c, Text.of(data, c), torch.device("cpu"))
     t.settle_on_evidence(10.0, 0.1)
     return t
 
 
-def altered(c: RunConfig, data: TextData, **how: Any) -> AlteredTrainer:
-    t = AlteredTrainer(c, data.train_ids, data.valid_ids, torch.device("cpu"))
-    t.alter(**how)
-    return t
+def altered(c: RunConfig, data: TextData, in_order: bool = False, **how: Any) -> Trainer:
+    task = Damaged(Text.of(data, c, in_order), c.train.seed, **how)
+    return Trainer(c, task, torch.device("cpu"))
 
 
-def damaged(c: RunConfig, data: TextData) -> DamagedTrainer:
-    t = DamagedTrainer(c, data.train_ids, data.valid_ids, torch.device("cpu"))
-    t.fraction = 0.1
-    return t
+def damaged(c: RunConfig, data: TextData) -> Trainer:
+    return altered(c, data, input_noise=0.1)
+
+
+def clean(t: Trainer, step: int) -> tuple[Tensor, Tensor]:
+    "The batch of a step as it would be without damage."
+    return (t.task.task if isinstance(t.task, Damaged) else t.task).batch(step)
 
 
 PC = {"learner.algorithm": "predictive_coding"}
@@ -242,9 +243,10 @@ def test_the_validation_text_teaches_nothing(make_trainer: Callable[[TextData], 
         torch.equal(p, q) for p, q in zip(*(t.model.parameters() for t in runs), strict=True)
     )
     for a, b in zip(*(t.record for t in runs), strict=True):
-        assert a["valid_loss"] != b["valid_loss"] and {**a, "valid_loss": 0} == {
-            **b,
-            "valid_loss": 0,
+        seen = {"valid_loss", "accuracy", "bits_per_byte"} & a.keys()
+        assert a["valid_loss"] != b["valid_loss"]
+        assert {k: v for k, v in a.items() if k not in seen} == {
+            k: v for k, v in b.items() if k not in seen
         }
     assert [e["step"] for e in runs[0].record] == [0, 3, 6]
 
@@ -252,7 +254,7 @@ def test_the_validation_text_teaches_nothing(make_trainer: Callable[[TextData], 
 def test_the_training_loss_is_that_of_the_training_batch() -> None:
     t = start(config(), DATA, "cpu")
     for step in range(3):
-        tokens, targets = t.batches[step]
+        tokens, targets = clean(t, step)
         with torch.no_grad():
             loss = F.cross_entropy(t.model(tokens).flatten(0, 1), targets.flatten()).item()
         assert t.advance() == pytest.approx(loss, rel=1e-6)
@@ -263,7 +265,7 @@ def test_every_step_has_a_batch_of_its_own() -> None:
     with Spy() as spy:
         for _ in range(4):
             t.advance()
-    assert torch.equal(torch.stack(spy.rows), torch.cat([t.batches[i][0] for i in range(4)]))
+    assert torch.equal(torch.stack(spy.rows), torch.cat([clean(t, i)[0] for i in range(4)]))
     assert len({tuple(row.tolist()) for row in spy.rows}) == 16
 
 
@@ -447,7 +449,7 @@ def test_dropout_is_drawn_anew_in_every_layer(learner: dict[str, Any]) -> None:
 def shares(trainer: Trainer, steps: int = 40) -> tuple[float, float, int]:
     """Parts of tokens and of targets that differ from the run's own batch, and how many
     different batches there were."""
-    pairs = [(trainer.batch(i), trainer.batches[i]) for i in range(steps)]
+    pairs = [(trainer.batch(i), clean(trainer, i)) for i in range(steps)]
     parts = [
         torch.stack([(a[n] != b[n]).double().mean() for a, b in pairs]).mean().item()
         for n in (0, 1)
@@ -491,17 +493,17 @@ def test_noise_is_drawn_anew_in_every_step(kind: str) -> None:
 
 
 def test_a_foreign_start_is_over_in_time() -> None:
-    t = altered(config(**{"train.iters": 10}), DATA, foreign_start=0.3)
-    plain, (written_, _) = t.batches[0], t.batch(0)
+    t = altered(config(**{"train.iters": 10}), DATA, foreign_steps=3)
+    plain, (written_, _) = clean(t, 0), t.batch(0)
     assert not torch.equal(written_, plain[0])
     pairs = set(zip(plain[0].flatten().tolist(), written_.flatten().tolist(), strict=True))
     assert len(pairs) == len(plain[0].unique()) == len({b for _, b in pairs}), (
         "every token is written as one other"
     )
-    changed_ = [not torch.equal(t.batch(i)[0], t.batches[i][0]) for i in range(10)]
+    changed_ = [not torch.equal(t.batch(i)[0], clean(t, i)[0]) for i in range(10)]
     assert changed_ == [True] * 3 + [False] * 7
     t.step = 5
-    assert torch.equal(t.batch(0)[0], plain[0]), (
+    assert torch.equal(t.task.look(t.step)[0], plain[0]), (
         "a late look reads an early batch as the run does by then"
     )
 
@@ -520,6 +522,10 @@ def unigram(train_text: str, valid_text: str) -> float:
 
 
 BASELINES = baselines(TRAIN, VALID)
+KNOWN = {
+    name: {"loss": b["nats_per_char"], "bits_per_byte": b["bits_per_byte"]}
+    for name, b in BASELINES.items()
+}
 
 
 def test_baselines_count_the_training_text_and_score_the_validation_text() -> None:
@@ -535,52 +541,57 @@ def test_baselines_count_the_training_text_and_score_the_validation_text() -> No
     )
 
 
+def on_data(of: harness.Study) -> harness.Study:
+    "The study, on the text with sentinels."
+    return changed(of, task=lambda c: Text.of(DATA, c))
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    "The sizes of `config` as changes for all arms."
+    own = ("iters", "batch_size", "learning_rate", "warmup_iters", "eval_interval")
+    train = {f"train.{k}": getattr(config().train, k) for k in own}
+    return {f"model.{k}": v for k, v in SIZES.items() if k != "vocab_size"} | train | changes
+
+
 def test_a_comparison_reads_every_number_from_its_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        tinyshakespeare, "step_costs", lambda *a, **k: {}
-    )  # times, on random tokens
     seen = []
     traces = tinyshakespeare.settling_traces
     hear = lambda model, batch, *rest: (
         seen.append(splits_of(batch[0])) or traces(model, batch, *rest)
     )
     monkeypatch.setattr(tinyshakespeare, "settling_traces", hear)
+    demo = on_data(tinyshakespeare.DEMONSTRATION)
     with Spy() as spy:
-        found = tinyshakespeare.compare(
-            config(), DATA, tmp_path, (1, 2), device="cpu", progress=False
-        )
-    assert set(spy.learned) == {"train"}
-    assert found["baselines"] == BASELINES and set(sum(seen, [])) == {"train"}
-    assert [(r["seed"], r["variant"]) for r in found["runs"]] == [
-        (s, v) for s in (1, 2) for v in tinyshakespeare.DEMO
-    ]
-    assert len({r["valid_loss"] for r in found["runs"]}) == 6, "every seed is a run of its own"
-    for run in found["runs"]:
-        assert (
-            run["valid_loss"] == run["record"][-1]["valid_loss"]
-            and run["config"]["train"]["seed"] == run["seed"]
-        )
-        bits = run["valid_loss"] / math.log(2)  # one byte a character
-        assert run["bits_per_byte"] == pytest.approx(bits) and run["tokens"] == 6 * 4 * T
+        found = harness.run(demo, tmp_path, (1, 2), changes=small(), device="cpu")
+    assert set(spy.learned) == {"train"} and set(sum(seen, [])) == {"train"}
+    assert found.baselines == KNOWN and len({r["loss"] for r in found.runs}) == 6
+    assert [r["seed"] for r in found.runs] == [1, 1, 1, 2, 2, 2]
+    for run in found.runs:
+        assert run["loss"] == run["record"][-1]["valid_loss"] and run["tokens"] == 6 * 4 * T
+        bits = run["loss"] / math.log(2)  # one byte a character
+        assert run["bits_per_byte"] == pytest.approx(bits)
         assert [e["step"] for e in run["record"]] == [0, 3, 6]
-    for run, folder in zip(found["runs"], sorted((tmp_path / "models").iterdir()), strict=False):
-        assert run["valid_loss"] == pytest.approx(by_hand(load(folder), VALID), rel=1e-5), run[
-            "variant"
-        ]
-    assert json.loads((tmp_path / "results.json").read_text())["baselines"] == BASELINES
+    models = sorted((tmp_path / "models").iterdir())
+    losses = sorted(by_hand(load(folder), VALID) for folder in models)
+    assert losses == pytest.approx(sorted(r["loss"] for r in found.runs), rel=1e-5)
 
 
-def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) -> None:
-    models: list[nn.Module] = []
+def job(**changes: Any) -> harness.Job:
+    c = config(**changes)
+    return harness.Job(c, Text.of(DATA, c), torch.device("cpu"), Path("nowhere"))
+
+
+def test_runs_of_the_studies_read_every_number_from_its_split() -> None:
     for page, run in (
-        (families, lambda: families.run_one(config(), DATA, 0.1, "cpu")),
-        (settling, lambda: settling.run_one(config(**PC), DATA, {"label_noise": 0.1}, "cpu")),
+        (families, lambda: families.family_run(job(), None, 0.1)),
+        (settling, lambda: settling.settled_run(job(**PC), label_noise=0.1)),
     ):
         kept: list[Trainer] = []
         measure = Trainer.measure
         with pytest.MonkeyPatch.context() as patch, Spy() as spy:
+            patch.setattr(families, "sharpened", lambda c, s: c)
             patch.setattr(
                 Trainer,
                 "measure",
@@ -589,26 +600,22 @@ def test_runs_of_the_studies_read_every_number_from_its_split(tmp_path: Path) ->
             found = run()
         assert set(spy.learned) == {"train"} and set(spy.looked) == HELD_OUT, page.__name__
         t = kept[-1]
-        models.append(t.model)
-        assert (
-            found["valid_loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5) and t.step == 6
-        )
-        assert [e["step"] for e in found["record"]] == [3, 6] and found["tokens"] == 6 * 4 * T
+        assert found["loss"] == pytest.approx(by_hand(t.model, VALID), rel=1e-5) and t.step == 6
+        assert [e["step"] for e in found["record"]][-2:] == [3, 6]
+        assert found["tokens"] == 6 * 4 * T
         if page is families:
             assert found["damaged"] == {
                 str(f): families.evaluate_damaged(t.model, DATA.valid_ids, T, V, f)
                 for f in families.DAMAGE
             }
-    few = families.study(
-        config(**{"train.iters": 1}), DATA, tmp_path / "a", ["dot"], (None,), (1, 2), device="cpu"
-    )
-    grid = {"train.seed": [1, 2], "train.iters": 1}
-    runs = settling.settle_study(config(**PC), DATA, tmp_path / "b", grid, "cpu")
-    for results in (few, runs):
-        assert (
-            results["baselines"] == BASELINES
-            and len({r["valid_loss"] for r in results["runs"].values()}) == 2
-        )
+
+
+def test_seeds_are_runs_of_their_own(tmp_path: Path) -> None:
+    for of in (families.STUDY, settling.MAP):
+        few = small(**{"train.iters": 1})
+        only = "dot, sharpness of" if of is families.STUDY else "sweep"
+        found = harness.run(on_data(of), tmp_path / of.name, (1, 2), only, few, "cpu")
+        assert found.baselines == KNOWN and len({r["loss"] for r in found.runs}) == 2
 
 
 # ----------------------------------------------------------------------------
@@ -945,23 +952,14 @@ def test_training_and_evaluating_from_the_command_line(
 
 def test_studies_from_the_command_line(run: tuple[Path, Path, Spy], tmp_path: Path) -> None:
     text, _, _ = run
-    shape = [f"--model.{k}={v}" for k, v in SIZES.items()] + [
-        "--train.batch_size=4",
-        f"--data={text}",
-        "--device=cpu",
-    ]
-    commands = {
-        "study": ['--families=["dot"]', "--train.iters=1", *shape],
-        "settle": ['--grid={"learner.steps": [1, 2]}', "--train.iters=1", *shape],
-        "compare": ["--iters=1", '--variants=["GPT, backprop"]', *shape],
-    }
-    for name, options in commands.items():
-        with pytest.MonkeyPatch.context() as patch, Spy() as spy:
-            patch.setattr(tinyshakespeare, "step_costs", lambda *a, **k: {})
-            patch.setattr(costs, "cost_table", lambda *a, **k: "")
-            assert main([name, f"--out={tmp_path / name}", *options]) == 0
+    changes = json.dumps({**small(**{"train.iters": 1}), "data": str(text)})
+    for name, only in (("families", "dot, sharpness of"), ("settle", "sweep"), ("demo", "GPT")):
+        out = tmp_path / name
+        asked = ["run", name, f"--out={out}", f"--only={only}", f"--changes={changes}"]
+        with Spy() as spy:
+            assert main([*asked, "--seeds=[1]", "--device=cpu"]) == 0
         assert set(spy.learned) == {"train"}, name
-        assert json.loads((tmp_path / name / "results.json").read_text())["baselines"] == BASELINES
+        assert json.loads((out / "results.json").read_text())["baselines"] == KNOWN
 
 
 def test_the_vocabulary_is_that_of_the_training_text(

@@ -8,20 +8,14 @@ import torch
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import initial_precision
-from pc_transformer.config import replace
-from pc_transformer.data import Batches
+from pc_transformer.config import replace, to_dict
+from pc_transformer.data import Batches, InOrder
 from pc_transformer.experiments import evidence_study, uncertainty
 from pc_transformer.experiments.costs import RATIOS, cost_table
-from pc_transformer.experiments.families import (
-    best_sharpness,
-    changes_of,
-    loss_at,
-    run_config,
-    run_name,
-    select,
-)
-from pc_transformer.experiments.harness import expand, verdict
+from pc_transformer.experiments.families import arm, best_sharpness, damaged_loss, kind, sharpened
+from pc_transformer.experiments.harness import grid
 from pc_transformer.experiments.meters import ratio, spread
+from pc_transformer.experiments.results import Results, Runs, verdict
 from pc_transformer.experiments.settled_reading import (
     EnergyTemperature,
     best_of,
@@ -30,9 +24,8 @@ from pc_transformer.experiments.settled_reading import (
     read_text,
     tune,
 )
-from pc_transformer.experiments.settling import InOrder, part_step, settle_config
-from pc_transformer.experiments.settling import select as select_by_seed
-from pc_transformer.experiments.tinyshakespeare import variant_config
+from pc_transformer.experiments.settling import part_step, with_part_steps
+from pc_transformer.experiments.tinyshakespeare import variants
 from pc_transformer.inference import noisy_log_probs
 from pc_transformer.training.run import RunConfig
 
@@ -51,25 +44,24 @@ from pc_transformer.training.run import RunConfig
     ],
 )
 def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
-    difference, said = verdict(a, b)
-    assert said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    difference, said, apart = verdict(a, b)
+    assert len(apart) == len(a) and said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
     other = {"better": "worse", "worse": "better"}
-    assert verdict(b, a)[1] == other.get(word, word)
+    assert verdict(b, a).word == other.get(word, word)
     with pytest.raises(ValueError):
         verdict(a, b[1:])
+
+
+def results(runs: list[dict[str, Any]]) -> Results:
+    return Results("", "", {}, to_dict(RunConfig()), {}, runs)
 
 
 def fake(
     family: str, sharpness: float, seed: int, clean: float, hurt: float, **changes: Any
 ) -> dict[str, Any]:
-    return {
-        "family": family,
-        "sharpness": sharpness,
-        "seed": seed,
-        "changes": changes,
-        "valid_loss": clean,
-        "damaged": {"0.1": hurt},
-    }
+    changed = {"learner.algorithm": "backprop", **arm(family, sharpness, changes).changes}
+    numbers = {"loss": clean, "damaged": {"0.1": hurt}}
+    return {"arm": family, "seed": seed, "changes": changed, **numbers}
 
 
 def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
@@ -82,42 +74,29 @@ def test_a_sharpness_is_chosen_by_the_mean_of_enough_seeds() -> None:
         fake("dot", 2.0, 1, 0.1, 0.1),
         fake("dot", 2.0, 2, 0.1, 0.1),
     ]  # the best, with two seeds
-    runs += [fake("dot", 0.7, n, 0.1, 0.1, iters=4000) for n in (1, 2, 3)]  # trained differently
+    longer = {"train.iters": 4000}
+    runs += [fake("dot", 0.7, n, 0.1, 0.1, **longer) for n in (1, 2, 3)]  # trained differently
     runs += [fake("laplace", 0.3, n, 0.1, 0.1) for n in (1, 2, 3)]  # another family
-    assert best_sharpness(runs, "dot") == 0.1 and best_sharpness(runs, "dot", 0.1) == 0.5
-    assert best_sharpness(runs, "dot", seeds=2) == 2.0 and best_sharpness(runs, "laplace") == 0.3
-    assert [r["seed"] for r in select(runs, "dot", 0.5)] == [1, 2, 3] and len(
-        select(runs, "dot", 0.7, iters=4000)
-    ) == 3
-    assert [loss_at(runs[0], f) for f in (0.0, 0.1)] == [1.0, 9.0]
+    found = results(runs)
+    assert best_sharpness(found, "dot") == 0.1 and best_sharpness(found, "dot", 0.1) == 0.5
+    assert best_sharpness(found, "dot", seeds=2) == 2.0 and best_sharpness(found, "laplace") == 0.3
+    assert list(kind(found, "dot", 0.5)) == [1, 2, 3]
+    assert len(kind(found, "dot", 0.7, iters=4000)) == 3 and not kind(found, "dot", 0.7)
+    hurt = kind(found, "dot", 0.1).values_of(damaged_loss(0.1))
+    assert hurt == {1: 9.0, 2: 9.0, 3: 9.0} and damaged_loss(0.0) == "loss"
     with pytest.raises(ValueError, match="no sharpness of mixture was run with 3 seeds"):
-        best_sharpness(runs, "mixture")
+        best_sharpness(found, "mixture")
 
 
-def test_runs_of_a_study_are_told_apart() -> None:
-    base = replace(RunConfig(), **{"train.iters": 4000})
-    assert changes_of(base) == {"train.iters": 4000}
-    names = {
-        run_name(f, s, n, c)
-        for f in ("dot", "laplace")
-        for s in (None, 0.5)
-        for n in (1, 2)
-        for c in ({}, {"iters": 3})
-    }
-    assert len(names) == 16
-    c = run_config("student_t", 0.25, 7, base)
-    assert (c.train.seed, c.learner.algorithm, c.model.attention, c.train.iters) == (
-        7,
-        "backprop",
-        "student_t",
-        4000,
-    )
-    sharper = run_config("student_t", 0.5, 7, base).model.precision_init
-    assert (
-        sharper is not None
-        and c.model.precision_init is not None
-        and sharper > c.model.precision_init
-    )
+def test_arms_of_a_study_are_told_apart() -> None:
+    more = ({}, {"train.iters": 3}, {"train_damage": 0.1})
+    arms = [arm(f, s, m) for f in ("dot", "laplace") for s in (None, 0.5) for m in more]
+    assert len({a.name for a in arms}) == 12
+    base = replace(RunConfig(), **{"model.attention": "student_t"})
+    soft, sharp = (sharpened(base, s).model.precision_init for s in (0.25, 0.5))
+    assert soft is not None and sharp is not None and sharp > soft
+    with pytest.raises(ValueError, match="give student_t a sharpness"):
+        sharpened(base, None)
 
 
 @pytest.mark.parametrize(
@@ -132,26 +111,38 @@ def test_runs_of_a_study_are_told_apart() -> None:
         ({"learner.steps": 4, "learner.solver": "state"}, 1.0),
         ({"learner.steps": 2, "learner.steps_end": 8}, 0.5),
         ({"learner.steps": 8, "learner.steps_end": 1}, 1.0),
-        ({"label_noise": 0.2, "learner.steps": 2}, 0.7),
     ],
 )
 def test_part_steps(changes: dict[str, Any], size: float) -> None:
-    assert settle_config(changes, RunConfig()).learner.step_size == size
+    assert with_part_steps(replace(RunConfig(), **changes)).learner.step_size == size
     assert [part_step(k) for k in (1, 2, 3, 100)] == [1.0, 0.7, 0.5, 0.5]
 
 
 def test_a_grid_and_the_runs_of_one_kind() -> None:
-    grid = expand({"learner.steps": [1, 4], "train.seed": [1, 2, 3], "label_noise": 0.1})
-    assert len(grid) == 6 and grid[1] == {"learner.steps": 1, "train.seed": 2, "label_noise": 0.1}
-    runs = [{"changes": c | {"train.eval_interval": 7}} for c in grid]
-    assert list(select_by_seed(runs, steps=4, label_noise=0.1)) == [1, 2, 3]
-    found = select_by_seed(reversed(runs), steps=4, label_noise=0.1)
-    assert list(found) == [1, 2, 3] and all(
-        r["changes"]["learner.steps"] == 4 for r in found.values()
-    )
-    assert not select_by_seed(runs, steps=4) and not select_by_seed(
-        runs, steps=4, label_noise=0.1, iters=1
-    )
+    arms = grid({"learner.steps": [1, 4], "label_noise": 0.1}, (1, 2, 3))
+    assert len(arms) == 2 and arms[1].changes == {"learner.steps": 4, "label_noise": 0.1}
+    assert arms[0].name != arms[1].name and arms[0].seeds == (1, 2, 3)
+    runs = [
+        {"arm": a.name, "seed": n, "changes": {**a.changes, "train.eval_interval": 7}, "loss": n}
+        for a in arms
+        for n in (3, 1, 2)
+    ]
+    found = results(runs).select(steps=4, label_noise=0.1)
+    assert list(found) == [1, 2, 3]
+    assert all(r["changes"]["learner.steps"] == 4 for r in found.values())
+    assert not results(runs).select(steps=4)
+    assert not results(runs).select(steps=4, label_noise=0.1, iters=1)
+
+
+def test_runs_without_a_loss_are_left_out() -> None:
+    "A run that ended in an error has no number, and no verdict is made of it."
+    run = lambda loss: {"loss": loss, "halves": {"loss": loss} if loss else None}
+    a = Runs({n: run(x) for n, x in ((1, 1.0), (2, 1.2), (3, None), (4, 1.1))})
+    b = Runs({n: run(2.0) for n in (1, 2, 3, 4, 5)})
+    assert a.values_of("halves/loss") == {1: 1.0, 2: 1.2, 4: 1.1} and a.mean() == pytest.approx(1.1)
+    assert a.against(b).word == "better" and len(a.against(b).apart) == 3
+    assert Runs({3: run(None)}).spread() == "" and a.spread(digits=1) == "1.1 ± 0.1"
+    assert Runs({3: run(None)}).against(b).word == "too few seeds"
 
 
 def test_windows_in_the_order_of_the_text() -> None:
@@ -171,11 +162,12 @@ def test_where_variants_start() -> None:
         "ours, backprop": ("gaussian", None),
         "ours from 1/sqrt(d), backprop": ("gaussian", soft),
         "GPT with learned scale, backprop": ("dot", soft),
-        "GPT with learned scale from sharp, backprop": ("dot", sharp),
+        "GPT with learned scale from sharp, backprop": ("dot", pytest.approx(sharp, rel=1e-3)),
         "ours, predictive coding": ("gaussian", None),
     }
+    assert set(starts) == set(variants(base))
     for name, (family, start) in starts.items():
-        c = variant_config(name, base)
+        c = replace(base, **variants(base)[name])
         assert (c.model.attention, c.model.precision_init) == (family, start), name
         assert c.learner.algorithm == ("predictive_coding" if "predictive" in name else "backprop")
     assert sharp != pytest.approx(soft, rel=0.1)
@@ -190,16 +182,13 @@ def test_spreads_and_ratios() -> None:
 
 def test_the_cost_table_names_the_worst() -> None:
     entry = lambda c, r: {"cosine": c, "residual": r}
-    runs = [
-        {"variant": "ours, predictive coding", "record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
-        {"variant": "ours, predictive coding", "record": [entry(0.95, 0.2)]},
-        {"variant": "ours, backprop", "record": [entry(0.1, 0.9)]},
-    ]
+    runs = Runs({1: {"record": [entry(0.9, 0.1), entry(0.99, 0.7)]},
+                 2: {"record": [entry(0.95, 0.2)]}})
     costs = {
         f"{a} / {b}": {"time": i + 0.5, "memory": 2.0, "memory_with_resident": 3.0}
         for i, (a, b) in enumerate(RATIOS)
     }
-    text = cost_table({"runs": runs, "costs": costs})
+    text = cost_table(costs, runs)
     assert (
         "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer, generate
 from pc_transformer.config import Attention, replace
+from pc_transformer.data import Text
 from pc_transformer.learning import Backprop, PredictiveCoding, gradients
 from pc_transformer.settling import (
     ErrorSettling,
@@ -103,7 +104,8 @@ def of_training(name: str) -> dict[str, Tensor]:
         "learner.relative_precision": 1000.0,
         **LEARNERS[name],
     }
-    trainer = Trainer(replace(RunConfig(), **changes), ids[:500], ids[500:], torch.device("cpu"))
+    config = replace(RunConfig(), **changes)
+    trainer = Trainer(config, Text.of_ids(ids[:500], ids[500:], config), torch.device("cpu"))
     seen = [
         trainer.measure()["valid_loss"],
         *(trainer.advance() for _ in range(20)),

@@ -6,3 +6,4 @@ from .batches import *
 from .ngrams import *
 from .damage import *
 from .text import *
+from .tasks import *

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Contenders', 'RATIOS', 'SOLVER_RATIOS', 'solver_contenders', 'compiled_contenders', 'step_costs',
-           'cost_table']
+           'cost_table', 'where_it_sits']
 
 # %% ../../nbs/6_experiments/04_costs.ipynb #c68e6a20
 import statistics
@@ -18,6 +18,7 @@ from ..config import ModelConfig, replace
 from ..training.run import RunConfig
 from .meters import contender, peak_bytes, plain_contender, ratio, seconds
 from .plain_gpt import PlainGPT
+from .results import Runs
 from ..learning.learners import Backprop, Learner, PredictiveCoding
 from ..model.transformer import PCTransformer
 from ..settling.errors import ErrorSettling
@@ -131,31 +132,28 @@ SOLVER_RATIOS = tuple(
 )
 
 # %% ../../nbs/6_experiments/04_costs.ipynb #02e8468a
-def cost_table(
-    results: dict[str, Any],
-    # of `step_costs`; `None`: those measured along with the results
-    costs: dict[str, Any] | None = None,
-) -> str:
-    "Ratios of step time and peak memory, and where predictive coding sits, as Markdown."
+def cost_table(costs: dict[str, Any], runs: Runs | None = None) -> str:
+    """Ratios of step time and peak memory as Markdown; and, of predictive coding's runs, where
+    they sat."""
     rows = [
         "| ratio of | step time | peak memory of a step | with parameters and optimiser |",
         "|---|" + 3 * "---:|",
     ]
     for a, b in RATIOS:
-        r = (costs or results["costs"])[f"{a} / {b}"]
+        r = costs[f"{a} / {b}"]
         rows.append(
             f"| {a} / {b} | {r['time']:.2f} | {r['memory']:.2f} | {r['memory_with_resident']:.2f} |"
         )
-    if entries := [
-        e for r in results["runs"] if r["variant"] == "ours, predictive coding" for e in r["record"]
-    ]:
-        cosine, residual = min(e["cosine"] for e in entries), max(e["residual"] for e in entries)
-        where = f"over {len(entries)} evaluations of all seeds, each on the first training batch,"
-        rows += [
-            "",
-            (
-                f"Where predictive coding sits: {where} the smallest gradient cosine to backprop is"
-                f" {cosine:.5f} and the largest relaxation residual {residual:.3f}."
-            ),
-        ]
+    if entries := [e for r in (runs or {}).values() for e in r["record"]]:
+        rows += ["", where_it_sits(entries)]
     return "\n".join(rows)
+
+
+def where_it_sits(entries: list[dict[str, Any]]) -> str:
+    "The worst cosine and residual over the looks of all runs, in a sentence."
+    cosine, residual = min(e["cosine"] for e in entries), max(e["residual"] for e in entries)
+    return (
+        f"Where predictive coding sits: over {len(entries)} evaluations of all seeds, each on the"
+        f" first training batch, the smallest gradient cosine to backprop is {cosine:.5f} and the"
+        f" largest relaxation residual {residual:.3f}."
+    )

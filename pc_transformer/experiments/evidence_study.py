@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import replace
 from ..training.run import RunConfig
 from ..data.damage import damage
+from ..data.tasks import Text
 from ..data.text import TextData
 from .meters import about_run, seconds
 from .evidence import EvidenceTransformer, read_in_order
@@ -106,7 +107,7 @@ def go_on(
     device: torch.device,
 ) -> tuple[EvidenceTransformer, dict[str, Any]]:
     "Train a saved model further, with a settled past or (no precision) plainly; and what happened."
-    t = EvidenceTrainer(config, data.train_ids, data.valid_ids, device)
+    t = EvidenceTrainer(config, Text.of(data, config), device)
     t.model.to(saved.output.weight.dtype).load_state_dict(saved.state_dict())
     times: list[float] = []
     if relative_precision is None:

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'DEAD', 'FROZEN', 'CERTAIN', 'undisturbed', 'node_names', 'f
 # %% ../../nbs/2_learning/10_measures.ipynb #a5d87f1a
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int

@@ -48,7 +48,7 @@ def status_line(look: Snapshot, iters: int | None = None) -> str:
 # %% ../../nbs/2_learning/14_monitor.ipynb #301037e0
 @dataclass
 class Monitor:
-    """Watch a training run: `train(trainer, after_step=Monitor())`.
+    """Watch a training run: `train(trainer, Monitor())`.
 
     The run is not disturbed: its losses are bit for bit those of a run without a monitor. One
     look costs about

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import check_types
 from .chain import Chain, Pass, check_errors, demand, errors_down

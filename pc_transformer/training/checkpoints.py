@@ -7,9 +7,9 @@ __all__ = ['NUMBERS', 'UNSAVED', 'ADDED', 'MOMENTS', 'PROGRESS', 'ENTRY', 'check
            'digest', 'sealed', 'file_hash', 'check_seal', 'tensors_of', 'anatomy', 'check_savable', 'SavedTokenizer',
            'tokenizer_of', 'description', 'write_model', 'save', 'as_path', 'checkpoints', 'step_of', 'newest',
            'steady', 'load', 'read_model', 'freeze', 'load_tokenizer', 'load_pair', 'read_tokenizer',
-           'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'data_hash', 'resume',
-           'take_up', 'check_progress', 'is_entry', 'is_number', 'restore_optimizer', 'sole_run', 'names', 'locked',
-           'check_folder', 'go_on', 'write_run_config', 'read_run_config']
+           'optimizer_tensors', 'check_moments', 'save_checkpoint', 'sweep', 'outdated', 'resume', 'take_up',
+           'check_progress', 'is_entry', 'is_number', 'restore_optimizer', 'sole_run', 'names', 'locked',
+           'check_folder', 'write_run_config', 'read_run_config']
 
 # %% ../../nbs/4_practice/09_checkpoints.ipynb #c9e4e755
 import errno
@@ -44,7 +44,7 @@ from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
 from ..settling.chain import check_batch
 from pc_transformer.training.files import (
-    CheckpointError, Interrupted, beside, not_finite, read_json, read_tensors, whole_folder,
+    CheckpointError, beside, not_finite, read_json, read_tensors, whole_folder,
     write_tensors, write_text,
 )
 from .trainer import Trainer
@@ -472,7 +472,7 @@ def save_checkpoint(
         write_model(trainer.model, about, work)
         write_tensors(moments, work / "optimizer.safetensors")
         progress = {"step": trainer.step, "losses": trainer.losses, "record": trainer.record}
-        progress |= {"run": to_dict(trainer.config), "data": data_hash(trainer)}
+        progress |= {"run": to_dict(trainer.config), "data": trainer.task.fingerprint()}
         text = sealed(progress, work, "model.safetensors", "optimizer.safetensors")
         (work / "training.json").write_text(text, encoding="utf-8")
     for old in outdated(trainer, run):
@@ -495,13 +495,6 @@ def outdated(trainer: Trainer, run: Path) -> list[Path]:
     return [p for p in found[:-2] if p != best]
 
 
-def data_hash(trainer: Trainer) -> str:
-    "SHA-256 of the training and validation tokens."
-    return hashlib.sha256(
-        b"|".join(ids.cpu().numpy().tobytes() for ids in (trainer.train_ids, trainer.valid_ids))
-    ).hexdigest()
-
-
 def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must
     be the saved one.
@@ -522,7 +515,7 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
     if tokenizer is not None and read_tokenizer(place) != tokenizer:
         raise CheckpointError(f"{place} was trained with another vocabulary: the data is not the "
                               "run's")
-    if progress["data"] != data_hash(trainer):
+    if progress["data"] != trainer.task.fingerprint():
         raise CheckpointError(f"{place} was trained on other data: its tokens have another SHA-256")
     try:
         # what an older version did not have is as usual
@@ -660,32 +653,6 @@ def check_folder(trainer: Trainer, run: Path) -> None:
         )
     if trainer.step == 0 or not (run / "config.yaml").exists():
         write_text(run / "config.yaml", to_yaml(trainer.config))
-
-
-def go_on(
-    trainer: Trainer, run: Path | None, tokenizer: SavedTokenizer | None,
-    after_step: Callable[[Trainer], None] | None,
-    stopped: Callable[[], bool],                 # whether a signal came
-) -> None:
-    "The steps of `train`: advance, measure and save at their intervals, stop when asked."
-    c = trainer.config.train
-    while trainer.step < c.iters:
-        trainer.advance()
-        done = trainer.step == c.iters
-        if done or trainer.step % c.eval_interval == 0:
-            trainer.measure()
-        if after_step is not None:
-            after_step(trainer)
-        stop = trainer.total(stopped()) > 0 and not done
-        if run is not None and (done or stop or trainer.step % c.checkpoint_interval == 0):
-            if trainer.team.rank == 0:
-                check_folder(trainer, run)
-                save_checkpoint(trainer, run, tokenizer)
-            trainer.total(0)         # the others wait: a checkpoint that was announced is there
-        if stop:
-            hint = f"the checkpoint is in {run}; `pct train {run} --resume true` goes on"
-            hint = hint if run else "no folder was given, so nothing was saved"
-            raise Interrupted(f"stopped after step {trainer.step} of {c.iters}: {hint}")
 
 # %% ../../nbs/4_practice/09_checkpoints.ipynb #9bdc3466
 def write_run_config(config: RunConfig, run: Path) -> None:
