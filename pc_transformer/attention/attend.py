@@ -39,10 +39,10 @@ Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 def backend_named(name: str) -> Run:
     "The function behind a backend's name; GPU backends are imported when they are asked for."
-    if name in ("flex", "triton"):
+    if name == "triton":
         from pc_transformer.attention.kernels import triton
-        return getattr(triton, name)
-    return {"reference": reference, "sdpa": kernels.sdpa, "chunked": kernels.chunked}[name]
+        return triton.triton
+    return reference if name == "reference" else getattr(kernels, name)
 
 
 def posterior_mean(
@@ -71,7 +71,7 @@ def posterior_mean(
         )
         return out.to(q.dtype), lse
     # a sum of absolute values is no function of a product
-    if isinstance(link, IndependentLaplace):
+    if isinstance(link, IndependentLaplace) or "query_precision" in options:
         name = "reference"
     elif backend != "auto":
         name = backend

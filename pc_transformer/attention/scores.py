@@ -28,7 +28,7 @@ from ..isolation import dropout
 Family = Literal[Attention, "independent_laplace"]
 
 
-Backend = Literal["auto", "reference", "sdpa", "chunked", "flex", "triton"]
+Backend = Literal["auto", "reference", "plain", "sdpa", "chunked", "triton"]
 
 
 Link = Elliptical | Literal["dot"]

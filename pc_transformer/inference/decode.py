@@ -133,10 +133,10 @@ def quick_scores(
     if reader.own: u.mul_(at["lam"])
     if not reader.straight:
         u.add_(at["kappa"])
-        if reader.sharp:
+        if reader.density.sharp:
             measure_near(reader, u[:, :, None, :, None], q.flatten(1, 2)[:, :, None], K, at)
         if reader.scales: u.mul_(reader.flat_scale)
-        u = reader.step.score(u, u, reader.flat_shape)
+        u = reader.flat_density.score_(u, u, reader.d)
     return u.add_(at["bias"]) if "bias" in at else u
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..attention.checks import sound
 from ..attention.head import PCAttention
-from ..attention.kernels.steps import NEAR, as_step, is_sharp
+from ..attention.kernels.near import NEAR
 from ..attention.scores import Link, full_dtype
 from ..attention.sharpness import TAILS
-from ..energies.elliptical import Elliptical
-from ..energies.families import FAMILIES
+from ..energies.elliptical import Elliptical, shape_tensors, with_shape
+from ..energies.families import FAMILIES, Gaussian
 
 # %% ../../nbs/3_inference/04_reader.ipynb #abb71b84
 STRAIGHT = ("dot", "gaussian", "mixture")    # families whose link is linear in the distance
@@ -73,7 +73,8 @@ class Reader:
         # `(Hk, M, 1, 1, d)`
         self.shift = None if a.shift is None else a.shift.detach().to(dtype)[:, :, :, None]
         self.link: Link = "dot" if a.family == "dot" else self.family_of(a, dtype)
-        self.step, self.scale, self.shape = as_step(self.link, a.d)
+        self.density = Gaussian() if isinstance(self.link, str) else self.link
+        self.scale = self.density.stretch()
         self.factor = (1.0 if self.straight else -2.0) * (
             torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam
         )
@@ -91,8 +92,8 @@ class Reader:
         self.scales = isinstance(self.scale, Tensor) or self.scale != 1
         # `(Hk, G, 1)`
         self.flat_scale = self.scale[:, 0, :, 0] if isinstance(self.scale, Tensor) else self.scale
-        self.flat_shape = [x[:, 0, :, 0] if x.dim() == 5 else x for x in self.shape]
-        self.sharp = is_sharp(self.link)
+        tails = (x[:, 0, :, 0] for x in shape_tensors(self.density))
+        self.flat_density = with_shape(self.density, tails)
         self.quick = not self.visible and a.mixing == "equal" and dtype == a.qkv.weight.dtype
 
     def family_of(self, a: PCAttention, dtype: torch.dtype) -> Elliptical:
@@ -192,10 +193,8 @@ def cached_scores(
     u = None
     if not reader.straight:
         u = s.add_(at["kappa"])
-        if is_sharp(reader.link): measure_near(reader, u, q, k, column)
-        s = reader.step.score(
-            u * reader.scale, torch.empty_like(u), [x.to(u.dtype) for x in reader.shape]
-        )
+        if reader.density.sharp: measure_near(reader, u, q, k, column)
+        s = reader.density.score_(u * reader.scale, torch.empty_like(u), reader.d)
     if "bias" in at: s = s + at["bias"]
     if visible or reader.visible: s = s + reader.const
     return (s if seen is None else s.masked_fill(~seen[:, None, None, None], -math.inf)), u

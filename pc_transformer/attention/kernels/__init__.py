@@ -1,7 +1,7 @@
 """Every family without a matrix of scores."""
 
 from .masks import *
-from .steps import *
+from .near import *
 from .sdpa import *
 from .merge import *
 from .chunked import *

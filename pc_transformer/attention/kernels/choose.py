@@ -111,7 +111,6 @@ def _choose_gpu(
         )
     known = link == "dot" or type(link) in FAMILIES.values()
     if dropout_p or not known: return None
-    name = "triton" if mask is None or (mask.dim() == 4 and mask.shape[-2] == 1) else "flex"
-    if name == "flex" and needs_grad(mask): return None
-    works, why = triton.available(q.device, name)
-    return (name, f"one GPU kernel serves every link ({why})") if works else None
+    if mask is not None and mask.shape[-2] > 1: return None
+    works, why = triton.available(q.device)
+    return ("triton", f"one GPU kernel serves every link ({why})") if works else None
