@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pc_transformer.attention import kernels
-from pc_transformer.attention.kernels import chunked, merge, sdpa
+from pc_transformer.attention.kernels import chunked, merge, plain, sdpa
 from pc_transformer.energies import FAMILIES, Elliptical, Gaussian, Laplace, StudentT
 
 LINKS = {"dot": "dot", **{name: family() for name, family in FAMILIES.items()}}
-BACKENDS = [("dot", sdpa), ("gaussian", sdpa)] + [(name, chunked) for name in LINKS]
+BACKENDS = [("dot", sdpa), ("gaussian", sdpa)]
+BACKENDS += [(name, f) for f in (plain, chunked) for name in LINKS]
 IDS = [f"{name}-{f.__name__}" for name, f in BACKENDS]
 
 
@@ -141,7 +142,7 @@ def test_every_precision_and_cross_attention(name, kind):
         draw(2, 3, 140, 8, seed=2),
         precision_of(kind, 2, 3, 140, 8),
     ]
-    for f in (chunked, sdpa) if name == "gaussian" else (chunked,):
+    for f in (plain, chunked, sdpa) if name == "gaussian" else (plain, chunked):
         compare(f, LINKS[name], inputs)
 
 
@@ -249,7 +250,7 @@ def test_adversarial_inputs(name, case):
         *(x.double() for x in (q, k, v)), LINKS[name], lam.double(), is_causal=True
     )
     leaves = [x.requires_grad_() for x in (q, k, v, lam)]
-    for f in (chunked, sdpa) if name == "gaussian" else (chunked,):
+    for f in (plain, chunked, sdpa) if name == "gaussian" else (plain, chunked):
         out, lse = f(*leaves[:3], LINKS[name], leaves[3], is_causal=True)
         scores = (
             1e4 if case in ("huge", "1e6") else 1.0

@@ -1,6 +1,7 @@
 """Every family without a matrix of scores."""
 
 from .masks import *
+from .plain import *
 from .near import *
 from .sdpa import *
 from .merge import *

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Link', 'per_coordinate', 'log_key_prior', 'four_axes', 'additive_mask', 'responsibilities', 'split_prior',
-           'and_masks', 'window_mask', 'squares', 'centre', 'first_order', 'first_row', 'log_total', 'blind_rows',
-           'needs_grad', 'check_tensors', 'check']
+           'and_masks', 'window_mask', 'squares', 'affine', 'centre', 'first_order', 'first_row', 'log_total',
+           'blind_rows', 'needs_grad', 'check_tensors', 'check']
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #4cc48997
 import functools
@@ -67,8 +67,7 @@ def additive_mask(
             )
     if not is_causal:
         return attn_mask
-    future = torch.ones(Tq, Tk, dtype=torch.bool, device=scores_like.device).triu(1)
-    causal = scores_like.new_zeros(Tq, Tk).masked_fill(future, -math.inf)
+    causal = scores_like.new_full((Tq, Tk), -math.inf).triu_(1)
     return causal if attn_mask is None else attn_mask + causal
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #6ddd77f5
@@ -110,19 +109,38 @@ def window_mask(Tq: int, Tk: int, window: int, is_causal: bool, device: torch.de
 def squares(x: Float[Tensor, "B H T d"], Lam: Tensor) -> Float[Tensor, "B H T 1"]:
     """`sum_c Lambda_c x_c^2`; one precision for all coordinates is multiplied after the sum,
     which saves memory."""
-    if Lam.shape[-1] == 1: return Lam * x.square().sum(-1, keepdim=True)
-    return (Lam * x.square()).sum(-1, keepdim=True)
+    square = x * x  # has a cheaper gradient than `square`
+    if Lam.shape[-1] == 1: return Lam * square.sum(-1, keepdim=True)
+    return (Lam * square).sum(-1, keepdim=True)
+
+# %% ../../../nbs/5_speed/01_masks.ipynb #acd9406c
+def affine(
+    q: Float[Tensor, "... Tq d"],
+    k: Float[Tensor, "... Tk d"],
+    Lam: Tensor,                     # precision, broadcastable to `k`
+    scale: float | Tensor = 1.0,     # y is `scale * u`
+    row: bool = True,                # whether rho is wanted
+# queries, keys, rho `(..., Tq, 1)` or `None`, kappa `(..., Tk, 1)`
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Equation (6): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the
+    precision is the keys' own."""
+    Lam = Lam * scale
+    kappa = squares(k, Lam)
+    if Lam.shape[-2] == 1: return q, k * (-2 * Lam), squares(q, Lam) if row else None, kappa
+    square = q**2 if Lam.shape[-1] > 1 else (q**2).sum(-1, keepdim=True)
+    lanes = Lam.expand(*k.shape[:-1], square.shape[-1])
+    return torch.cat([q, square], -1), torch.cat([k * (-2 * Lam), lanes], -1), None, kappa
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #311acd5a
 def centre(k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H 1 d"] | None:
     """Equation (4): what to subtract from queries and keys, a constant for gradients; `None` if
     that is zero everywhere."""
-    pair = k.detach()[..., :2, :].float()
-    square = lambda x: x.square().sum(-1, keepdim=True)
-    apart = square(pair[..., -1:, :] - pair[..., :1, :])
-    offset = apart < square(pair).amin(-2, keepdim=True)
+    first, second = k.detach()[..., 0, :].float(), k.detach()[..., :2, :][..., -1, :].float()
+    size = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    offset = size(second - first) < torch.minimum(size(first), size(second))
     if not bool(offset.any()): return None
-    return torch.where(offset, pair[..., :1, :], 0.0).nan_to_num(0.0, 0.0, 0.0).to(k.dtype)
+    shift = torch.where(offset, first, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    return shift[..., None, :].to(k.dtype)
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #d6971acc
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
