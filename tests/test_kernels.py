@@ -146,15 +146,16 @@ def test_every_precision_and_cross_attention(name, kind):
         compare(f, LINKS[name], inputs)
 
 
+@pytest.mark.parametrize("f", [plain, chunked])
 @pytest.mark.parametrize("family", [n for n, c in FAMILIES.items() if dataclasses.fields(c)])
-def test_learned_shapes_have_their_gradient(family):
+def test_learned_shapes_have_their_gradient(family, f):
     kind = FAMILIES[family]
     fields = {f.name: f.default for f in dataclasses.fields(kind)}
     B, H, T, d = 2, 2, 70, 4
     x = [draw(B, H, T, d, seed=n) for n in range(3)] + [precision_of("key", B, H, T, d)]
     for shape in ((1, H, 1, 1), (1, 1, 1, 1)):
         found = []
-        for call, dtype in ((oracle, torch.float64), (chunked, torch.float32)):
+        for call, dtype in ((oracle, torch.float64), (f, torch.float32)):
             own = {
                 n: torch.full(shape, max(v, 0.2), dtype=dtype, requires_grad=True)
                 for n, v in fields.items()
@@ -172,7 +173,8 @@ def test_student_t_at_every_nu(nu):
     inputs = [draw(1, 2, 70, 16, seed=n) for n in range(3)] + [
         torch.full((1, 2, 1, 1), 0.5, dtype=torch.float64)
     ]
-    compare(chunked, StudentT(nu), inputs, is_causal=True)
+    for f in (plain, chunked):
+        compare(f, StudentT(nu), inputs, is_causal=True)
 
 
 def test_a_family_inside_a_family_keeps_its_shape():
@@ -197,11 +199,12 @@ def test_a_family_inside_a_family_keeps_its_shape():
 
     x = [draw(2, 3, 70, 4, seed=n) for n in range(3)]
     lam, found = torch.ones(1, 3, 1, 1, dtype=torch.float64), []
-    for f in (oracle, chunked):
+    for f in (oracle, plain, chunked):
         nu = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
         out = f(*x, Doubled(StudentT(nu)), lam, is_causal=True)[0]
         found.append((out, *torch.autograd.grad(out.sin().sum(), nu)))
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    for near in found[1:]:
+        torch.testing.assert_close(near, found[0], rtol=1e-9, atol=1e-9)
 
 
 def test_student_t_becomes_gaussian():
@@ -414,10 +417,10 @@ def test_merge_is_attention_over_the_union(M):
 def test_norm_tied_prior_is_dot_product_attention():
     q, k, v = (draw(1, 2, 80, 8, seed=n).float() for n in range(3))
     lam = torch.full((1, 2, 1, 1), 0.4)
-    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
-    for f in (sdpa, chunked):
+    dot = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
+    for f in (plain, sdpa, chunked):
         out = f(q, k, v, Gaussian(), lam, log_mix=0.2 * (k**2).sum(-1), is_causal=True)[0]
-        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, dot, rtol=1e-5, atol=1e-5)
 
 
 def test_private_operators_are_as_expected():
@@ -430,8 +433,10 @@ def test_sdpa_refuses_what_it_cannot_do(monkeypatch):
     """Also where the operators differ: no other backend is run in its name, and `auto` takes
     another."""
     q, k, v = (draw(1, 2, 20, 8, seed=n) for n in range(3))
+    long = torch.zeros(1, 1, 2048, 2)
     lam = torch.ones(1, 2, 1, 1, dtype=torch.float64)
     mask = torch.zeros(20, 20, requires_grad=True)
+    assert kernels.choose(long, long, long, "dot", lam[:, :1])[0] == "sdpa"
     for link, kw, words in (
         (StudentT(), {}, "no dot product"),
         ("dot", dict(dropout_p=0.1), "no dropout"),
@@ -439,14 +444,11 @@ def test_sdpa_refuses_what_it_cannot_do(monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             sdpa(q, k, v, link, lam, **kw)
-    fused, choice = (
-        import_module(f"pc_transformer.attention.kernels.{name}") for name in ("sdpa", "choose")
-    )
-    for module in (fused, choice):
-        monkeypatch.setattr(module, "flash_agrees", lambda: False)
+    fused = import_module("pc_transformer.attention.kernels.sdpa")
+    monkeypatch.setattr(fused, "flash_agrees", lambda: False)
     with pytest.raises(ValueError, match="not the one that was verified"):
         sdpa(q, k, v, Gaussian(), lam)
-    assert kernels.choose(q, k, v, "dot", lam)[0] != "sdpa"
+    assert kernels.choose(long, long, long, "dot", lam[:, :1])[0] == "chunked"
 
 
 def test_choices_are_said_and_run():
@@ -465,8 +467,25 @@ def test_choices_are_said_and_run():
                 torch.testing.assert_close(
                     out, chunked(q, k, v, link, lam, **kw)[0], rtol=1e-5, atol=1e-5
                 )
-    long = torch.zeros(1, 1, kernels.LONG, 2)
-    assert kernels.choose(long, long, long, Gaussian(), head[:, :1], grads=True)[0] == "sdpa"
+    for T, link, name in (
+        (16, "dot", "plain"),
+        (64, Gaussian(), "plain"),
+        (4096, "dot", "sdpa"),
+        (4096, Gaussian(), "chunked"),
+        (4096, Laplace(), "chunked"),
+    ):
+        x = torch.zeros(1, 1, T, 2)
+        assert kernels.choose(x, x, x, link, head[:, :1], need_lse=False)[0] == name
+
+
+def test_plain_is_chosen_by_the_bytes_it_keeps():
+    "A bent link keeps the distances beside the scores, and ends at half as many pairs."
+    pairs = kernels.CACHE // 4
+    for link, most in (("dot", pairs), (Gaussian(), pairs), (StudentT(), pairs // 2)):
+        for Tk, name in ((most, "plain"), (most + 1, "chunked")):
+            q, k = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).expand(1, 1, Tk, 1)
+            found = kernels.choose(q, k, k, link, torch.ones(1, 1, 1, 1), need_lse=False)[0]
+            assert (found == "plain") == (name == "plain"), (link, Tk)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +510,7 @@ def test_bad_arguments_get_a_sentence(bad, kind, words):
     args |= bad
     if args["k"].shape[-2] == 9:
         args["v"] = args["k"]
-    for f in (sdpa, chunked):
+    for f in (plain, sdpa, chunked):
         with pytest.raises(kind, match=words):
             f(**args)
 

@@ -219,7 +219,7 @@ class Link(ABC):
         "A factor for equation (4), one at its solution, that a family may use to get there faster."
         return 1.0
 
-# %% ../../nbs/1_model/03_a_density.ipynb #648c67c7
+# %% ../../nbs/1_model/03_a_density.ipynb #e09938c4
 def shape_tensors(family: Any) -> list[Tensor]:
     "A family's parameters that are tensors; those of a family inside it too."
     values = [getattr(family, f.name) for f in fields(family)]
@@ -237,7 +237,7 @@ def with_shape(family: Any, shape: Iterator[Tensor]) -> Any:
         if isinstance(value, Link): object.__setattr__(family, name, with_shape(value, shape))
     return family
 
-# %% ../../nbs/1_model/03_a_density.ipynb #8c1bbef1
+# %% ../../nbs/1_model/03_a_density.ipynb #1b73db81
 class InPlace(Link):
     "A link for kernels, which own their tensors. `y` is `stretch()` times the distance u."
 
@@ -258,7 +258,7 @@ class InPlace(Link):
         return -0.5
 
     def shape_slopes(self, y: Tensor, g: Tensor, dim: int) -> Sequence[Tensor]:
-        "`g` times the slope of `score_` in each of `shape_tensors`, with y held, before it is summed."
+        "`g` times the slope of `score_` in each of `shape_tensors`, with y held; not yet summed."
         leaves = [x.detach().expand_as(y).requires_grad_() for x in shape_tensors(self)]
         with torch.enable_grad():
             score = with_shape(self, iter(leaves)).link(y.detach(), dim)

@@ -3,6 +3,7 @@
 from .masks import *
 from .plain import *
 from .near import *
+from .blocks import *
 from .sdpa import *
 from .merge import *
 from .chunked import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain']
 
-# %% ../../../nbs/5_speed/00_plain.ipynb #1b80604d
+# %% ../../../nbs/5_speed/00_plain.ipynb #aed88b6d
 import functools
 import math
 
@@ -22,7 +22,7 @@ from ...energies.elliptical import Elliptical, known, shape_tensors, with_shape
 from ...energies.families import Gaussian
 from ...isolation import dropout
 
-# %% ../../../nbs/5_speed/00_plain.ipynb #2778283e
+# %% ../../../nbs/5_speed/00_plain.ipynb #9aeb086e
 class _InPlace(torch.autograd.Function):
     "A family's `score_` of stretched distances, with its slope."
 
@@ -42,7 +42,7 @@ class _InPlace(torch.autograd.Function):
         like = shape_tensors(family)
         return dy, None, None, *(x.sum_to_size(p.shape) for x, p in zip(shape, like, strict=False))
 
-# %% ../../../nbs/5_speed/00_plain.ipynb #05246a05
+# %% ../../../nbs/5_speed/00_plain.ipynb #274397f4
 def _finite(x: Tensor) -> bool:
     "Whether all of a tensor is known to be finite."
     total = known(x.detach().sum())
@@ -54,7 +54,7 @@ def _hide(s: Tensor, added: Tensor | None, finite: bool) -> Tensor:
     if added is None: return s
     return s.add_(added) if finite else torch.where(added == -math.inf, added, s + added)
 
-# %% ../../../nbs/5_speed/00_plain.ipynb #fb7b3e87
+# %% ../../../nbs/5_speed/00_plain.ipynb #72d88892
 class _Product(torch.autograd.Function):
     """start + a @ b.mT. Automatic differentiation would leave b's gradient transposed, and
     whatever follows slow."""
@@ -118,7 +118,7 @@ def _curved(
     if prior is not None: s = s.add_(prior[..., None, :])
     return _hide(s, added, _finite(kappa if prior is None else kappa.mT + prior[..., None, :]))
 
-# %% ../../../nbs/5_speed/00_plain.ipynb #7e697789
+# %% ../../../nbs/5_speed/00_plain.ipynb #2ca4f4b3
 def plain(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B H Tk d"],

@@ -27,7 +27,8 @@ def augment(
     precision: float | Tensor,              # see `per_coordinate`
     log_mix: float | Tensor | None = None,  # broadcastable to `(B, H, Tk)`
 ) -> tuple[Tensor, Tensor]:                 # `(B, H, Tq, d')`, `(B, H, Tk, d')`
-    """Equation (3): queries and keys whose dot products are the Gaussian scores, up to `row_constant`
+    """Equation (3): queries and keys whose dot products are the Gaussian scores, up to
+    `row_constant`
     per query."""
     Lam = per_coordinate(precision, q)
     b = log_key_prior(Lam, log_mix, q.shape[-1])[..., None] - squares(k, Lam) / 2
@@ -163,7 +164,7 @@ def _lanes(
     # else NaN + -inf would reach into the past
     return q * Lam, k, b[..., None, :].nan_to_num(0.0, math.inf, -math.inf)
 
-# %% ../../../nbs/5_speed/03_sdpa.ipynb #77f948a2
+# %% ../../../nbs/5_speed/03_sdpa.ipynb #fdc98068
 def _public(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
 ) -> Tensor:
@@ -202,7 +203,7 @@ def _fused(
     if blind is None: return out, lse
     return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
 
-# %% ../../../nbs/5_speed/03_sdpa.ipynb #90bad149
+# %% ../../../nbs/5_speed/03_sdpa.ipynb #cd6911cb
 def cannot(
     q: Tensor, link: Link, mask: Tensor | None, dropout_p: float, need_lse: bool
 ) -> str | None:
