@@ -496,7 +496,7 @@ class Contaminated(Elliptical):
         far, start = self._log_odds(dim)
         odds = y.clamp_min_(0).mul((self.ratio - 1) / 2).add_(start)
         curve = odds.abs().mul_(-1 / math.log(2)).exp2_().log1p_()
-        return odds.clamp_min_(0).add_(curve).add_(y, alpha=-self.ratio / 2).add_(far)
+        return odds.clamp_min_(0).add_(curve).add_(y, alpha=-float(self.ratio) / 2).add_(far)
 
     def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
         "1 for the regular, ratio for the outliers, averaged"

@@ -66,7 +66,7 @@ class _Group:
         q, k, v, Lam, shift, prior, self.mask = tensors
         full = torch.promote_types(q.dtype, torch.float32)
         self.plan, self.at = plan, at
-        self.whole = tuple(slice(0, part.stop - part.start) for part in at)
+        self.whole = slice(0, at[0].stop - at[0].start), slice(0, at[1].stop - at[1].start)
         self.q, self.k, self.v = (heads_of(x, *at, dtype=full) for x in (q, k, v))
         self.Lam, prior = heads_of(Lam, *at), heads_of(prior, *at)
         self.link = with_shape(plan.link, iter(heads_of(x, *at)[..., None] for x in shape))

@@ -67,8 +67,8 @@ def additive_mask(
             )
     if not is_causal:
         return attn_mask
-    like = dict(dtype=scores_like.dtype, device=scores_like.device)
-    causal = torch.full((Tq, Tk), -math.inf, **like).triu_(1)
+    like = torch.empty((Tq, Tk), dtype=scores_like.dtype, device=scores_like.device)
+    causal = like.fill_(-math.inf).triu_(1)
     return causal if attn_mask is None else attn_mask + causal
 
 # %% ../../../nbs/5_speed/01_masks.ipynb #6ddd77f5

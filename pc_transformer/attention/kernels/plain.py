@@ -149,8 +149,8 @@ def plain(
     added = None if added is None else four_axes(added, q.dtype)
     per_key = link != "dot" and Lam.shape[-2] > 1
     prior = log_key_prior(Lam, log_mix, d) if per_key else log_mix
-    scores = _straight if link == "dot" or isinstance(link, Gaussian) else _curved
-    s = scores(q, k, link, Lam, prior, added)
+    if isinstance(link, str | Gaussian): s = _straight(q, k, link, Lam, prior, added)
+    else: s = _curved(q, k, link, Lam, prior, added)
     r = responsibilities(s) if blind else s.softmax(-1)
     r = dropout(r, dropout_p).flatten(0, 1)
     out = torch.bmm(r, v.reshape(B * H, Tk, -1)).view(B, H, Tq, -1).to(dtype)

@@ -253,7 +253,8 @@ def sdpa(
     bias = q.device.type == "cpu" and Lam.shape[-2] == 1
     sides = _lanes(q, k, link, Lam, log_mix, bias and not needs_grad(q, k, v, Lam, log_mix))
     v = v.to(full)
-    if q.device.type != "cpu": sides, v = (*(x.to(dtype) for x in sides[:2]), None), v.to(dtype)
+    if q.device.type != "cpu":
+        sides, v = (sides[0].to(dtype), sides[1].to(dtype), None), v.to(dtype)
     out, lse = _fused(sides, v, mask, nan, causal, dropout_p, need_lse)
     if not need_lse: return out.to(dtype), None
     if isinstance(link, Gaussian): lse = _whole_lse(lse, q, Lam, log_mix, own, is_causal)

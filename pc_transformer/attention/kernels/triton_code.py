@@ -446,7 +446,7 @@ def key_kernel(
                     squares = exact.to(L.dtype)
                     kq -= 0.5 * matmul(L, tl.trans(squares), None, PRECISION)
                     if SPLIT:
-                        kq -= 0.5 * matmul(L, tl.trans(rest(exact)), None, PRECISION)
+                        kq -= 0.5 * matmul(L, tl.trans(bf16_remainder(exact)), None, PRECISION)
                 elif LINK != "dot":
                     q2 = tl.load(Q2 + bh * Tq + rows, mask=rows < Tq, other=0.0)
                 s, distance, u = score_tile(
