@@ -168,6 +168,18 @@ def test_learned_shapes_have_their_gradient(family, f):
             assert a.shape == b.shape and (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
 
 
+@pytest.mark.parametrize("f", [plain, chunked])
+def test_a_learned_shape_may_be_held(f):
+    "Gradients of queries alone, where the tail is a tensor that asks for none."
+    q, k, v = (draw(1, 2, 9, 4, seed=n).requires_grad_(n == 0) for n in range(3))
+    one, nu = torch.ones(2, 1, 2, 1, 1, dtype=torch.float64).mul(3)
+    found = [
+        torch.autograd.grad(call(q, k, v, StudentT(nu), one)[0].sin().sum(), q)[0]
+        for call in (oracle, f)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("nu", [0.1, 1.0, 300.0, 1e6])
 def test_student_t_at_every_nu(nu):
     inputs = [draw(1, 2, 70, 16, seed=n) for n in range(3)] + [

@@ -37,10 +37,12 @@ class _InPlace(torch.autograd.Function):
     @first_order
     def backward(ctx, g):  # type: ignore[override]
         (y,), family, d = ctx.saved_tensors, ctx.family, ctx.d
-        shape = family.shape_slopes(y, g, d) if any(ctx.needs_input_grad[3:]) else ()
+        dshape: list[Tensor | None] = [None] * len(ctx.needs_input_grad[3:])
+        if any(ctx.needs_input_grad[3:]):
+            slopes = zip(family.shape_slopes(y, g, d), shape_tensors(family), strict=True)
+            dshape = [x.sum_to_size(p.shape) for x, p in slopes]
         dy = family.slope_(y.clone(), g.clone(), d).mul_(family.slope_factor(d))
-        like = shape_tensors(family)
-        return dy, None, None, *(x.sum_to_size(p.shape) for x, p in zip(shape, like, strict=False))
+        return dy, None, None, *dshape
 
 # %% ../../../nbs/5_speed/00_plain.ipynb #274397f4
 def _finite(x: Tensor) -> bool:
