@@ -307,7 +307,7 @@ class Masks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.step, self.seen = 0, {}
-        own, keep = Dropout.forward, Plan.keep
+        own, keep = Dropout.forward, Plan.kept
 
         def forward(layer: Dropout, x: Tensor) -> Tensor:
             out = own(layer, torch.ones_like(x)) if layer.training else x
@@ -321,7 +321,7 @@ class Masks:
             return out
 
         monkeypatch.setattr(Dropout, "forward", forward)
-        monkeypatch.setattr(Plan, "keep", kept)
+        monkeypatch.setattr(Plan, "kept", kept)
 
     def note(self, kind: str, mask: Any) -> None:
         self.seen.setdefault((kind, self.step), []).append(mask)

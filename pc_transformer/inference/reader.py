@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.checks import sound
 from ..attention.head import PCAttention
-from ..attention.kernels.steps import NEAR, as_step, is_sharp
+from ..attention.kernels.near import NEAR
 from ..attention.scores import full_dtype, link_of, radial
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
@@ -64,7 +64,7 @@ class Reader:
         self.dot, likelihood = a.family == "dot", a.likelihood
         self.apart = isinstance(likelihood, Independent)     # a distance for each coordinate
         self.link = Gaussian() if isinstance(likelihood, str) else self.family_of(likelihood)
-        self.step, self.scale, self.shape = as_step(self.link, a.d)
+        self.scale = self.link.stretch()
         one = torch.ones_like(self.Lam[..., :1]) if self.own else self.Lam
         self.factor = one if self.straight else -2 * one           # of the product
         self.weight = -one / 2 if self.straight else one           # of the query's own square
@@ -170,7 +170,7 @@ def distances(
         u.add_(weighted(q, other, reader.weight)[..., None])
     if reader.own: u.mul_(column["lam"][:, :, :, None, None])
     if not reader.straight: u.add_(column["kappa"][:, :, :, None, None])
-    if is_sharp(reader.link): measure_near(reader, u, q.flatten(1, 3), k, column)
+    if reader.link.sharp: measure_near(reader, u, q.flatten(1, 3), k, column)
     return u
 
 
@@ -205,7 +205,7 @@ def link_scores(
     "Log of prior times likelihood; without `visible` up to a constant per query."
     if reader.straight: s = u
     elif reader.apart: s = link_of(Independent(reader.link), u)
-    else: s = reader.step.score(u.mul_(reader.scale), u, [x.to(u.dtype) for x in reader.shape])
+    else: s = reader.link.score_(u.mul_(reader.scale), u, reader.d)
     if "bias" in column: s.add_(column["bias"][:, :, :, None, None])
     if visible or reader.visible: s.add_(reader.const)
     return s if seen is None else s.masked_fill_(~seen[:, None, None, None], -math.inf)
