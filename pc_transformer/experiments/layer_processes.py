@@ -185,7 +185,8 @@ class Node:
         self.parent.send("energy", self.weighed.moving([self.trial], nothing)[0])
 
     def weigh(self, state: Tensor) -> Weighed:
-        "This node's energy, equation (3) of `settling.free_energy`. Raises SettlingError, naming it."
+        """This node's energy, equation (3) of `settling.free_energy`. Raises SettlingError,
+        naming it."""
         try:
             return self.energy.at([state], self.reach)
         except SettlingError as error:

@@ -108,7 +108,8 @@ class Settled:
     def lessons(self, sign: float = 1.0) -> Iterator[tuple[Any, Sequence[Tensor]]]:
         """The output and every predictor with the gradients of their own energies, nats per token
         times `sign`; uses up the graphs of the pass."""
-        model, count = self.up.model, self.count or 1    # a share that predicts nothing teaches zero
+        # a share that predicts nothing teaches zero
+        model, count = self.up.model, self.count or 1
         if own := learned(model.output):
             energy = self.up.judge() * (sign * self.weighed.energy.nudge / count)
             yield model.output, torch.autograd.grad(energy, own)
