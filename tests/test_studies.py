@@ -9,7 +9,6 @@ import torch
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import replace, to_dict
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import Batches, InOrder
 from pc_transformer.experiments import evidence, uncertainty
 from pc_transformer.experiments.costs import RATIOS, cost_table
@@ -45,7 +44,11 @@ from pc_transformer.training.run import RunConfig
 )
 def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
     difference, said, apart = verdict(a, b)
-    assert len(apart) == len(a) and said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    assert (
+        len(apart) == len(a)
+        and said == word
+        and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    )
     other = {"better": "worse", "worse": "better"}
     assert verdict(b, a).word == other.get(word, word)
     with pytest.raises(ValueError):

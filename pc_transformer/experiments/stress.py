@@ -6,7 +6,6 @@
 __all__ = ['ENDS', 'draw_case', 'case_solver', 'teacher', 'try_case', 'stress', 'residuals_of', 'STUDY']
 
 # %% ../../nbs/6_experiments/08_stress.ipynb #537ac1e1
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,13 +76,13 @@ def case_solver(case: Mapping[str, Any]) -> Solver:
     family = ENERGIES[case["energy"]]
     energy = FreeEnergy(case["relative_precision"], case["per"], family, nudge)
     if kind == "states":
-        return StateSettling(energy, steps, case["step_size"])
+        return StateSettling(FreeEnergy(steps), steps=energy, step_size=case["step_size"])
     if kind == "highway":
-        return HighwaySettling(energy, steps)
+        return HighwaySettling(steps=energy, ordered=steps)
     if kind == "sweep":
-        return SweepSettling(energy)
+        return SweepSettling(FreeEnergy(energy))
     eta = 1.0 if steps == 1 else max(0.1, case["step_size"] / 100)
-    return ErrorSettling(energy, steps, eta, lean=lean)
+    return ErrorSettling(FreeEnergy(steps), steps=energy, step_size=eta, lean=lean)
 
 
 def teacher(case: Mapping[str, Any]) -> PredictiveCoding:
