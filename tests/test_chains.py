@@ -207,9 +207,7 @@ class Away(Weighed):
 def test_climbing_is_noticed(name: str) -> None:
     case = make(name)
     with pytest.raises(SettlingError, match="lowered the energy"):
-        ErrorSettling(FreeEnergy(6), steps=Uphill(20.0), step_size=0.5)(
-            case.chain, case.inputs, case.targets
-        )
+        ErrorSettling(Uphill(20.0), 6, 0.5)(case.chain, case.inputs, case.targets)
 
 
 @pytest.mark.parametrize("name", CASES)

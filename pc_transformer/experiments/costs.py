@@ -39,13 +39,10 @@ def solver_contenders(
 ) -> Contenders:
     "Training steps of our model taught by other solvers than the default."
     stiff = FreeEnergy(beta)
-    solvers = {
-        "lean": ErrorSettling(steps=stiff, lean=True),
-        "sweep": SweepSettling(FreeEnergy(stiff)),
-        "lean sweep": SweepSettling(FreeEnergy(stiff), lean=True),
-        "highway, 3 rounds": HighwaySettling(steps=stiff),
-        "states, 8 steps": StateSettling(FreeEnergy(100.0), steps=8),
-    }
+    solvers = {"lean": ErrorSettling(stiff, lean=True),
+               "sweep": SweepSettling(stiff), "lean sweep": SweepSettling(stiff, lean=True),
+               "highway, 3 rounds": HighwaySettling(stiff, steps=3),
+               "states, 8 steps": StateSettling(FreeEnergy(100.0), steps=8)}
     return {
         f"ours, {n}": contender(PCTransformer(model).to(device), PredictiveCoding(s), batch)
         for n, s in solvers.items()

@@ -6,6 +6,7 @@
 __all__ = ['ENDS', 'draw_case', 'case_solver', 'teacher', 'try_case', 'stress', 'residuals_of', 'STUDY']
 
 # %% ../../nbs/6_experiments/08_stress.ipynb #537ac1e1
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,13 +77,13 @@ def case_solver(case: Mapping[str, Any]) -> Solver:
     family = ENERGIES[case["energy"]]
     energy = FreeEnergy(case["relative_precision"], case["per"], family, nudge)
     if kind == "states":
-        return StateSettling(FreeEnergy(steps), steps=energy, step_size=case["step_size"])
+        return StateSettling(energy, steps, case["step_size"])
     if kind == "highway":
-        return HighwaySettling(steps=energy, ordered=steps)
+        return HighwaySettling(energy, steps)
     if kind == "sweep":
-        return SweepSettling(FreeEnergy(energy))
+        return SweepSettling(energy)
     eta = 1.0 if steps == 1 else max(0.1, case["step_size"] / 100)
-    return ErrorSettling(FreeEnergy(steps), steps=energy, step_size=eta, lean=lean)
+    return ErrorSettling(energy, steps, eta, lean=lean)
 
 
 def teacher(case: Mapping[str, Any]) -> PredictiveCoding:
