@@ -90,7 +90,13 @@ def decoder(model: Any, padded: bool) -> Case:
     labels[2, 4] = -100
     inputs = {"input_ids": ids, "attention_mask": mask} if padded else ids
     named = inputs if padded else {"input_ids": ids}
-    return Case(model, ModelChain(model), inputs, shifted(labels), lambda: model(**named, labels=labels).loss)
+    return Case(
+        model,
+        ModelChain(model),
+        inputs,
+        shifted(labels),
+        lambda: model(**named, labels=labels).loss,
+    )
 
 
 def gpt2(padded: bool = False) -> Case:
@@ -248,7 +254,8 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(flat(case.model), first, rtol=1e-6, atol=1e-9)
 
 
-# Locality. One fresh process gets, case by case and layer by layer, what that layer was called with.
+# Locality. One fresh process gets, case by case and layer by layer, what that layer was called
+# with.
 
 FRESH = """
 import sys
@@ -409,7 +416,10 @@ def test_the_model_stays_as_it_is(name: str) -> None:
     "The weights are its own; no hook, no attribute and no buffer is left behind."
     case = make(name)
     about = lambda: {
-        n: {k: v if not isinstance(v, dict) else {a: id(b) for a, b in v.items()} for k, v in vars(m).items()}
+        n: {
+            k: v if not isinstance(v, dict) else {a: id(b) for a, b in v.items()}
+            for k, v in vars(m).items()
+        }
         for n, m in case.model.named_modules()
     }
     before, weights = about(), copy.deepcopy(case.model.state_dict())
@@ -462,7 +472,9 @@ def test_frozen_weights_stay_and_idle_ones_are_passed_over() -> None:
 def test_the_monitor_looks_at_any_chain(name: str) -> None:
     "Its measures of nodes and settling; what belongs to our own layers is left out."
     case = make(name)
-    look = take_snapshot(case.chain, PredictiveCoding(settling(50.0, 2, 0.5)), case.inputs, case.targets)
+    look = take_snapshot(
+        case.chain, PredictiveCoding(settling(50.0, 2, 0.5)), case.inputs, case.targets
+    )
     N = len(case.chain.predictors)
     assert look.broken is None and look.stuck is None
     assert abs(look.loss - case.loss().item()) < 1e-5 and look.cosine["all"] > 0.5  # type: ignore[operator]

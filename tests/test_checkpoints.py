@@ -1010,7 +1010,10 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         other = replace(RUN, **{"train.seed": 5})
-        for call in (lambda: train(trainer(other), Checkpoints(run)), lambda: write_run_config(other, run)):
+        for call in (
+            lambda: train(trainer(other), Checkpoints(run)),
+            lambda: write_run_config(other, run),
+        ):
             assert f"process {holder.pid} " in refused(call, says=str(run))
         assert (run / "config.yaml").read_text() == before and not checkpoints(run)
         train(trainer(other), Checkpoints(tmp_path / "elsewhere"))

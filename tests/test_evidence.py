@@ -252,7 +252,9 @@ def test_memories_are_cut_joined_and_picked_by_column_and_row() -> None:
             whole, joined = getattr(memory, name), getattr(parts, name)
             assert (whole is None and joined is None) or torch.equal(whole, joined), name
         cut, row = memory[1:3], pick(memory, torch.tensor([2]))
-        assert torch.equal(cut.k, memory.k[:, :, :, 1:3]) and torch.equal(cut.v, memory.v[:, :, 1:3])
+        assert torch.equal(cut.k, memory.k[:, :, :, 1:3]) and torch.equal(
+            cut.v, memory.v[:, :, 1:3]
+        )
         assert torch.equal(row.k, memory.k[2:]) and torch.equal(row.v, memory.v[2:])
         if own:
             assert (

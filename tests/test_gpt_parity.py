@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import LEARNED
 from pc_transformer.config import Attention, TrainConfig
-from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.data import Text
+from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.training import Trainer, learning_rate, make_optimizer
 from pc_transformer.training.run import RunConfig
 

@@ -16,7 +16,6 @@ import torch
 from pc_transformer import ModelConfig
 from pc_transformer.cli import COMMANDS, main
 from pc_transformer.config import ConfigError, TrainConfig, replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import Damaged
 from pc_transformer.experiments import harness
 from pc_transformer.training import (
@@ -27,6 +26,7 @@ from pc_transformer.training import (
     resume,
     train,
 )
+from pc_transformer.training.run import RunConfig
 
 TASK = '''
 "Which of two symbols came first? One target, at the last place."

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.config import TrainConfig
-from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.data import Text
+from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.learning import (
     ENERGIES,
     Backprop,

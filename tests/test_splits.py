@@ -19,7 +19,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.cli import main
 from pc_transformer.config import replace
-from pc_transformer.training.run import RunConfig
 from pc_transformer.data import CharTokenizer, Damaged, Text, TextData, baselines, damage
 from pc_transformer.experiments import (
     evidence_study,

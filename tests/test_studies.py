@@ -45,7 +45,11 @@ from pc_transformer.training.run import RunConfig
 )
 def test_a_verdict(a: list[float], b: list[float], word: str) -> None:
     difference, said, apart = verdict(a, b)
-    assert len(apart) == len(a) and said == word and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    assert (
+        len(apart) == len(a)
+        and said == word
+        and difference == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
+    )
     other = {"better": "worse", "worse": "better"}
     assert verdict(b, a).word == other.get(word, word)
     with pytest.raises(ValueError):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pc_transformer.config import to_dict
-from pc_transformer.training.run import RunConfig
 from pc_transformer.experiments import families, settling, stress, tinyshakespeare
 from pc_transformer.experiments.harness import Study, arm_name
+from pc_transformer.training.run import RunConfig
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 Json = dict[str, Any]

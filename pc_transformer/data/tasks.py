@@ -43,7 +43,7 @@ class Run(Protocol):
     @property
     def data(self) -> str: ...
 
-
+# %% ../../nbs/4_practice/06b_tasks.ipynb #2cb45ac0
 class Task(Protocol):
     "What a model is trained on and judged by. Inherit, and write the first four."
 
@@ -105,7 +105,7 @@ def no_loss(model: nn.Module, total: float, count: int) -> str:
     why = f"the weights {bad!r} are not finite" if bad else large
     return f"the loss over {count} tokens is {total}: {why}, so this model has no loss"
 
-
+# %% ../../nbs/4_practice/06b_tasks.ipynb #5e9a7a9b
 def evaluate(
     model: nn.Module,
     ids: Int[Tensor, " N"],      # tokens of the split; every one but the first is predicted once
@@ -229,7 +229,7 @@ class Copying(Task):
     def baselines(self) -> dict[str, dict[str, float]]:
         return {"chance": {"loss": math.log(self.vocab_size), "accuracy": 1 / self.vocab_size}}
 
-
+# %% ../../nbs/4_practice/06b_tasks.ipynb #1a4365da
 def at_step(seed: int, step: int) -> torch.Generator:
     "The generator of a step."
     return torch.Generator().manual_seed(seed * 1_000_003 + step)

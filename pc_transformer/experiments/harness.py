@@ -73,7 +73,7 @@ def train_and_measure(job: Job) -> dict[str, Any]:
 
 STANDS = ("step", "valid_loss", "cosine", "residual", "step_sizes", "energy")
 
-
+# %% ../../nbs/6_experiments/02_harness.ipynb #c6ccbd16
 def report(trainer: Trainer) -> dict[str, Any]:
     "What a file of results keeps of a run that has ended: `loss` and other scores, costs, record."
     c, end = trainer.config, trainer.record[-1]
@@ -125,7 +125,7 @@ def settings(changes: Mapping[str, Any], dotted: bool = True) -> dict[str, Any]:
     "The changes that are settings of a run; or, not dotted, those that are not."
     return {k: v for k, v in changes.items() if ("." in k or k == "data") == dotted}
 
-
+# %% ../../nbs/6_experiments/02_harness.ipynb #fc94da26
 def planned(of: Study, arm: Arm, seed: int, shared: Mapping[str, Any]) -> Planned:
     "One run. Raises ConfigError for changes that nothing takes."
     changes = json.loads(json.dumps({**of.base, **arm.changes, **shared}))
@@ -138,7 +138,7 @@ def planned(of: Study, arm: Arm, seed: int, shared: Mapping[str, Any]) -> Planne
     name = ", ".join([arm.name, *([arm_name(shared)] if shared else [])])
     return Planned(name, seed, changes, config, own)
 
-
+# %% ../../nbs/6_experiments/02_harness.ipynb #a6b64799
 def plan(
     of: Study,
     seeds: Sequence[int] | None = None,          # `None`: the study's
@@ -206,7 +206,7 @@ def run(
         print(f"{p.arm}, seed {p.seed}: {said(made)}", flush=True)
     return stored()
 
-
+# %% ../../nbs/6_experiments/02_harness.ipynb #e531ba2c
 def said(made: Mapping[str, Any]) -> str:
     "A run in a few words: its loss, or why it has none."
     return made.get("error") or (f"{made['loss']:.4f}" if "loss" in made else "done")
@@ -237,7 +237,7 @@ def module_of(place: str) -> ModuleType:
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
-
+# %% ../../nbs/6_experiments/02_harness.ipynb #b315f910
 def known_studies(place: str | None = None) -> dict[str, Study]:
     "All studies of this package, or of a file or module; by name."
     modules = own_modules() if place is None else [module_of(place)]

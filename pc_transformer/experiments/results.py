@@ -53,7 +53,7 @@ def number(run: Run, metric: Metric) -> float | None:
         found = None if found is None else found.get(part)
     return found
 
-
+# %% ../../nbs/6_experiments/01b_results.ipynb #e404a1ec
 class Runs(dict[int, Run]):
     "The runs of one kind, by seed."
 
@@ -88,7 +88,7 @@ def short(changes: Mapping[str, Any]) -> dict[str, Any]:
     "Changes by the last part of their names, without those that make no other kind of run."
     return {last(k): v for k, v in changes.items() if last(k) not in ASIDE}
 
-
+# %% ../../nbs/6_experiments/01b_results.ipynb #d1bbbcc1
 @dataclass(frozen=True)
 class Results:
     "What a study has found so far: the same schema for all."
@@ -122,7 +122,7 @@ def cell(runs: Runs, column: Any, digits: int) -> str:
     "A metric with its spread, or what a function of the runs says."
     return runs.spread(column, digits) if isinstance(column, str) else column(runs)
 
-
+# %% ../../nbs/6_experiments/01b_results.ipynb #7cd29d36
 def table(
     rows: Mapping[str, Runs],
     columns: Mapping[str, str | Callable[[Runs], str]],      # by heading: a metric, or text
