@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
-from pc_transformer.data import Text
+from pc_transformer.data import Text, evaluate
 from pc_transformer.experiments.evidence import EvidenceSettler
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.incremental import IncrementalPC
@@ -64,7 +64,7 @@ from pc_transformer.settling import (
     StateSettling,
     SweepSettling,
 )
-from pc_transformer.training import Trainer, evaluate
+from pc_transformer.training import Trainer
 from pc_transformer.training.run import RunConfig
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
