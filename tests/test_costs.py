@@ -228,15 +228,15 @@ def test_what_a_link_adds_per_pair(name: str, extra: tuple[str, ...]) -> None:
     assert 0 <= counter.count - (0 if name == "gaussian" else pairs) <= per_key
 
 
-def test_independent_laplace_is_all_elementwise() -> None:
-    """An absolute value per pair and coordinate, and not one product."""
+def test_independent_coordinates_are_all_elementwise() -> None:
+    """A root per pair and coordinate, and not one product."""
     size = (1, 2, 64, 16)
     q, k, _ = inputs(size, grad=False)
 
     def run() -> Tensor:
         return Independent(Laplace()).log_prob(q[:, :, :, None] - k[:, :, None], torch.tensor(0.5))
 
-    with Elements("abs") as counter:
+    with Elements("sqrt") as counter:
         run()
     assert counter.count == at(cost.N * cost.d, size)
     assert cost.operations(run) == 0

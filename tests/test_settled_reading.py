@@ -2,6 +2,7 @@
 command line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from common import stir
 
 from pc_transformer import ModelConfig, PCTransformer, save
+from pc_transformer.attention.scores import components, spread
 from pc_transformer.cli import main
 from pc_transformer.data import TextData
 from pc_transformer.experiments.settled_reading import (
@@ -26,6 +28,8 @@ from pc_transformer.experiments.settled_reading import (
     tune,
 )
 from pc_transformer.inference import SamplingConfig, generate
+from pc_transformer.inference.uncertainty import node_states
+from pc_transformer.model.layers import AttentionLayer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 13,
@@ -41,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "student_t": {"attention": "student_t", "window": 3},
     "mixture": {"attention": "mixture", "n_kv_head": 1},
     "by token": {"attention": "gaussian", "precision": "key", "mixing": "key", "bias": True},
+    "each coordinate": {"attention": "student_t", "coordinates": "independent", "mixing": "norm"},
     "diagonal": {"attention": "laplace", "precision": "diagonal", "background": True},
 }
 
@@ -86,14 +91,30 @@ def test_drivers_know_the_past_only(model: PCTransformer) -> None:
     )
 
 
+def written_out(model: PCTransformer) -> torch.Tensor:
+    """What `energies` says of `TOKENS`, `(2, B, T)`, from log densities of single errors."""
+    found, ahead = [], torch.arange(10)[:, None] - torch.arange(10)
+    layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
+    for layer, state in zip(layers, node_states(model, TOKENS)[::2], strict=False):
+        a = layer.attention
+        q, keys = a.look(layer.norm(state))
+        keys, unseen = spread(keys, a.n_head), (ahead < 0) | (ahead >= (a.window or 10))
+        joint, prior = [], []
+        for k, Lam, log_mix in components(keys):
+            b = torch.zeros(1, 1, 1, 1) if log_mix is None else log_mix[:, :, None]
+            log_p = a.likelihood.log_prob(q[:, :, :, None] - k[:, :, None], Lam[:, :, None])
+            prior.append(b.expand_as(log_p).masked_fill(unseen, -math.inf))
+            joint.append(log_p + prior[-1])
+        total, weight = (torch.cat(x, -1).logsumexp(-1) for x in (joint, prior))
+        found.append(torch.stack([-total.mean(1), (weight - total).mean(1)]))
+    return torch.stack(found).mean(0)
+
+
 def test_energies_are_of_the_scores_themselves(model: PCTransformer) -> None:
     """-log sum_j pi_j p(q | k_j) with the density written out, and what its prior adds."""
-    E, per_key = energies(model, TOKENS)
-    a = model.predictors[1].attention
-    if type(a.mixing) is str and a.mixing == "equal" and a.window is None:
-        place = torch.arange(1, 11).log().expand_as(E)  # equal priors: the number of keys
-        torch.testing.assert_close(per_key - E, place, rtol=1e-4, atol=1e-3)
-    assert E.shape == TOKENS.shape and not torch.equal(E, per_key)
+    found = energies(model, TOKENS)
+    torch.testing.assert_close(found, written_out(model), rtol=1e-4, atol=1e-3)
+    assert found.shape == (2, *TOKENS.shape) and not torch.equal(found[0], found[1])
 
 
 def test_a_rule_writes_what_it_says(model: PCTransformer) -> None:
