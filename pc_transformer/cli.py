@@ -302,7 +302,9 @@ def sample(
         settle: attention, evidence or langevin; null: none
         settle_steps: how many steps
     """
+    from pc_transformer.experiments.evidence import make_settler
     from pc_transformer.inference.generate import generate_text, opening
+    from pc_transformer.inference.packed import pack
     from pc_transformer.training.trainer import pick_device
 
     net, tokenizer = load_pair(model_folder(model))
@@ -311,17 +313,20 @@ def sample(
     begin, stops = as_utf8(prompt) if given else opening(tokenizer), [
         as_utf8(word) for word in stop or ()
     ]
+    how: dict[str, Any] = {}
+    if settle == "attention": how = {"settle_steps": settle_steps}
+    elif settle is not None: how = {"settle": make_settler(settle, settle_steps)}
     print(
         generate_text(
-            net,
+            pack(net),
             tokenizer,
             begin,
             max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            seed,
-            sliding_window,
+            seed=seed,
+            sliding_window=sliding_window,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             min_p=min_p,
             typical_p=typical_p,
             repetition_penalty=repetition_penalty,
@@ -330,8 +335,7 @@ def sample(
             stop=stops,
             cache=cache,
             slide=slide,
-            settle=settle,
-            settle_steps=settle_steps,
+            **how,
         )
     )
 
@@ -553,7 +557,7 @@ def evidence(
         own, else tinyshakespeare
         device: auto, cpu, cuda, ...
     """
-    from pc_transformer.experiments import evidence as page
+    from pc_transformer.experiments import evidence_study as page
 
     refuse(
         "evidence",

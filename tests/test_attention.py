@@ -683,7 +683,7 @@ def test_mistakes_are_one_sentence(case: str) -> None:
 
 
 def backends(family: str) -> list[str]:
-    return ["reference", "chunked", "auto", *(["sdpa"] if family in ("dot", "gaussian") else [])]
+    return ["reference", "plain", "chunked", "auto", *(["sdpa"] if family in ("dot", "gaussian") else [])]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -814,7 +814,7 @@ def test_numbers_that_are_none_are_refused_by_every_backend(case: str) -> None:
     )
     for family in families:
         said = set()
-        for backend in [*backends(family), "flex", "triton"]:
+        for backend in [*backends(family), "triton"]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for more in ({}, {"settle_steps": 1}):
                     x = [draw(i, 1, 2, 4, 4).to(dtype) for i in range(3)]

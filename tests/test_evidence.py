@@ -17,21 +17,21 @@ from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import Keys
 from pc_transformer.config import replace
 from pc_transformer.data import CharTokenizer, TextData
-from pc_transformer.experiments import evidence
-from pc_transformer.experiments.evidence import evidence_study, gains, read_losses, some_windows
-from pc_transformer.inference import (
+from pc_transformer.experiments import evidence_study as study
+from pc_transformer.experiments.evidence import (
     EvidenceSettler,
     EvidenceTransformer,
     at_the_mode,
     column_energy,
-    generate,
     make_settler,
+    pick,
     read_in_order,
     resample,
     sample_columns,
     settle_columns,
 )
-from pc_transformer.inference.evidence import pick
+from pc_transformer.experiments.evidence_study import gains, read_losses, some_windows
+from pc_transformer.inference import generate
 from pc_transformer.settling import SettlingError
 from pc_transformer.training import Trainer, save
 from pc_transformer.training.run import RunConfig
@@ -278,7 +278,6 @@ CHANGES: dict[str, Callable[[PCTransformer, EvidenceSettler], Any]] = {
     "a weight in place": lambda m, s: m.predictors[1].attention.qkv.weight.mul_(1.5),
     "loaded in place": lambda m, s: m.load_state_dict(same_class(m)),
     "loaded by assignment": lambda m, s: m.load_state_dict(same_class(m), assign=True),
-    "data": lambda m, s: m.predictors[2].up.weight.data.mul_(-2),
     "steps": lambda m, s: setattr(s, "steps", 2),
     "precision": lambda m, s: setattr(s, "relative_precision", 3.0),
     "step size": lambda m, s: setattr(s, "step_size", 0.25),
@@ -608,13 +607,16 @@ def test_the_mode_has_no_weight_and_generation_reads_by_the_settler() -> None:
     errors, trace, log_w = at_the_mode(energy, zero, v, 2, 1.0)
     assert (log_w == 0).all() and len(trace) == 3 and (errors[0] != 0).any()
     for name in ("evidence", "langevin"):
-        text = generate(model, TOKENS[:1, :2], 3, temperature=0, settle=name)
+        text = generate(model, TOKENS[:1, :2], 3, temperature=0, settle=make_settler(name))
         for t in range(2, 5):
             assert text[0, t] == make_settler(name).logits(model, text[:, :t])[0].argmax()
     # the same seed, the same text; nothing of the model or of torch's own generator moves
     state, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     assert torch.equal(
-        *(generate(model, TOKENS[:1, :2], 3, seed=1, settle="langevin") for _ in range(2))
+        *(
+            generate(model, TOKENS[:1, :2], 3, seed=1, settle=make_settler("langevin"))
+            for _ in range(2)
+        )
     )
     assert torch.equal(torch.get_rng_state(), state) and all(
         map(torch.equal, weights, model.parameters())
@@ -700,7 +702,7 @@ def test_the_study_trains_on_one_split_and_judges_on_the_other(
     )
     save(PCTransformer(config.model, seed=1), tmp_path / "one")
     trained, judged, settled = [], [], []
-    batch, gain = Trainer.batch, evidence.gains
+    batch, gain = Trainer.batch, study.gains
 
     def watched(self: Trainer, step: int) -> tuple[Tensor, Tensor]:
         trained.append((step, *batch(self, step)))
@@ -712,8 +714,8 @@ def test_the_study_trains_on_one_split_and_judges_on_the_other(
         return settled[-1]
 
     monkeypatch.setattr(Trainer, "batch", watched)
-    monkeypatch.setattr(evidence, "gains", reading)
-    found = evidence_study(
+    monkeypatch.setattr(study, "gains", reading)
+    found = study.evidence_study(
         config, data, tmp_path / "out", [tmp_path / "one"], windows=6, steps=(1,), device="cpu"
     )
     assert len(trained) == 4 and all((x < 4).all() and (y < 4).all() for _, x, y in trained), (
@@ -764,7 +766,7 @@ def test_half_models_settle(name: str, background: bool, dtype: torch.dtype) -> 
     config = ModelConfig(**SIZES, attention="gaussian", background=background)
     model = PCTransformer(config).to(dtype).eval()
     for steps in (1, 2, 8):
-        out = generate(model, TOKENS[0, :3], 3, settle=name, settle_steps=steps)
+        out = generate(model, TOKENS[0, :3], 3, settle=make_settler(name, steps))
         assert out.shape == (1, 6)
     loss = read_losses(EvidenceTransformer(model), TOKENS[:, :-1], TOKENS[:, 1:])
     assert loss.dtype == torch.float32 and loss.isfinite().all()

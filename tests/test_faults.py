@@ -1026,7 +1026,7 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     for study in (
         "experiments.uncertainty.study_one",
         "experiments.settled_reading.study_one",
-        "experiments.evidence.go_on",
+        "experiments.evidence_study.go_on",
     ):
         monkeypatch.setattr(
             f"pc_transformer.{study}",

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import pc_transformer
 from pc_transformer.attention.kernels import Plan
 from pc_transformer.config import Attention, ModelConfig, TrainConfig, replace
-from pc_transformer.data import Text
+from pc_transformer.data import Text, evaluate
+from pc_transformer.experiments.evidence import EvidenceSettler
 from pc_transformer.experiments.families import evaluate_damaged
 from pc_transformer.experiments.incremental import IncrementalPC
 from pc_transformer.experiments.uncertainty import flat_predictions
@@ -63,7 +64,7 @@ from pc_transformer.settling import (
     StateSettling,
     SweepSettling,
 )
-from pc_transformer.training import Trainer, evaluate
+from pc_transformer.training import Trainer
 from pc_transformer.training.run import RunConfig
 
 CONFIG = ModelConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, d_model=16, dropout=0.4)
@@ -121,7 +122,7 @@ def readers(model: PCTransformer, t: Trainer) -> dict[str, Callable[[], Any]]:
     read = {
         "generate": lambda: generate(model, X[:, :3], 6, **text),
         "without a cache": lambda: generate(model, X[:, :3], 6, cache=False, **text),
-        "evidence": lambda: generate(model, X[:1, :3], 3, settle="evidence", **text),
+        "evidence": lambda: generate(model, X[:1, :3], 3, settle=EvidenceSettler(), **text),
         "evaluate": lambda: evaluate(model, IDS, 12),
         "damaged": lambda: evaluate_damaged(model, IDS, 12, 11, 0.2),
         "cosine": lambda: gradient_cosine(PredictiveCoding(), model, X, Y),
@@ -278,7 +279,7 @@ def test_evaluation_drops_nothing() -> None:
         "damaged": lambda m: evaluate_damaged(m, IDS, 12, 11, 0.2),
         "generate": lambda m: generate(m, X[:, :4], 6, seed=0, cache=False),
         "recompute": lambda m: generate(m, X[:, :4], 6, seed=0, settle=Recompute()),
-        "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle="evidence"),
+        "evidence": lambda m: generate(m, X[:1, :4], 4, seed=0, settle=EvidenceSettler()),
         "cosine": lambda m: gradient_cosine(
             PredictiveCoding(ErrorSettling(FreeEnergy(30.0), steps=2)), m, X, Y
         ),
@@ -306,7 +307,7 @@ class Masks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.step, self.seen = 0, {}
-        own, keep = Dropout.forward, Plan.keep
+        own, keep = Dropout.forward, Plan.kept
 
         def forward(layer: Dropout, x: Tensor) -> Tensor:
             out = own(layer, torch.ones_like(x)) if layer.training else x
@@ -320,7 +321,7 @@ class Masks:
             return out
 
         monkeypatch.setattr(Dropout, "forward", forward)
-        monkeypatch.setattr(Plan, "keep", kept)
+        monkeypatch.setattr(Plan, "kept", kept)
 
     def note(self, kind: str, mask: Any) -> None:
         self.seen.setdefault((kind, self.step), []).append(mask)

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pc_transformer.attention import kernels
-from pc_transformer.attention.kernels import chunked, merge, sdpa
+from pc_transformer.attention.kernels import chunked, merge, plain, sdpa
 from pc_transformer.energies import FAMILIES, Elliptical, Gaussian, Laplace, StudentT
 
 LINKS = {"dot": "dot", **{name: family() for name, family in FAMILIES.items()}}
-BACKENDS = [("dot", sdpa), ("gaussian", sdpa)] + [(name, chunked) for name in LINKS]
+BACKENDS = [("dot", sdpa), ("gaussian", sdpa)]
+BACKENDS += [(name, f) for f in (plain, chunked) for name in LINKS]
 IDS = [f"{name}-{f.__name__}" for name, f in BACKENDS]
 
 
@@ -72,10 +73,11 @@ def everything(call, link, leaves, dtype, kw):
     cast = lambda x: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
     own = [cast(x) for x in leaves]
     args = {n: cast(a) if isinstance(a, torch.Tensor) else a for n, a in kw.items()}
+    constant = args.pop("constant", None)  # a mask that asks for no gradient
+    if constant is not None:
+        args["mask"] = constant.detach()
     out, lse = call(*own[:3], link, own[3], **args)
-    wanted = own + [
-        a for a in args.values() if isinstance(a, torch.Tensor) and a.is_floating_point()
-    ]
+    wanted = own + [a for a in args.values() if isinstance(a, torch.Tensor) and a.requires_grad]
     loss = out.sin().sum() + lse.masked_fill(lse == -math.inf, 0.0).cos().sum()
     return [out, lse, *torch.autograd.grad(loss, wanted)]
 
@@ -124,6 +126,8 @@ def test_equals_the_formula(name, f, masks):
         ["shared", "diagonal"] if name == "dot" else ["shared", "key", "diagonal", "diagonal key"]
     )
     kw = MASKS[masks]
+    if f is sdpa and masks == "float":
+        kw = dict(constant=kw["mask"])
     inputs = [draw(2, 3, 75, 8, seed=n) for n in range(2)] + [draw(2, 3, 75, 5, seed=3)]
     kind = kinds[sorted(MASKS).index(masks) % len(kinds)]
     compare(f, LINKS[name], [*inputs, precision_of(kind, 2, 3, 75, 8)], **kw)
@@ -138,19 +142,20 @@ def test_every_precision_and_cross_attention(name, kind):
         draw(2, 3, 140, 8, seed=2),
         precision_of(kind, 2, 3, 140, 8),
     ]
-    for f in (sdpa, chunked):
+    for f in (plain, chunked, sdpa) if name == "gaussian" else (plain, chunked):
         compare(f, LINKS[name], inputs)
 
 
+@pytest.mark.parametrize("f", [plain, chunked])
 @pytest.mark.parametrize("family", [n for n, c in FAMILIES.items() if dataclasses.fields(c)])
-def test_learned_shapes_have_their_gradient(family):
+def test_learned_shapes_have_their_gradient(family, f):
     kind = FAMILIES[family]
     fields = {f.name: f.default for f in dataclasses.fields(kind)}
     B, H, T, d = 2, 2, 70, 4
     x = [draw(B, H, T, d, seed=n) for n in range(3)] + [precision_of("key", B, H, T, d)]
     for shape in ((1, H, 1, 1), (1, 1, 1, 1)):
         found = []
-        for call, dtype in ((oracle, torch.float64), (chunked, torch.float32)):
+        for call, dtype in ((oracle, torch.float64), (f, torch.float32)):
             own = {
                 n: torch.full(shape, max(v, 0.2), dtype=dtype, requires_grad=True)
                 for n, v in fields.items()
@@ -163,12 +168,25 @@ def test_learned_shapes_have_their_gradient(family):
             assert a.shape == b.shape and (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
 
 
+@pytest.mark.parametrize("f", [plain, chunked])
+def test_a_learned_shape_may_be_held(f):
+    "Gradients of queries alone, where the tail is a tensor that asks for none."
+    q, k, v = (draw(1, 2, 9, 4, seed=n).requires_grad_(n == 0) for n in range(3))
+    one, nu = torch.ones(2, 1, 2, 1, 1, dtype=torch.float64).mul(3)
+    found = [
+        torch.autograd.grad(call(q, k, v, StudentT(nu), one)[0].sin().sum(), q)[0]
+        for call in (oracle, f)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("nu", [0.1, 1.0, 300.0, 1e6])
 def test_student_t_at_every_nu(nu):
     inputs = [draw(1, 2, 70, 16, seed=n) for n in range(3)] + [
         torch.full((1, 2, 1, 1), 0.5, dtype=torch.float64)
     ]
-    compare(chunked, StudentT(nu), inputs, is_causal=True)
+    for f in (plain, chunked):
+        compare(f, StudentT(nu), inputs, is_causal=True)
 
 
 def test_a_family_inside_a_family_keeps_its_shape():
@@ -193,11 +211,12 @@ def test_a_family_inside_a_family_keeps_its_shape():
 
     x = [draw(2, 3, 70, 4, seed=n) for n in range(3)]
     lam, found = torch.ones(1, 3, 1, 1, dtype=torch.float64), []
-    for f in (oracle, chunked):
+    for f in (oracle, plain, chunked):
         nu = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
         out = f(*x, Doubled(StudentT(nu)), lam, is_causal=True)[0]
         found.append((out, *torch.autograd.grad(out.sin().sum(), nu)))
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    for near in found[1:]:
+        torch.testing.assert_close(near, found[0], rtol=1e-9, atol=1e-9)
 
 
 def test_student_t_becomes_gaussian():
@@ -246,7 +265,7 @@ def test_adversarial_inputs(name, case):
         *(x.double() for x in (q, k, v)), LINKS[name], lam.double(), is_causal=True
     )
     leaves = [x.requires_grad_() for x in (q, k, v, lam)]
-    for f in (sdpa, chunked):
+    for f in (plain, chunked, sdpa) if name == "gaussian" else (plain, chunked):
         out, lse = f(*leaves[:3], LINKS[name], leaves[3], is_causal=True)
         scores = (
             1e4 if case in ("huge", "1e6") else 1.0
@@ -336,11 +355,11 @@ def test_short_dtypes_lose_no_more_than_dot_products(dtype):
     assert loss(chunked, StudentT(), lam * 4 / 68) < 1.5 * yard
 
 
-def test_short_lanes_have_gradients():
+def test_short_dtypes_have_gradients():
     x = [draw(1, 2, 40, 16, seed=n) for n in range(3)]
     for kind in ("shared", "key"):
         lam, grads = precision_of(kind, 1, 2, 40, 16).bfloat16().double(), []
-        for f, dtype in ((oracle, torch.float64), (sdpa, torch.bfloat16)):
+        for f, dtype in ((oracle, torch.float64), (chunked, torch.bfloat16)):
             leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (*x, lam)]
             out, lse = f(*leaves[:3], Gaussian(), leaves[3], is_causal=True)
             grads.append(
@@ -367,14 +386,8 @@ def test_dropout_is_drawn_again_by_the_backward_pass():
     assert not torch.equal(*kept)
     torch.manual_seed(7)
     ones = torch.ones(1, 1, 400, 1)
-    mass = sdpa(
-        torch.zeros(1, 1, 400, 2),
-        torch.zeros(1, 1, 400, 2),
-        ones,
-        Gaussian(),
-        ones[..., :1, :],
-        dropout_p=0.25,
-    )[0]
+    flat = torch.zeros(1, 1, 400, 2)
+    mass = chunked(flat, flat, ones, Gaussian(), ones[..., :1, :], dropout_p=0.25)[0]
     assert abs(mass.mean() - 1) < 0.01 and mass.std() > 0.005
 
 
@@ -416,10 +429,10 @@ def test_merge_is_attention_over_the_union(M):
 def test_norm_tied_prior_is_dot_product_attention():
     q, k, v = (draw(1, 2, 80, 8, seed=n).float() for n in range(3))
     lam = torch.full((1, 2, 1, 1), 0.4)
-    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
-    for f in (sdpa, chunked):
+    dot = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4)
+    for f in (plain, sdpa, chunked):
         out = f(q, k, v, Gaussian(), lam, log_mix=0.2 * (k**2).sum(-1), is_causal=True)[0]
-        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, dot, rtol=1e-5, atol=1e-5)
 
 
 def test_private_operators_are_as_expected():
@@ -428,18 +441,26 @@ def test_private_operators_are_as_expected():
     assert kernels.flash_agrees()
 
 
-def test_sdpa_hands_over_when_the_operators_differ(monkeypatch):
+def test_sdpa_refuses_what_it_cannot_do(monkeypatch):
+    """Also where the operators differ: no other backend is run in its name, and `auto` takes
+    another."""
     q, k, v = (draw(1, 2, 20, 8, seed=n) for n in range(3))
+    long = torch.zeros(1, 1, 2048, 2)
     lam = torch.ones(1, 2, 1, 1, dtype=torch.float64)
-    expected = sdpa(q, k, v, Gaussian(), lam)
-    fused, choice = (
-        import_module(f"pc_transformer.attention.kernels.{name}") for name in ("sdpa", "choose")
-    )
-    for module in (fused, choice):
-        monkeypatch.setattr(module, "flash_agrees", lambda: False)
-    monkeypatch.setattr(fused, "_Flash", None)
-    torch.testing.assert_close(sdpa(q, k, v, Gaussian(), lam), expected)
-    assert kernels.choose(q, k, v, Gaussian(), lam, grads=True)[0] == "chunked"
+    mask = torch.zeros(20, 20, requires_grad=True)
+    assert kernels.choose(long, long, long, "dot", lam[:, :1])[0] == "sdpa"
+    for link, kw, words in (
+        (StudentT(), {}, "no dot product"),
+        ("dot", dict(dropout_p=0.1), "no dropout"),
+        ("dot", dict(mask=mask), "no gradient"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sdpa(q, k, v, link, lam, **kw)
+    fused = import_module("pc_transformer.attention.kernels.sdpa")
+    monkeypatch.setattr(fused, "flash_agrees", lambda: False)
+    with pytest.raises(ValueError, match="not the one that was verified"):
+        sdpa(q, k, v, Gaussian(), lam)
+    assert kernels.choose(long, long, long, "dot", lam[:, :1])[0] == "chunked"
 
 
 def test_choices_are_said_and_run():
@@ -451,15 +472,32 @@ def test_choices_are_said_and_run():
         ):
             if link == "dot" and lam is keyed:
                 continue
-            name, why = kernels.choose(q, k, v, link, lam, **kw)
-            assert name in ("sdpa", "chunked") and len(why.split()) > 5
+            name, why = kernels.choose(q, k, v, link, lam, need_lse=False, **kw)
+            assert name in ("plain", "sdpa", "chunked") and len(why.split()) > 5
             out = getattr(kernels, name)(q, k, v, link, lam, **kw)[0]
             if "dropout_p" not in kw:
                 torch.testing.assert_close(
                     out, chunked(q, k, v, link, lam, **kw)[0], rtol=1e-5, atol=1e-5
                 )
-    long = torch.zeros(1, 1, kernels.LONG, 2)
-    assert kernels.choose(long, long, long, Gaussian(), head[:, :1], grads=True)[0] == "sdpa"
+    for T, link, name in (
+        (16, "dot", "plain"),
+        (64, Gaussian(), "plain"),
+        (4096, "dot", "sdpa"),
+        (4096, Gaussian(), "chunked"),
+        (4096, Laplace(), "chunked"),
+    ):
+        x = torch.zeros(1, 1, T, 2)
+        assert kernels.choose(x, x, x, link, head[:, :1], need_lse=False)[0] == name
+
+
+def test_plain_is_chosen_by_the_bytes_it_keeps():
+    "A bent link keeps the distances beside the scores, and ends at half as many pairs."
+    pairs = kernels.CACHE // 4
+    for link, most in (("dot", pairs), (Gaussian(), pairs), (StudentT(), pairs // 2)):
+        for Tk, name in ((most, "plain"), (most + 1, "chunked")):
+            q, k = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1).expand(1, 1, Tk, 1)
+            found = kernels.choose(q, k, k, link, torch.ones(1, 1, 1, 1), need_lse=False)[0]
+            assert (found == "plain") == (name == "plain"), (link, Tk)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +522,7 @@ def test_bad_arguments_get_a_sentence(bad, kind, words):
     args |= bad
     if args["k"].shape[-2] == 9:
         args["v"] = args["k"]
-    for f in (sdpa, chunked):
+    for f in (plain, sdpa, chunked):
         with pytest.raises(kind, match=words):
             f(**args)
 

@@ -15,15 +15,17 @@ from pc_transformer.data import TextData
 from pc_transformer.experiments.settled_reading import (
     DRIVERS,
     STEPS,
+    EnergyTemperature,
     Settled,
     best_of,
+    energies,
     log_choices,
     query_looks,
     read_text,
     temperature_study,
     tune,
 )
-from pc_transformer.inference import SamplingConfig
+from pc_transformer.inference import SamplingConfig, generate
 
 SIZES: dict[str, Any] = {
     "vocab_size": 13,
@@ -84,13 +86,38 @@ def test_drivers_know_the_past_only(model: PCTransformer) -> None:
     )
 
 
+def test_energies_are_of_the_scores_themselves(model: PCTransformer) -> None:
+    """-log sum_j pi_j p(q | k_j) with the density written out, and what its prior adds."""
+    E, per_key = energies(model, TOKENS)
+    a = model.predictors[1].attention
+    if type(a.mixing) is str and a.mixing == "equal" and a.window is None:
+        place = torch.arange(1, 11).log().expand_as(E)  # equal priors: the number of keys
+        torch.testing.assert_close(per_key - E, place, rtol=1e-4, atol=1e-3)
+    assert E.shape == TOKENS.shape and not torch.equal(E, per_key)
+
+
+def test_a_rule_writes_what_it_says(model: PCTransformer) -> None:
+    """`generate` reads by the rule: each greedy or drawn token is of the scaled logits, a slope of
+    zero is no rule, and the energy is that of the newest token."""
+    rule = EnergyTemperature(-0.4, 20.0, 5.0, temperature=0.7)
+    text, logs = generate(model, TOKENS[:, :4], 6, seed=1, settle=rule, log_probs=True)
+    for t in range(4, 10):
+        z, E = model(text[:, :t])[:, -1].double(), energies(model, text[:, :t])[0, :, -1].double()
+        zeta = ((E - 20) / 5).clamp(-5, 5)
+        expected = (z * (-0.4 * zeta).exp()[:, None] / 0.7).log_softmax(-1)
+        found = expected.gather(-1, text[:, t : t + 1])[:, 0]
+        torch.testing.assert_close(logs[:, t - 4], found, rtol=1e-4, atol=1e-4)
+    off = generate(model, TOKENS[:, :4], 6, seed=1, settle=EnergyTemperature())
+    assert torch.equal(off, generate(model, TOKENS[:, :4], 6, seed=1))
+
+
 def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTransformer) -> None:
     z, y, e = read_text(model, TOKENS, TOKENS.flip(0)).flat("energy")
     rules = tune(z, y, e)
     best = best_of(rules)
-    assert all(rules[best.energy_slope][1] <= loss for _, loss in rules.values())
+    assert all(rules[best.slope][1] <= loss for _, loss in rules.values())
     fixed = rules[0.0][0]
-    assert torch.equal(
+    torch.testing.assert_close(
         log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log()
     )
 

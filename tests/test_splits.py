@@ -21,7 +21,7 @@ from pc_transformer.cli import main
 from pc_transformer.config import replace
 from pc_transformer.data import CharTokenizer, Damaged, Text, TextData, baselines, damage
 from pc_transformer.experiments import (
-    evidence,
+    evidence_study,
     families,
     harness,
     settled_reading,
@@ -29,8 +29,9 @@ from pc_transformer.experiments import (
     tinyshakespeare,
     uncertainty,
 )
-from pc_transformer.experiments.evidence import EvidenceTrainer
-from pc_transformer.inference import EvidenceTransformer, noisy_log_probs
+from pc_transformer.experiments.evidence import EvidenceTransformer
+from pc_transformer.experiments.evidence_study import EvidenceTrainer
+from pc_transformer.inference import noisy_log_probs
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
 from pc_transformer.training import (
@@ -344,7 +345,7 @@ def test_other_looks_are_without_dropout() -> None:
     scores = [uncertainty.token_scores(m, windows, known[1]) for m in (drops, still)]
     assert all(torch.equal(scores[0][n], scores[1][n]) for n in scores[0])
     past = [EvidenceTransformer(m, 10.0) for m in (drops, still)]
-    assert torch.equal(*(evidence.read_losses(m, windows, windows) for m in past))
+    assert torch.equal(*(evidence_study.read_losses(m, windows, windows) for m in past))
 
 
 def test_a_damaged_loss_is_that_of_damaged_context_and_clean_targets() -> None:
@@ -839,7 +840,7 @@ def test_evidence_goes_on_with_the_training_text(tmp_path: Path) -> None:
         for data in (DATA, OTHER_DATA):
             with Spy() as spy:
                 saved = load(tmp_path / "model")
-                net, about = evidence.go_on(
+                net, about = evidence_study.go_on(
                     config(**{"train.iters": 2}), data, saved, beta, torch.device("cpu")
                 )
             assert set(spy.learned) == {"train"} and set(spy.looked) <= {"train"}
@@ -858,16 +859,16 @@ def test_evidence_reads_the_validation_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(lively(), tmp_path / "model", DATA.tokenizer)
-    read, gains = [], evidence.gains
+    read, gains = [], evidence_study.gains
 
     def reading(model: Any, x: Tensor, y: Tensor, steps: Any) -> Any:
         read.append((x, y))
         return gains(model, x, y, steps)
 
-    monkeypatch.setattr(evidence, "gains", reading)
-    monkeypatch.setattr(evidence, "UNTRAINED", (10.0,))
+    monkeypatch.setattr(evidence_study, "gains", reading)
+    monkeypatch.setattr(evidence_study, "UNTRAINED", (10.0,))
     c = config(**{"train.iters": 1})
-    found = evidence.evidence_study(
+    found = evidence_study.evidence_study(
         c, DATA, tmp_path, [tmp_path / "model"], steps=(1,), windows=20, device="cpu"
     )
     rows = DATA.valid_ids.unfold(0, T, 1)

@@ -10,13 +10,14 @@ from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import initial_precision
 from pc_transformer.config import replace, to_dict
 from pc_transformer.data import Batches, InOrder
-from pc_transformer.experiments import evidence, uncertainty
+from pc_transformer.experiments import evidence_study, uncertainty
 from pc_transformer.experiments.costs import RATIOS, cost_table
 from pc_transformer.experiments.families import arm, best_sharpness, damaged_loss, kind, sharpened
 from pc_transformer.experiments.harness import grid
 from pc_transformer.experiments.meters import ratio, spread
 from pc_transformer.experiments.results import Results, Runs, verdict
 from pc_transformer.experiments.settled_reading import (
+    EnergyTemperature,
     best_of,
     judge_rule,
     paired_difference,
@@ -25,7 +26,7 @@ from pc_transformer.experiments.settled_reading import (
 )
 from pc_transformer.experiments.settling import part_step, with_part_steps
 from pc_transformer.experiments.tinyshakespeare import variants
-from pc_transformer.inference import SamplingConfig, noisy_log_probs
+from pc_transformer.inference import noisy_log_probs
 from pc_transformer.training.run import RunConfig
 
 
@@ -218,14 +219,14 @@ def test_a_difference_is_of_a_minus_b_over_windows() -> None:
 
 
 def test_the_rule_with_the_least_loss_of_equal_ones_the_flattest() -> None:
-    rule = lambda a: SamplingConfig(energy_slope=a)
+    rule = EnergyTemperature
     assert (
         best_of(
             {a: (rule(a), loss) for a, loss in ((-0.4, 2.0), (0.1, 1.0), (0.4, 3.0))}
-        ).energy_slope
+        ).slope
         == 0.1
     )
-    assert best_of({a: (rule(a), 1.0) for a in (-0.4, 0.1, 0.4)}).energy_slope == 0.1
+    assert best_of({a: (rule(a), 1.0) for a in (-0.4, 0.1, 0.4)}).slope == 0.1
 
 
 def test_a_rule_is_judged_against_the_fixed_one() -> None:
@@ -235,7 +236,7 @@ def test_a_rule_is_judged_against_the_fixed_one() -> None:
     tests = {"clean": read_text(model, tokens, tokens.flip(0))}
     z, y, e = tests["clean"].flat("energy")
     fixed = tune(z, y, e)[0.0][0]
-    hot = SamplingConfig(temperature=5.0)
+    hot = EnergyTemperature(temperature=5.0)
     same, worse = (judge_rule(how, fixed, tests, "energy", 20, 0)["clean"] for how in (fixed, hot))
     assert same["against one temperature"] == {"difference": 0.0, "interval": (0.0, 0.0)}
     assert worse["against one temperature"]["difference"] == pytest.approx(
@@ -356,7 +357,7 @@ def test_noise_is_in_units_of_a_nodes_size() -> None:
 
 
 def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:
-    x, y = evidence.some_windows(torch.arange(101), 10, 4)
+    x, y = evidence_study.some_windows(torch.arange(101), 10, 4)
     assert x[:, 0].tolist() == [0, 30, 60, 90] and torch.equal(y, x + 1) and x.shape == (4, 10)
     with pytest.raises(ValueError, match="10 windows of 10, so not 11"):
-        evidence.some_windows(torch.arange(101), 10, 11)
+        evidence_study.some_windows(torch.arange(101), 10, 11)

@@ -18,7 +18,8 @@ from pc_transformer.interop import from_huggingface, from_nanogpt, to_huggingfac
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.model import convert
 from pc_transformer.settling import ErrorSettling, FreeEnergy, SettlingError
-from pc_transformer.training import evaluate, load
+from pc_transformer.data import evaluate
+from pc_transformer.training import load
 
 X: Any = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))
 Q: Any = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -42,11 +42,11 @@ Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 def backend_named(name: str, likelihood: Likelihood = "dot") -> Run:
     "The function behind a backend's name; GPU backends are imported when they are asked for."
-    if name in ("flex", "triton"):
+    if name == "triton":
         from pc_transformer.attention.kernels import triton
-        return getattr(triton, name)
-    rows = by_rows if isinstance(likelihood, Independent) else kernels.chunked
-    return {"reference": reference, "sdpa": kernels.sdpa, "chunked": rows}[name]
+        return triton.triton
+    if name == "chunked" and isinstance(likelihood, Independent): return by_rows
+    return reference if name == "reference" else getattr(kernels, name)
 
 # %% ../../nbs/1_model/11_attend.ipynb #d970ad97
 def posterior_mean(

@@ -109,9 +109,8 @@ def check_share(what: str, x: Any) -> None:
 def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
     "Raise ValueError, one sentence, unless a tensor broadcasts to this shape without enlarging it."
     if not isinstance(x, Tensor): return
-    try: fits = torch.broadcast_shapes(x.shape, shape) == torch.Size(shape)
-    except RuntimeError: fits = False
-    if not fits:
+    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
+    if x.dim() > len(shape) or any(have not in (1, want) for have, want in pairs):
         raise ValueError(f"{what} of shape {tuple(x.shape)} does not broadcast to {shape}: {hint}")
 
 
@@ -201,7 +200,7 @@ def check_backend(backend: str, likelihood: Likelihood, dropout: bool) -> None:
     "Raise ValueError for a backend that was asked for by name and cannot do it."
     if isinstance(likelihood, Independent) and backend not in ("auto", "reference", "chunked"):
         raise ValueError(
-            "independent coordinates have no distance for a fused kernel: use backend='chunked'"
+            "independent coordinates have no one distance: use backend='chunked' or 'reference'"
         )
     if backend == "sdpa" and (dropout or not isinstance(likelihood, str | Gaussian)):
         raise ValueError(

@@ -26,7 +26,7 @@ from ..energies.mixture import Independent
 from ..isolation import dropout, generator
 
 # %% ../../nbs/1_model/09_scores.ipynb #0a60d473
-Backend = Literal["auto", "reference", "sdpa", "chunked", "flex", "triton"]
+Backend = Literal["auto", "reference", "plain", "sdpa", "chunked", "triton"]
 
 
 Coordinates = Literal["together", "independent"]

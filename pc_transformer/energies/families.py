@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pc_transformer.energies.elliptical import (
-    Elliptical, _log_det, _mean_precision, _observations, _positive, _wide, known, shown,
+    Elliptical, _log_det, _mean_precision, _observations, _positive, _wide, known,
+    shape_tensors, shown,
 )
 from .fitting import _profile
 from .sampling import _gamma, _outward, _under_tangent
@@ -43,6 +45,22 @@ class Gaussian(Elliptical):
     ) -> Tensor:
         "Independent standard normal coordinates"
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def stretch(self) -> float:
+        "-1/2: the stretched distance is the score"
+        return -0.5
+
+    def score_(self, y: Tensor, out: Tensor, dim: int) -> Tensor:
+        "y itself"
+        return y
+
+    def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
+        "g itself"
+        return g
+
+    def slope_factor(self, dim: int) -> float:
+        "1"
+        return 1.0
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #db57a45b
 def _exact(value: float | Tensor) -> Tensor:
@@ -145,6 +163,26 @@ class StudentT(Elliptical):
         "Mean weight: it is one at the optimum, and reaches it faster"
         return w.mean()
 
+    def stretch(self) -> float | Tensor:
+        "1/nu"
+        return 1 / self.nu
+
+    def score_(self, y: Tensor, out: Tensor, dim: int) -> Tensor:
+        "-(nu+D)/2 log1p(y), which keeps the digits of a small u/nu"
+        return torch.log1p(y.clamp_min_(0), out=out).mul_(self.slope_factor(dim))
+
+    def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
+        "1 / (1 + y)"
+        return g.div_(y.add_(1))
+
+    def slope_factor(self, dim: int) -> float | Tensor:
+        "-(nu+D)/2"
+        return -((self.nu + dim) / 2)
+
+    def shape_slopes(self, y: Tensor, g: Tensor, dim: int) -> tuple[Tensor, ...]:
+        "-log1p(y) / 2; the rest of nu's gradient comes through `stretch`"
+        return (torch.log1p(y).mul_(g).mul_(-0.5),)
+
     def fit_shape(
         self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
     ) -> tuple["StudentT", Tensor]:
@@ -219,6 +257,22 @@ class Laplace(Elliptical):
     ) -> Tensor:
         "A radius from Gamma(D, 1); for eps > 0 by rejection"
         return _under_tangent(self, like, generator)
+
+    @property
+    def sharp(self) -> bool:
+        "Unless eps rounds the tip"
+        return not isinstance(self.eps, Tensor) and self.eps == 0
+
+    def score_(self, y: Tensor, out: Tensor, dim: int) -> Tensor:
+        "-sqrt(y + eps^2); the root stays in y"
+        if isinstance(self.eps, Tensor): return super().score_(y, out, dim)
+        y.clamp_min_(0)
+        return torch.neg((y.add_(self.eps**2) if self.eps else y).sqrt_(), out=out)
+
+    def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
+        "1 / root; zero where that is zero, one of the subgradients"
+        if isinstance(self.eps, Tensor): return super().slope_(y, g, dim)
+        return g.div_(F.threshold(y, 0.0, math.inf, inplace=True))
 
     def fit_shape(
         self, errors: Float[Tensor, "*batch D"], diagonal: bool = False
@@ -308,6 +362,11 @@ class GeneralizedGaussian(Elliptical):
         p = _exact(self.p).expand(like.shape[:-1]).to(like.device)
         return _outward((2 * _gamma(like.shape[-1] / p, generator)) ** (1 / p), like, generator)
 
+    @property
+    def sharp(self) -> bool:
+        "Below p = 2"
+        return isinstance(self.p, Tensor) or self.p < 2
+
     def fit(
         self,
         errors: Float[Tensor, "*batch D"],  # all axes but the last are observations
@@ -373,6 +432,15 @@ class Logistic(Elliptical):
         "By rejection under a tangent"
         return _under_tangent(self, like, generator)
 
+    def score_(self, y: Tensor, out: Tensor, dim: int) -> Tensor:
+        "-r - 2 log(1 + e^-r) + 2 log 2, with r = sqrt(u) left in y; `exp2` is cheaper than `exp`"
+        tail = y.clamp_min_(1e-8).sqrt_().mul(-1 / math.log(2)).exp2_().log1p_()  # log(1 + e^-r)
+        return tail.add_(y, alpha=0.5).sub_(math.log(2)).mul_(-2)
+
+    def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
+        "tanh(r/2) / r, as 2 sigmoid(r) - 1"
+        return g.mul_(y.sigmoid().mul_(2).sub_(1).div_(y))
+
 # %% ../../nbs/1_model/06_seven_families.ipynb #becd71c2
 @dataclass(frozen=True)
 class Contaminated(Elliptical):
@@ -416,6 +484,25 @@ class Contaminated(Elliptical):
         gap = regular - outlier
         # no difference: an outlier keeps its digits
         return (gap.sigmoid() + self.ratio * (-gap).sigmoid()).to(u.dtype)
+
+    def _log_odds(self, dim: int) -> tuple[float, float]:
+        "Log of the outliers' share at distance zero, and the log-odds of a regular error there."
+        far = math.log(self.share) + dim / 2 * math.log(self.ratio)
+        return far, math.log1p(-self.share) - far
+
+    def score_(self, y: Tensor, out: Tensor, dim: int) -> Tensor:
+        "The outliers' line plus a softplus, max(x, 0) + log(1 + e^-|x|), of the log-odds x"
+        if shape_tensors(self): return super().score_(y, out, dim)
+        far, start = self._log_odds(dim)
+        odds = y.clamp_min_(0).mul((self.ratio - 1) / 2).add_(start)
+        curve = odds.abs().mul_(-1 / math.log(2)).exp2_().log1p_()
+        return odds.clamp_min_(0).add_(curve).add_(y, alpha=-float(self.ratio) / 2).add_(far)
+
+    def slope_(self, y: Tensor, g: Tensor, dim: int) -> Tensor:
+        "1 for the regular, ratio for the outliers, averaged"
+        if shape_tensors(self): return super().slope_(y, g, dim)
+        regular = y.mul_((self.ratio - 1) / 2).add_(self._log_odds(dim)[1]).sigmoid_()
+        return g.mul_(regular.mul_(1 - self.ratio).add_(self.ratio))
 
     def log_normaliser(self, dim: int) -> float:
         "D/2 log(2 pi): both terms of the link are normalised alike"

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from ..config import ModelConfig, replace, to_dict
 from .attention_speed import about, clock, interleaved
 from ..inference.cache import KVCache
-from ..inference.decode import advance, decode_at
+from ..inference.decode import Places, advance, read_new
 from ..inference.generate import generate
-from ..inference.packed import blocked, has_blocks, turned
+from ..inference.packed import blocked, has_blocks, pack, turned
 from ..model.transformer import PCTransformer
 from ..training.files import write_text
 
@@ -63,8 +63,10 @@ def contenders(
     models = {
         name: PCTransformer(replace(config, **changes)).eval() for name, changes in families.items()
     }
-    runs: dict[str, Callable[[], Any]] = {name: run(m) for name, m in models.items()}
-    runs[NO_COPIES] = run(models["dot"], copy_weights=False)
+    runs: dict[str, Callable[[], Any]] = {
+        name: run(pack(m, batch)) for name, m in models.items()
+    }
+    runs[NO_COPIES] = run(models["dot"])
     if no_cache: runs[NO_CACHE] = run(PCTransformer(config).eval(), cache=False)
     if (other := gpt2(config)) is not None:
         runs[GPT2] = lambda: other.generate(
@@ -111,11 +113,10 @@ def by_position(
     out, width, token = [], length // bins, torch.zeros(1, 1, dtype=torch.int64)
     device = torch.device("cpu")
     for name in ("dot", "gaussian", "student_t"):
-        model = PCTransformer(replace(config, block_size=length, **FAMILIES[name])).eval()
+        model = pack(PCTransformer(replace(config, block_size=length, **FAMILIES[name])).eval())
         times: list[list[float]] = [[] for _ in range(bins)]
         for _ in range(rounds):
             cache = KVCache.allocate(model)
-            cache.copy_weights()
             with torch.inference_mode():
                 for group in times:
                     start = clock(device)
@@ -169,22 +170,20 @@ def bandwidth(rounds: int, size: int = 2**26) -> float:  # GB/s
 
 
 def compiled(config: ModelConfig, rounds: int, backend: str = "inductor") -> dict[str, Any]:
-    """Milliseconds of a step of one row as it is and through `torch.compile`, and seconds until
-    the latter is ready."""
-    cache, token = KVCache.allocate(PCTransformer(config).eval()), torch.zeros(
-        1, 1, dtype=torch.int64
-    )
-    cache.copy_weights()
-    steps = {
-        "eager": decode_at,
-        "compiled": torch.compile(decode_at, fullgraph=True, backend=backend),
-    }
-    write = lambda step, n: [step(cache, token, i) for i in range(1, n)]
+    """Milliseconds of a step of one row at half the context, as it is and through
+    `torch.compile`, and seconds until the latter is ready."""
+    cache = KVCache.allocate(pack(PCTransformer(config).eval()))
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    def eager(n: int) -> torch.Tensor:
+        at = Places(slice(n, n + 1), None, 0, n)
+        return cache.model.output(read_new(cache, token, at))
+    steps = {"eager": eager, "compiled": torch.compile(eager, fullgraph=True, backend=backend)}
+    write = lambda step, n: [step(config.block_size // 2) for _ in range(1, n)]
     with torch.inference_mode():
         start = time.perf_counter()
         first = write(steps["compiled"], 5)[-1]
         ready = time.perf_counter() - start
-        torch.testing.assert_close(first, decode_at(cache, token, 4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(first, eager(config.block_size // 2), rtol=0, atol=1e-5)
         seconds = interleaved(
             {k: lambda f=f: write(f, config.block_size) for k, f in steps.items()}, rounds
         )

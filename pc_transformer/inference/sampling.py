@@ -174,9 +174,6 @@ class SamplingConfig(Config):
     repetition_penalty: float = 1.0  # theta of equation (5)
     frequency_penalty: float = 0.0  # alpha_f of equation (5), nats
     presence_penalty: float = 0.0  # alpha_p of equation (5), nats
-    energy_slope: float = 0.0  # a of equation (6); 0: off
-    energy_mean: float = 0.0  # usual attention energy, nats
-    energy_std: float = 1.0  # its spread, nats
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +190,6 @@ class SamplingConfig(Config):
                 within(self.repetition_penalty, 1e-30, 1e30),
                 "lie in [1e-30, 1e30]",
             ),
-            ("energy_std", self.energy_std > 0, "be positive"),
         ):
             if not fine: raise ConfigError(f"{name} must {words}, but got {getattr(self, name)!r}.")
 
@@ -207,12 +203,9 @@ class SamplingConfig(Config):
         )
 
     def choices(
-        self,
-        logits: Float[Tensor, "B V"],
-        counts: Tensor | None = None,
-        energy: Tensor | None = None,
-    ) -> Tensor:
-        "Probabilities `(B, V)` of the next token: penalties, temperature, filters, softmax."
+        self, logits: Float[Tensor, "B V"], counts: Float[Tensor, "B V"] | None = None
+    ) -> Float[Tensor, "B V"]:
+        "Probabilities of the next token: penalties, temperature, filters, softmax."
         if counts is not None:
             logits = penalise(
                 logits,
@@ -221,9 +214,6 @@ class SamplingConfig(Config):
                 self.frequency_penalty,
                 self.presence_penalty,
             )
-        if energy is not None:
-            zeta = ((energy - self.energy_mean) / self.energy_std).clamp(-5, 5)
-            logits = logits * (self.energy_slope * zeta).exp()[:, None]
         return distribution(
             logits, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p
         )

@@ -1,7 +1,9 @@
 """Every family without a matrix of scores."""
 
 from .masks import *
-from .steps import *
+from .plain import *
+from .near import *
+from .blocks import *
 from .sdpa import *
 from .merge import *
 from .chunked import *

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tl', 'jit', 'LOG2E', 'LN2', 'span', 'hide', 'log2_1p', 'power', 'link_bits', 'outlier', 'link_slope', 'shape_slopes',
-           'rest', 'score_tile', 'at', 'tile', 'put', 'matmul', 'row_dots', 'scores_of', 'forward_kernel',
+           'bf16_remainder', 'score_tile', 'at', 'tile', 'put', 'matmul', 'row_dots', 'scores_of', 'forward_kernel',
            'query_kernel', 'key_kernel']
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #394be4b2
@@ -26,14 +26,7 @@ LN2: Any = tl.constexpr(0.6931471805599453)
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #54e229ab
 @jit
 def span(
-    first,
-    OWN: constexpr,
-    T,
-    other,
-    back,
-    ahead,
-    BLOCK: constexpr,
-    BACK: constexpr,
+    first, OWN: constexpr, T, other, back, ahead, BLOCK: constexpr, BACK: constexpr,
     AHEAD: constexpr,
 ):
     """Of the other side's positions: start, where all are visible, where no longer, end.
@@ -162,7 +155,7 @@ def shape_slopes(u, a, b, D: constexpr, LINK: constexpr):
 
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #7f90966e
 @jit
-def rest(x):
+def bf16_remainder(x):
     "What rounding a float32 tile to bfloat16 leaves, rounded itself."
     return (x - x.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
 
@@ -222,19 +215,7 @@ def matmul(x, y, acc, PRECISION: constexpr):
 
 @jit
 def row_dots(
-    A,
-    B,
-    Out,
-    T,
-    H,
-    asb,
-    ash,
-    ast,
-    bsb,
-    bsh,
-    bst,
-    D: constexpr,
-    BLOCK_D: constexpr,
+    A, B, Out, T, H, asb, ash, ast, bsb, bsh, bst, D: constexpr, BLOCK_D: constexpr,
     BLOCK: constexpr,
 ):
     """Out[r] = sum_c A[r, c] B[r, c] in float32; NaN if four of them would overflow, for a
@@ -249,32 +230,9 @@ def row_dots(
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #90d4b51c
 @jit
 def scores_of(
-    q,
-    squares,
-    q2,
-    rows,
-    K,
-    Lam,
-    Bias,
-    K2,
-    keys,
-    kst,
-    lst,
-    bst,
-    Tk,
-    a,
-    b,
-    back,
-    ahead,
-    D: constexpr,
-    BLOCK_D: constexpr,
-    LINK: constexpr,
-    DIAG: constexpr,
-    BACK: constexpr,
-    AHEAD: constexpr,
-    FAST: constexpr,
-    SPLIT: constexpr,
-    PRECISION: constexpr,
+    q, squares, q2, rows, K, Lam, Bias, K2, keys, kst, lst, bst, Tk, a, b, back, ahead,
+    D: constexpr, BLOCK_D: constexpr, LINK: constexpr, DIAG: constexpr, BACK: constexpr,
+    AHEAD: constexpr, FAST: constexpr, SPLIT: constexpr, PRECISION: constexpr,
 ):
     """Scores in bits of a block of queries with a block of keys; with them u, the keys and their
     precisions."""
@@ -288,7 +246,7 @@ def scores_of(
         L = tile(Lam, keys, Tk, lst, D, BLOCK_D)
         qk -= 0.5 * matmul(squares.to(L.dtype), tl.trans(L), None, PRECISION)
         if SPLIT:
-            qk -= 0.5 * matmul(rest(squares), tl.trans(L), None, PRECISION)
+            qk -= 0.5 * matmul(bf16_remainder(squares), tl.trans(L), None, PRECISION)
     else:
         lam = tl.load(Lam + keys * lst, mask=keys < Tk, other=1.0)
     if LINK != "dot":
@@ -302,50 +260,11 @@ def scores_of(
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #bbd0da21
 @jit
 def forward_kernel(
-    Q,
-    K,
-    V,
-    Lam,
-    Bias,
-    Q2,
-    K2,
-    A,
-    B,
-    Out,
-    Lse,
-    qsb,
-    qsh,
-    qst,
-    ksb,
-    ksh,
-    kst,
-    vsb,
-    vsh,
-    vst,
-    lsb,
-    lsh,
-    lst,
-    bsb,
-    bsh,
-    bst,
-    H,
-    Tq,
-    Tk,
-    back,
-    ahead,
-    D: constexpr,
-    DV: constexpr,
-    BLOCK_D: constexpr,
-    BLOCK_DV: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
-    LINK: constexpr,
-    DIAG: constexpr,
-    BACK: constexpr,
-    AHEAD: constexpr,
-    FAST: constexpr,
-    SPLIT: constexpr,
-    PRECISION: constexpr,
+    Q, K, V, Lam, Bias, Q2, K2, A, B, Out, Lse, qsb, qsh, qst, ksb, ksh, kst, vsb, vsh, vst, lsb,
+    lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead, D: constexpr, DV: constexpr,
+    BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr,
+    LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr, FAST: constexpr,
+    SPLIT: constexpr, PRECISION: constexpr,
 ):
     "Read-out and log-sum-exp (in bits) of a block of queries, equation (2)."
     bh = tl.program_id(1).to(tl.int64)
@@ -373,32 +292,10 @@ def forward_kernel(
             for n in range(lo, hi, BLOCK_K):
                 keys = n + tl.arange(0, BLOCK_K)
                 s, u, k, lam, L = scores_of(
-                    q,
-                    squares,
-                    q2,
-                    rows,
-                    at(K, bh, H, ksb, ksh),
-                    at(Lam, bh, H, lsb, lsh),
-                    at(Bias, bh, H, bsb, bsh),
-                    K2 + bh * Tk,
-                    keys,
-                    kst,
-                    lst,
-                    bst,
-                    Tk,
-                    a,
-                    b,
-                    back,
-                    ahead,
-                    D,
-                    BLOCK_D,
-                    LINK,
-                    DIAG,
-                    BACK and part != 1,
-                    AHEAD and part != 1,
-                    FAST,
-                    SPLIT,
-                    PRECISION,
+                    q, squares, q2, rows, at(K, bh, H, ksb, ksh), at(Lam, bh, H, lsb, lsh),
+                    at(Bias, bh, H, bsb, bsh), K2 + bh * Tk, keys, kst, lst, bst, Tk, a, b, back,
+                    ahead, D, BLOCK_D, LINK, DIAG, BACK and part != 1, AHEAD and part != 1, FAST,
+                    SPLIT, PRECISION,
                 )
                 new = tl.maximum(top, tl.max(s, 1))
                 base = tl.where(new == -float("inf"), 0.0, new)
@@ -414,55 +311,11 @@ def forward_kernel(
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #cc5d4f6e
 @jit
 def query_kernel(
-    Q,
-    K,
-    V,
-    Lam,
-    Bias,
-    Q2,
-    K2,
-    A,
-    B,
-    Most,
-    dOut,
-    Lse,
-    Delta,
-    dQ,
-    dShape,
-    qsb,
-    qsh,
-    qst,
-    ksb,
-    ksh,
-    kst,
-    vsb,
-    vsh,
-    vst,
-    lsb,
-    lsh,
-    lst,
-    bsb,
-    bsh,
-    bst,
-    H,
-    Tq,
-    Tk,
-    back,
-    ahead,
-    D: constexpr,
-    DV: constexpr,
-    BLOCK_D: constexpr,
-    BLOCK_DV: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
-    LINK: constexpr,
-    DIAG: constexpr,
-    BACK: constexpr,
-    AHEAD: constexpr,
-    FAST: constexpr,
-    SPLIT: constexpr,
-    PRECISION: constexpr,
-    SHAPE: constexpr,
+    Q, K, V, Lam, Bias, Q2, K2, A, B, Most, dOut, Lse, Delta, dQ, dShape, qsb, qsh, qst, ksb, ksh,
+    kst, vsb, vsh, vst, lsb, lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead, D: constexpr,
+    DV: constexpr, BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr,
+    LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr, FAST: constexpr,
+    SPLIT: constexpr, PRECISION: constexpr, SHAPE: constexpr,
 ):
     "Gradients of a block of queries and of the shape parameters, equations (6) and (7)."
     bh = tl.program_id(1).to(tl.int64)
@@ -499,32 +352,10 @@ def query_kernel(
             for n in range(lo, hi, BLOCK_K):
                 keys = n + tl.arange(0, BLOCK_K)
                 s, u, k, lam, L = scores_of(
-                    q,
-                    squares,
-                    q2,
-                    rows,
-                    at(K, bh, H, ksb, ksh),
-                    at(Lam, bh, H, lsb, lsh),
-                    at(Bias, bh, H, bsb, bsh),
-                    K2 + bh * Tk,
-                    keys,
-                    kst,
-                    lst,
-                    bst,
-                    Tk,
-                    a,
-                    b,
-                    back,
-                    ahead,
-                    D,
-                    BLOCK_D,
-                    LINK,
-                    DIAG,
-                    BACK and part != 1,
-                    AHEAD and part != 1,
-                    FAST,
-                    SPLIT,
-                    PRECISION,
+                    q, squares, q2, rows, at(K, bh, H, ksb, ksh), at(Lam, bh, H, lsb, lsh),
+                    at(Bias, bh, H, bsb, bsh), K2 + bh * Tk, keys, kst, lst, bst, Tk, a, b, back,
+                    ahead, D, BLOCK_D, LINK, DIAG, BACK and part != 1, AHEAD and part != 1, FAST,
+                    SPLIT, PRECISION,
                 )
                 v = tile(at(V, bh, H, vsb, vsh), keys, Tk, vst, DV, BLOCK_DV)
                 ds = tl.exp2(s - lse[:, None])
@@ -559,56 +390,11 @@ def query_kernel(
 # %% ../../../nbs/5_speed/07_triton_code.ipynb #1b8e4d48
 @jit
 def key_kernel(
-    Q,
-    K,
-    M,
-    V,
-    Lam,
-    Bias,
-    Q2,
-    K2,
-    A,
-    B,
-    dOut,
-    Lse,
-    Delta,
-    dK,
-    dV,
-    dLam,
-    dBias,
-    qsb,
-    qsh,
-    qst,
-    ksb,
-    ksh,
-    kst,
-    vsb,
-    vsh,
-    vst,
-    lsb,
-    lsh,
-    lst,
-    bsb,
-    bsh,
-    bst,
-    H,
-    Tq,
-    Tk,
-    back,
-    ahead,
-    D: constexpr,
-    DV: constexpr,
-    BLOCK_D: constexpr,
-    BLOCK_DV: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
-    LINK: constexpr,
-    DIAG: constexpr,
-    BACK: constexpr,
-    AHEAD: constexpr,
-    FAST: constexpr,
-    SPLIT: constexpr,
-    PRECISION: constexpr,
+    Q, K, M, V, Lam, Bias, Q2, K2, A, B, dOut, Lse, Delta, dK, dV, dLam, dBias, qsb, qsh, qst, ksb,
+    ksh, kst, vsb, vsh, vst, lsb, lsh, lst, bsb, bsh, bst, H, Tq, Tk, back, ahead, D: constexpr,
+    DV: constexpr, BLOCK_D: constexpr, BLOCK_DV: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr,
+    LINK: constexpr, DIAG: constexpr, BACK: constexpr, AHEAD: constexpr, FAST: constexpr,
+    SPLIT: constexpr, PRECISION: constexpr,
 ):
     "Gradients of a block of keys, values, precisions and biases, equations (6) and (7)."
     bh = tl.program_id(1).to(tl.int64)
@@ -660,20 +446,11 @@ def key_kernel(
                     squares = exact.to(L.dtype)
                     kq -= 0.5 * matmul(L, tl.trans(squares), None, PRECISION)
                     if SPLIT:
-                        kq -= 0.5 * matmul(L, tl.trans(rest(exact)), None, PRECISION)
+                        kq -= 0.5 * matmul(L, tl.trans(bf16_remainder(exact)), None, PRECISION)
                 elif LINK != "dot":
                     q2 = tl.load(Q2 + bh * Tq + rows, mask=rows < Tq, other=0.0)
                 s, distance, u = score_tile(
-                    kq,
-                    q2[None, :],
-                    k2[:, None],
-                    lam[:, None],
-                    bias[:, None],
-                    a,
-                    b,
-                    D,
-                    LINK,
-                    DIAG,
+                    kq, q2[None, :], k2[:, None], lam[:, None], bias[:, None], a, b, D, LINK, DIAG,
                     FAST,
                 )
                 if part != 1:
