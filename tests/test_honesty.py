@@ -30,7 +30,7 @@ from pc_transformer import ModelConfig, PCTransformer, generate, load, save
 from pc_transformer.attention import attend, reference
 from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
-from pc_transformer.data import Text
+from pc_transformer.data import Text, evaluate
 from pc_transformer.energies import Gaussian
 from pc_transformer.experiments.results import Results
 from pc_transformer.experiments.tinyshakespeare import summary
@@ -56,7 +56,6 @@ from pc_transformer.settling import (
 from pc_transformer.training import (
     CheckpointError,
     Trainer,
-    evaluate,
     learning_rate,
     restore,
     resume,
