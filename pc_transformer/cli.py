@@ -681,7 +681,7 @@ def free_cores() -> int:
         return max(1, (os.cpu_count() or 2) // 2)
     shared = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     places = {n: Path(shared.format(n)) for n in allowed}
-    cores = {p.read_text() if p.is_file() else str(n) for n, p in places.items()}
+    cores = {p.read_text(encoding="utf-8") if p.is_file() else str(n) for n, p in places.items()}
     return max(1, len(cores) - round(busy))
 
 

@@ -683,7 +683,13 @@ def test_mistakes_are_one_sentence(case: str) -> None:
 
 
 def backends(family: str) -> list[str]:
-    return ["reference", "plain", "chunked", "auto", *(["sdpa"] if family in ("dot", "gaussian") else [])]
+    return [
+        "reference",
+        "plain",
+        "chunked",
+        "auto",
+        *(["sdpa"] if family in ("dot", "gaussian") else []),
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

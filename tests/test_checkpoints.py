@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from pc_transformer import ModelConfig, PCTransformer, load, save
 from pc_transformer.config import ConfigError, TrainConfig, replace
-from pc_transformer.data import CharTokenizer, Text
+from pc_transformer.data import CharTokenizer, Text, evaluate
 from pc_transformer.learning import Backprop
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.settling import SettlingError
@@ -39,7 +39,6 @@ from pc_transformer.training import (
     Trainer,
     checkpoints,
     digest,
-    evaluate,
     file_hash,
     load_tokenizer,
     read_run_config,

@@ -24,14 +24,13 @@ import torch
 from pc_transformer import ModelConfig, PCTransformer, load, save
 from pc_transformer.cli import main
 from pc_transformer.config import ConfigError, replace
-from pc_transformer.data import CORPORA, CharTokenizer, corpora
+from pc_transformer.data import CORPORA, CharTokenizer, corpora, evaluate
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.settling import ErrorSettling
 from pc_transformer.training import (
     CheckpointError,
     Trainer,
     checkpoints,
-    evaluate,
     files,
     load_pair,
     save_checkpoint,

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.cli import main
 from pc_transformer.config import replace
-from pc_transformer.data import CharTokenizer, Damaged, Text, TextData, baselines, damage
+from pc_transformer.data import CharTokenizer, Damaged, Text, TextData, baselines, damage, evaluate
 from pc_transformer.experiments import (
     evidence_study,
     families,
@@ -38,7 +38,6 @@ from pc_transformer.training import (
     CheckpointError,
     Trainer,
     checkpoints,
-    evaluate,
     load,
     resume,
     save_checkpoint,

@@ -13,12 +13,12 @@ from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.config import ConfigError, TrainConfig
+from pc_transformer.data import evaluate
 from pc_transformer.inference import generate
 from pc_transformer.interop import from_huggingface, from_nanogpt, to_huggingface
 from pc_transformer.learning import Backprop, PredictiveCoding
 from pc_transformer.model import convert
 from pc_transformer.settling import ErrorSettling, FreeEnergy, SettlingError
-from pc_transformer.data import evaluate
 from pc_transformer.training import load
 
 X: Any = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -103,7 +103,7 @@ def of_stress(old: Json) -> list[Json]:
 def converted(folder: str) -> Json | None:
     """An old file as it is; `None` where there is none, or where it has the schema already."""
     place = RESULTS / folder / "results.json"
-    old = json.loads(place.read_text()) if place.exists() else None
+    old = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
     return None if old is None or "study" in old else old
 
 
@@ -111,7 +111,7 @@ def write(found: Json) -> None:
     """The new file."""
     place = RESULTS / found["study"] / "results.json"
     place.parent.mkdir(exist_ok=True)
-    place.write_text(json.dumps(found, indent=1))
+    place.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"{found['study']}: {len(found['runs'])} runs")
 
 

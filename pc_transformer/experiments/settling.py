@@ -222,7 +222,7 @@ def deeper(base: RunConfig) -> list[Arm]:
     "Twelve and twenty-four blocks; parallel states for eight steps."
     few = {"train.iters": 250, "train.eval_interval": 125}
     pc = {"learner.algorithm": "predictive_coding", "learner.relative_precision": 1000}
-    states = {"learner.solver": "state", **latents(1000, 8), "learner.curvature_interval": 10}
+    states = {"learner.solver": "state", **latents(1000, 8)}
     stiff = {"learner.relative_precision": 10000}
     arms = grids(few, (BACKPROP, ONE))
     for depth, seeds in ((12, THREE), (24, ONE)):

@@ -6,7 +6,6 @@
 __all__ = ['ENDS', 'draw_case', 'case_solver', 'teacher', 'try_case', 'stress', 'residuals_of', 'STUDY']
 
 # %% ../../nbs/6_experiments/08_stress.ipynb #537ac1e1
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
