@@ -605,7 +605,7 @@ def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str
         ),
         ({"train.min_learning_rate": 1}, "min_learning_rate = 1.0 is above learning_rate"),
         ({"train.iters": 0}, "iters must be positive"),
-        ({"learner.step_size": 2}, "step_size must lie in"),
+        ({"learner.step_size": 2, "learner.steps": 2}, "step_size must lie in"),
         ({"model.vocab_size": 7}, "vocab_size is 7, but the corpus has 10"),
         ({"model.block_size": 5000}, "too short"),
     ],
