@@ -18,7 +18,7 @@ import torch
 from pc_transformer.config import ModelConfig
 from pc_transformer.experiments.layer_processes import LayerProcesses
 from pc_transformer.learning import PredictiveCoding
-from pc_transformer.model import PCTransformer
+from pc_transformer.model import Chain, PCTransformer
 from pc_transformer.settling import ErrorSettling, FreeEnergy, SettlingError
 from pc_transformer.training import DataParallel, ProcessError
 
