@@ -275,7 +275,9 @@ def temperature_study(
     return out
 
 
-def curve_losses(how: EnergyTemperature, tests: dict[str, Predictions], driver: str) -> dict[str, float]:
+def curve_losses(
+    how: EnergyTemperature, tests: dict[str, Predictions], driver: str
+) -> dict[str, float]:
     "Loss of a rule on each text."
     return {
         name: scaled_nll(log_choices(how, *r.flat(driver)[::2]), r.targets.flatten(), 1.0)

@@ -140,7 +140,8 @@ def empty(
 ) -> tuple[Store, Store, dict[str, Tensor]]:
     "Keys, values and columns of all layers, all zero."
     c, W = model.config, model.output.weight
-    M, rows = (c.n_component if c.attention == "mixture" else 1), (c.n_layer, batch, c.n_kv_head or c.n_head)
+    M = c.n_component if c.attention == "mixture" else 1
+    rows = (c.n_layer, batch, c.n_kv_head or c.n_head)
     def zeros(*shape: int, dtype: torch.dtype = full_dtype(W)) -> Tensor:
         return torch.zeros(*rows, *shape, dtype=dtype, device=W.device)
     k, v = (

@@ -87,7 +87,8 @@ class Writer:
     def choose(self, z: Float[Tensor, "b V"]) -> Int64[Tensor, " b"]:
         "A draw from what the choice makes of logits."
         rows, n = self.texts.rows, self.reading.symbols
-        if self.choice.counting and self.counts is None: self.counts = count(self.texts, z.shape[-1])
+        if self.choice.counting and self.counts is None:
+            self.counts = count(self.texts, z.shape[-1])
         if n is not None: z = z.index_fill(-1, torch.arange(n, z.shape[-1]), -math.inf)
         q = self.choice.choices(z, None if self.counts is None else self.counts[rows])
         return draw(q, self.generators, rows, len(self.texts.tokens))
@@ -153,7 +154,8 @@ def stream(
         )
     if not is_int(max_new_tokens) or not 0 <= max_new_tokens < 2**31:
         raise ValueError(
-            f"max_new_tokens must be 0 or a positive integer below 2**31, but got {max_new_tokens!r}."
+            "max_new_tokens must be 0 or a positive integer below 2**31, but got"
+            f" {max_new_tokens!r}."
         )
     choice, reading = read_options(sampling, options, limits)
     rows = read_prompts(prompt, limits, reading.sliding_window)

@@ -129,7 +129,8 @@ class Reading:
         n = self.symbols
         if n is not None and (not is_int(n) or not 1 <= n <= vocab_size):
             raise ValueError(
-                f"symbols must be an integer from 1 to {vocab_size} (the vocabulary), but got {n!r}."
+                f"symbols must be an integer from 1 to {vocab_size} (the vocabulary), but got"
+                f" {n!r}."
             )
 
 # %% ../../nbs/3_inference/07_sources.ipynb #baa50453
