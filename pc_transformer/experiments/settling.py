@@ -292,6 +292,7 @@ def WRONG_TARGETS(base: RunConfig) -> list[Arm]:
         *(a for l in losses for a in grids(SMALL, ({**l, **rate(0.001, 0.002, 0.004)}, THREE))),
         *(a for l in losses for a in grids(SMALL, ({**l, **rate(0.002)}, (4, 5, 6)))),
         *grids(SMALL, ({**BACKPROP, **rate(0.001, 0.004)}, (4, 5, 6))),
+        *grids(SMALL, ({**losses[-1], "learner.steps": 1, **rate(0.004)}, (4, 5, 6))),
         *(a for l in demo for a in grids({}, ({**l, **rate(0.001, 0.002)}, THREE))),
     ]
 
