@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backprop": (lambda: Backprop().backward(BAD, X, X), TypeError, "model"),
     "no solver": (lambda: PredictiveCoding(BAD), TypeError, "solver"),
     "convert": (lambda: convert(BAD, "dot"), TypeError, "PCTransformer"),
-    "evaluate": (lambda: evaluate(BAD, X, 6), TypeError, "model"),
+    "evaluate": (lambda: evaluate(BAD, X[0], 5), TypeError, "model"),
     "attention": (lambda: attend(Q, Q, Q, return_attention=NO), TypeError, "return_attention"),
     "lse": (lambda: attend(Q, Q, Q, return_lse=NO), TypeError, "return_lse"),
     "sparse": (lambda: attend(Q.to_sparse(), Q, Q), TypeError, "dense"),
