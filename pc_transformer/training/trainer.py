@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_optimizer', 'learning_rate', 'set_rate', 'move', 'pick_device', 'at_step', 'in_parts', 'divide_gradients',
-           'backward_parts', 'plain_loss', 'divergence', 'naming_divergence', 'Run', 'check_run', 'Trainer', 'sits',
-           'start']
+           'backward_parts', 'plain_loss', 'divergence', 'naming_divergence', 'TrainingRun', 'check_run', 'Trainer',
+           'sits', 'start']
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #e2dc915a
 import math
@@ -174,7 +174,7 @@ def naming_divergence(look: Callable[[], str | None], step: int, rate: float) ->
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #b87a6ba0
 @dataclass
-class Run:
+class TrainingRun:
     "What a training run consists of. Raises ConfigError, ValueError."
 
     config: RunConfig
@@ -206,7 +206,7 @@ def check_run(config: RunConfig, task: Task, team: DataParallel) -> None:
         raise ValueError(f"{rows} rows cannot be shared by {team.size} processes: each needs one")
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #b87a6b19
-class Trainer(Run):
+class Trainer(TrainingRun):
     "One training run, one step at a time."
 
     def batch(self, step: int) -> Batch:
