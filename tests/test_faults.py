@@ -15,14 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import torch
 
 from pc_transformer import ModelConfig, PCTransformer, load, save
-from pc_transformer.cli import main
+from pc_transformer.cli import COMMANDS, main
 from pc_transformer.config import ConfigError, replace
 from pc_transformer.data import CORPORA, CharTokenizer, corpora, evaluate
 from pc_transformer.learning import Backprop, PredictiveCoding
@@ -587,12 +589,28 @@ def test_bad_prompt(
     assert says in fails(["sample", str(whole), f"--prompt={prompt}"], capsys)
 
 
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_says_what_every_option_is(verb: str) -> None:
+    """A docstring that its reader cannot take apart would leave options without a word."""
+    found = docstring_parser.parse(COMMANDS[verb].__doc__ or "")
+    said = {p.arg_name: p.description for p in found.params}
+    assert (found.short_description or "").endswith((".", "?")) and not found.long_description
+    assert list(said) == [n for n in signature(COMMANDS[verb]).parameters if n[0] != "_"]
+    assert all(said.values())
+
+
 @pytest.mark.parametrize(
     "option",
-    ["--temperature=-1", "--top_k=0", "--top_p=1.5", "--max_new_tokens=-1", "--device=tpu9"],
+    [
+        "--sampling.temperature=-1",
+        "--sampling.top_k=0",
+        "--sampling.top_p=1.5",
+        "--max_new_tokens=-1",
+        "--device=tpu9",
+    ],
 )
 def test_bad_options(option: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = option[2:].partition("=")[0]
+    name = option[2:].partition("=")[0].removeprefix("sampling.")
     assert name in fails(["sample", str(whole), option], capsys)
 
 
@@ -905,7 +923,7 @@ def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> Non
             "--prompt=жук",
             "--max_new_tokens=60",
             "--sliding_window=true",
-            "--temperature=3",
+            "--sampling.temperature=3",
         ],
         ["sample", str(run), "--prompt=#ё"],
     ):
@@ -917,7 +935,7 @@ def test_texts_are_utf_8_on_every_platform(platform: str, tmp_path: Path) -> Non
             assert done.returncode == 1 and "'#' at position 0" in one_sentence(err)
         else:
             assert done.returncode == 0 and "Traceback" not in err, err
-        if "--temperature=3" in args:
+        if "--sampling.temperature=3" in args:
             assert out.startswith("жук") and len(out) >= 63 and set(out) & set("éß✓и")
 
 
@@ -979,7 +997,7 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
     model, tokenizer = load_pair(whole)
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
-    monkeypatch.setattr("pc_transformer.cli.load_pair", lambda folder: (model, tokenizer))
+    monkeypatch.setattr("pc_transformer.cli.verbs.load_pair", lambda folder: (model, tokenizer))
     capsys.readouterr()
     assert main(["evaluate", str(whole)]) == 1
     out, err = capsys.readouterr()
@@ -1056,7 +1074,7 @@ def test_a_padded_vocabulary_is_sampled(
         str(tmp_path / "model"),
         "--max_new_tokens=200",
         "--sliding_window=true",
-        "--top_p=null",
+        "--sampling.top_p=null",
     ]
     assert main(args) == 0
     out = capsys.readouterr().out.removesuffix("\n")
@@ -1172,7 +1190,7 @@ def test_ctrl_c_outside_of_training(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pc_transformer.cli.whole_split", interrupt)
+    monkeypatch.setattr("pc_transformer.cli.verbs.whole_split", interrupt)
     assert main(["evaluate", str(whole)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "pct: interrupted"
 
@@ -1196,6 +1214,6 @@ def test_a_bug_keeps_its_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("pc_transformer.cli.whole_split", broken)
+    monkeypatch.setattr("pc_transformer.cli.verbs.whole_split", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         main(["evaluate", str(whole)])

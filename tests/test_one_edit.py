@@ -1,5 +1,5 @@
-"""What is new costs one file: a task and a study that the package knows nothing of, each written
-in a file of its own and used."""
+"""What is new costs one file: a task, a study, a likelihood and a solver that the package knows
+nothing of, each written in a file of its own and used."""
 
 import importlib
 import json
@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from pc_transformer import ModelConfig
+from pc_transformer import ModelConfig, generate
+from pc_transformer.attention import Keys, Mask, PCAttention, attend, read
 from pc_transformer.cli import COMMANDS, main
 from pc_transformer.config import ConfigError, TrainConfig, replace
 from pc_transformer.data import Damaged
+from pc_transformer.energies import StudentT
 from pc_transformer.experiments import harness
+from pc_transformer.learning import Backprop, PredictiveCoding, gradients
+from pc_transformer.monitoring import Monitor
+from pc_transformer.settling import ErrorSettling, FreeEnergy
 from pc_transformer.training import (
     CheckpointError,
     Checkpoints,
@@ -78,13 +83,65 @@ def arms(base):
     return grid({"model.d_model": [4, 8]}) + [Arm("slow", {"train.learning_rate": 1e-4}, (7,))]
 '''
 
+LIKELIHOOD = '''
+"The Cauchy density, heavy-tailed: half of its mass lies within one unit, and it has no mean."
+import math
+from dataclasses import dataclass
+
+import torch
+from pc_transformer.attention import PCAttention
+from pc_transformer.energies import Elliptical
+
+
+@dataclass(frozen=True)
+class Cauchy(Elliptical):
+    def link(self, u, dim): return -(1 + dim) / 2 * torch.log1p(u)
+    def weight(self, u, dim): return (1 + dim) / (1 + u)
+
+    def log_normaliser(self, dim):
+        return (1 + dim) / 2 * math.log(math.pi) - math.lgamma((1 + dim) / 2)
+
+    def standard(self, like, generator):
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(like)
+        return normal(*like.shape) / normal(*like.shape[:-1], 1).abs()
+
+
+class CauchyHead(PCAttention):
+    likelihood = Cauchy()
+'''
+
+SOLVER = '''
+"A part of one step from the feed-forward states, at fixed predictions."
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pc_transformer.settling import FreeEnergy, begin, errors_down, no_errors
+
+
+@dataclass(frozen=True)
+class PartStep:
+    part: float = 0.25
+    energy: FreeEnergy = FreeEnergy()
+    reads_feed_forward: ClassVar[bool] = True
+
+    def __call__(self, model, tokens, targets, measure_residual=True):
+        up, trace = begin(self.energy, model, tokens, targets, measures=measure_residual)
+        start, down = no_errors(up.states), errors_down(up, keep_graph=True)
+        trace.near(start, down)
+        errors = trace.weighed.step(start, down, self.part)
+        trace.step_sizes.append(self.part)
+        trace.near(errors, down)
+        return trace.settled(up, errors, trace.residual)
+'''
+
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "A package that holds the two files and nothing else."
     room = tmp_path / "one_edit_tasks"
     room.mkdir()
-    for name, text in {"__init__": "", "first": TASK, "widths": STUDY}.items():
+    files = {"first": TASK, "widths": STUDY, "cauchy": LIKELIHOOD, "part": SOLVER}
+    for name, text in {"__init__": "", **files}.items():
         (room / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
@@ -208,3 +265,84 @@ def test_another_studys_file_is_left_alone(package: Path, tmp_path: Path) -> Non
     harness.run(harness.find("one_edit_tasks.widths"), tmp_path, (1,), device="cpu")
     with pytest.raises(CheckpointError, match="holds the results of first"):
         harness.run(harness.find("demo"), tmp_path, device="cpu")
+
+
+@pytest.fixture
+def cauchy(package: Path) -> Any:
+    "The file of the new likelihood."
+    return importlib.import_module("one_edit_tasks.cauchy")
+
+
+def test_a_new_likelihood_is_a_density(cauchy: Any) -> None:
+    "All that its four functions do not say is inherited: Student's t at nu = 1 is the same."
+    ours, theirs, draw = cauchy.Cauchy(), StudentT(1.0), torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, dtype=torch.float64, generator=draw)
+    assert torch.allclose(ours.log_prob(x, 2.0), theirs.log_prob(x, 2.0), rtol=1e-12)
+    assert torch.allclose(ours.score(x, 2.0), theirs.score(x, 2.0), rtol=1e-12)
+    drawn = ours.sample((20_000, 3), 4.0, draw).double()
+    assert ours.fit(drawn).item() == pytest.approx(4.0, rel=0.06)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+def test_a_new_likelihood_is_attended_with(cauchy: Any, backend: Any) -> None:
+    """Keys are read by it, with gradients and on every backend that a CPU has for all families.
+    `attend` wants one of the package's names, and says so."""
+    x = [torch.randn(2, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    keys = Keys(x[1][:, :, None], x[2], torch.full((1, 2, 1, 1, 1), 0.7, dtype=torch.float64))
+    found = []
+    for likelihood in (cauchy.Cauchy(), StudentT(1.0)):
+        out = read(x[0], keys, likelihood, Mask(is_causal=True), backend=backend).out
+        found.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
+    with pytest.raises(ValueError, match="unknown attention family 'cauchy': choose from"):
+        attend(*x, "cauchy", backend=backend)
+
+
+def test_a_new_likelihood_is_learned_with_and_written_with(cauchy: Any) -> None:
+    """In every head and every node of a model: it learns the task, and what is written with a
+    cache is what is written without. A configuration names the package's families only."""
+    c, energy = config(**{"model.attention": "laplace"}), FreeEnergy(100.0, family=cauchy.Cauchy())
+    teacher = PredictiveCoding(ErrorSettling(energy, steps=4))
+    t = Trainer(c, first(c), torch.device("cpu"), teacher=teacher)
+    tokens, heads = t.batch(0)[0], [m for m in t.model.modules() if isinstance(m, PCAttention)]
+    before = t.model(tokens)
+    for head in heads:
+        head.__class__ = cauchy.CauchyHead
+    assert heads and not torch.allclose(t.model(tokens), before)
+    train(t)
+    assert t.learner is teacher and t.record[-1]["valid_loss"] < 0.5 < math.log(2)
+    model, prompt = t.model.eval(), tokens[:4, :3]
+    write = lambda cache: generate(model, prompt, 5, seed=3, log_probs=True, cache=cache)
+    (text, likely), (again, other) = write(True), write(False)
+    assert torch.equal(text, again) and torch.allclose(likely, other, atol=1e-4)
+    with pytest.raises(ConfigError, match="cauchy"):
+        config(**{"model.attention": "cauchy"})
+
+
+def test_a_new_solver_is_learned_with_and_looked_at(package: Path) -> None:
+    "The hidden layers learn the part of backprop's gradient that the states moved."
+    make = importlib.import_module("one_edit_tasks.part").PartStep
+    c, monitor = config(), Monitor(interval=30)
+    t = Trainer(c, first(c), torch.device("cpu"), teacher=PredictiveCoding(make(part=0.25)))
+    batch = t.batch(0)
+    ours, theirs = (gradients(x, t.model, *batch) for x in (t.learner, Backprop()))
+    for name, g in ours.items():
+        if "token" not in name:     # the embedding is the output's too
+            share = 1.0 if name.startswith("output") else 0.25
+            assert torch.allclose(g, share * theirs[name], rtol=1e-3, atol=1e-6), name
+    train(t, monitor)
+    assert t.record[-1]["valid_loss"] < 0.5 < math.log(2)
+    looks = monitor.history
+    assert [look.step for look in looks] == [30, 60]
+    assert all("PartStep(part=0.25" in look.learner for look in looks)
+    assert all(look.stuck is None and look.broken is None for look in looks)
+    assert all(look.residual == pytest.approx(0.75, abs=1e-3) for look in looks)
+
+
+def test_a_new_solver_says_what_it_cannot(package: Path) -> None:
+    "Neither halves of a nudge nor a name in a configuration."
+    make = importlib.import_module("one_edit_tasks.part").PartStep
+    with pytest.raises(ValueError, match="only ErrorSettling can be nudged both ways, got PartSt"):
+        PredictiveCoding(make(), centred=True)
+    with pytest.raises(ConfigError, match="solver"):
+        config(**{"learner.solver": "part"})
