@@ -57,7 +57,7 @@ def run(
     for place in sorted((out / "models").glob("*")):
         print(f"model    {place}  (pct sample {place})")
 
-
+# %% ../../nbs/4_practice/14c_comparing.ipynb #c14c0011
 def studies(module: str | None = None) -> None:
     """The studies that there are, and what each asks.
 
@@ -100,7 +100,7 @@ def bench(
     print_costs(costs)
     print(f"results  {out / 'costs.json'}")
 
-
+# %% ../../nbs/4_practice/14c_comparing.ipynb #c14c0012
 def print_costs(costs: dict[str, Any]) -> None:
     "A line for each contender, and for each ratio of two."
     for name, ms in costs["milliseconds"].items():

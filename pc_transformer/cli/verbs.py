@@ -145,7 +145,7 @@ def evaluate(model: Path, data: str | None = None, device: str = "auto") -> None
     say(f"the last tenth of {data}, {len(scored):,} characters")
     print_losses({**rows, "this model": (loss * (len(ids) - 1) / len(scored), bits)})
 
-
+# %% ../../nbs/4_practice/14b_verbs.ipynb #c14b0024
 def print_losses(rows: dict[str, tuple[float, float]]) -> None:
     "A table of nats per character, bits per byte, and perplexity per character."
     print(f"{'':12} {'nats/char':>10} {'bits/byte':>10} {'perplexity':>10}")

@@ -96,7 +96,7 @@ def check_learner(config: LearnerConfig) -> None:
     for name in SETTINGS:
         if name not in known and getattr(c, name) != getattr(LearnerConfig, name):
             raise ValueError(f"the solver {c.solver!r} has no {name}")
-    if kind is ErrorSettling and least == 1 and c.step_size != 1:
+    if kind is ErrorSettling and least == 1 and 0 < c.step_size < 1:
         part = "a single part step would teach the layers less than the output"
         raise ValueError(f"step_size = {c.step_size} needs steps > 1: {part}")
     if kind is StateSettling and least <= 1:
