@@ -794,7 +794,7 @@ def test_a_diverged_run_keeps_its_last_good_state(algorithm: str, tmp_path: Path
         kept,
         key=lambda p: run.losses[step_of(p)] if step_of(p) < len(run.losses) else math.inf,
     )
-    assert run.losses[step_of(good)] < 3 * math.log(7) and max(run.losses) > 100
+    assert run.losses[step_of(good)] < 3 * math.log(7) and run.losses[-1] > 100
     assert math.isfinite(evaluate(load(good), IDS, 6)) and good.name in said
     assert not list((tmp_path / "run").glob(".*"))
 
