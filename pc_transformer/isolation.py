@@ -132,11 +132,10 @@ def view(
     """A model of new modules over the same parameters, buffers and hooks, in a mode of its own;
     the model stays as it is.
 
-    Of a compiled module it is the view of what was compiled. Hooks and closures that hold a
-    module hold the model's own.
-    A view in training mode moves the model's running statistics (BatchNorm), unless `tensor`
-    copies buffers. Raises
-    TypeError for TorchScript in another mode, which cannot be seen in two.
+    Of a compiled module it is the view of what was compiled. Hooks and closures that hold a module
+    hold the model's own. A view in training mode moves the model's running statistics (BatchNorm),
+    unless `tensor` copies buffers. Raises TypeError for TorchScript in another mode, which cannot
+    be seen in two.
     """
     seen: dict[int, Any] = {}
 

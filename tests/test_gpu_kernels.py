@@ -1,8 +1,7 @@
 """The GPU backends against the definition in float64.
 
-Without a GPU the kernels run in Triton's interpreter where Triton is installed, and what is
-plain PyTorch runs anyway.
-With one, this one command checks the compiled kernels in bfloat16, float16 and
+Without a GPU the kernels run in Triton's interpreter where Triton is installed, and what is plain
+PyTorch runs anyway. With one, this one command checks the compiled kernels in bfloat16, float16 and
 float32:
 
     pytest tests/test_gpu_kernels.py

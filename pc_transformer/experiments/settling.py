@@ -36,10 +36,9 @@ from ..training.trainer import Trainer
 class RobustBackprop(Learner):
     """Backprop through a loss that is made for wrong targets.
 
-    Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and
-    the forward correction,
-    which is told the share of wrong targets (Patrini et al. 2017). Raises ValueError for more
-    than one of them.
+    Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and the
+    forward correction, which is told the share of wrong targets (Patrini et al. 2017). Raises
+    ValueError for more than one of them.
     """
 
     label_smoothing: float = 0.0    # part of the target that all tokens share, in [0, 1)

@@ -37,9 +37,8 @@ def check_tokens(
     """Raise TypeError or ValueError, one sentence, unless `tokens` can be read by a model of
     this configuration.
 
-    Values are checked on the CPU only: on an accelerator the look would make every step wait,
-    and the embedding's own
-    device assertion catches them.
+    Values are checked on the CPU only: on an accelerator the look would make every step wait, and
+    the embedding's own device assertion catches them.
     """
     check_int64(tokens, "tokens")
     if tokens.dim() != 2 or tokens.numel() == 0:

@@ -50,9 +50,8 @@ def status_line(look: Snapshot, iters: int | None = None) -> str:
 class Monitor:
     """Watch a training run: `train(trainer, Monitor())`.
 
-    The run is not disturbed: its losses are bit for bit those of a run without a monitor. One
-    look costs about
-    `(13 + 4 steps + 4 products) / 3` backprop steps, equation (7).
+    The run is not disturbed: its losses are bit for bit those of a run without a monitor. One look
+    costs about `(13 + 4 steps + 4 products) / 3` backprop steps, equation (7).
     """
 
     interval: int = 100                           # training steps between looks

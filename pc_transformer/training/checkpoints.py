@@ -500,8 +500,7 @@ def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None)
     be the saved one.
 
     Raises CheckpointError, the trainer unchanged, when there is no checkpoint or when
-    configuration,
-    data, tokenizer or tensors do not fit.
+    configuration, data, tokenizer or tensors do not fit.
     """
     if not checkpoints(run):
         raise CheckpointError(f"there is no checkpoint in {run} to resume from")

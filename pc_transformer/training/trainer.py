@@ -97,7 +97,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 # %% ../../nbs/4_practice/08_trainer.ipynb #b87a6b06
 @contextmanager
-def step_context(config: TrainConfig, device: torch.device, step: int, rank: int = 0) -> Iterator[None]:
+def step_context(
+    config: TrainConfig, device: torch.device, step: int, rank: int = 0
+) -> Iterator[None]:
     "Mixed precision, if configured, and the draws of this step and process."
     # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
     seed = config.seed * 1_000_003 + step + rank * 2_654_435_761

@@ -28,8 +28,7 @@ def augment(
     log_mix: float | Tensor | None = None,  # broadcastable to `(B, H, Tk)`
 ) -> tuple[Tensor, Tensor]:                 # `(B, H, Tq, d')`, `(B, H, Tk, d')`
     """Equation (3): queries and keys whose dot products are the Gaussian scores, up to
-    `row_constant`
-    per query."""
+    `row_constant` per query."""
     Lam = per_coordinate(precision, q)
     b = log_key_prior(Lam, log_mix, q.shape[-1])[..., None] - squares(k, Lam) / 2
     one, b = q.new_ones(*q.shape[:-1], 1), b.expand(*k.shape[:-1], 1)
