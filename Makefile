@@ -49,7 +49,7 @@ bench-attention: $(STAMP) ## time and memory of every attention family and backe
 
 test-triton: $(STAMP) ## the Triton kernels in its interpreter and, ahead of time, for two GPUs (installs 1 GB; half an hour)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]'
-	$(BIN)/python -m pytest -q tests/test_gpu_kernels.py
+	$(BIN)/python -m pytest -q tests/attention/test_gpu_kernels.py
 	$(BIN)/python tools/compile_triton.py
 
 export: $(STAMP) ## notebooks -> package, order of reading and README

@@ -25,7 +25,7 @@ from pc_transformer.training import DataParallel, ProcessError
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by number")
 CONFIG = ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, d_model=8)
 RULE = partial(torch.optim.SGD, lr=0.1)
-SOURCE = str(Path(__file__).resolve().parents[1])
+SOURCE = str(Path(__file__).resolve().parents[2])
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

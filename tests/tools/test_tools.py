@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 for name in ("nbformat", "jupytext", "nbclient", "nbdev"):
     pytest.importorskip(name, reason="the dev extra is not installed")
 import nbformat  # noqa: E402

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pc_transformer.attention.kernels import chunked, merge, sdpa
 from pc_transformer.energies import Gaussian, Huber, Independent, Laplace, StudentT
 
-CHAPTER = Path(__file__).resolve().parents[1] / "nbs/0_theory/01_attention.ipynb"
+CHAPTER = Path(__file__).resolve().parents[2] / "nbs/0_theory/01_attention.ipynb"
 SIZES = [(1, 1, 64, 8), (2, 3, 96, 16), (1, 2, 130, 33)]
 
 

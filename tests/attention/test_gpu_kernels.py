@@ -4,7 +4,7 @@ Without a GPU the kernels run in Triton's interpreter where Triton is installed,
 PyTorch runs anyway. With one, this one command checks the compiled kernels in bfloat16, float16 and
 float32:
 
-    pytest tests/test_gpu_kernels.py
+    pytest tests/attention/test_gpu_kernels.py
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from pc_transformer.energies import (
     StudentT,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINKS: dict[str, str | Elliptical] = {
     "dot": "dot",
     "gaussian": Gaussian(),
