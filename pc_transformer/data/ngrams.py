@@ -80,7 +80,7 @@ def integers(ids: np.ndarray | Tensor) -> Int64[np.ndarray, " N"]:
         )
     return found.astype(np.int64)
 
-
+# %% ../../nbs/4_practice/04_ngrams.ipynb #bae0364b
 class WittenBell:
     "Interpolated Witten-Bell k-grams, equation (3). Source: Witten and Bell (1991)."
 
@@ -166,7 +166,7 @@ def baseline_losses(
     uniform, unigram = uniform_loss(tokenizer.vocab_size), score(model, valid_ids, 1)
     return ("uniform", uniform), ("unigram", unigram), (f"{order}-gram", score(model, valid_ids))
 
-
+# %% ../../nbs/4_practice/04_ngrams.ipynb #7cf0cbc1
 def baselines(
     train_text: str,  # counted
     valid_text: str,  # scored, all characters but the first

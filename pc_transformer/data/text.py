@@ -29,7 +29,7 @@ def halves(text: str) -> tuple[str, str]:  # training text, validation text
         )
     return train_text, valid_text
 
-
+# %% ../../nbs/4_practice/06_text.ipynb #3b735df3
 @dataclass(frozen=True)
 class TextData:
     "A character corpus ready for training."

@@ -36,7 +36,7 @@ def code_points(text: str) -> np.ndarray:  # (N,) uint32
         raise TypeError(f"text must be a str, but got a {type(text).__name__}.")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
-
+# %% ../../nbs/4_practice/02_tokenizers.ipynb #2890b145
 @dataclass(frozen=True)
 class CharTokenizer:
     "Characters to tokens and back; token i is the i-th character of the sorted vocabulary."
@@ -121,7 +121,7 @@ BPE_FILES = {
     ),
 }
 
-
+# %% ../../nbs/4_practice/02_tokenizers.ipynb #853926b8
 def bpe_file(
     name: str,                             # a key of BPE_FILES
     # your own folder with the file; `None`: the cache, then the network

@@ -39,7 +39,7 @@ def _touching(family: Link, like: Tensor) -> Tensor:
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return low
 
-
+# %% ../../nbs/1_model/04_drawing_radii.ipynb #2f277d60
 @torch.no_grad()
 def _under_tangent(family: Link, like: Tensor, generator: torch.Generator | None) -> Tensor:
     "Draws at unit precision by rejection; for links with -g convex in r."

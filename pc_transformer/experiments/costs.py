@@ -48,7 +48,7 @@ def solver_contenders(
         for n, s in solvers.items()
     }
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #97fb3764
 def compiled_contenders(
     model: ModelConfig, batch: Batch, learner: Learner, device: torch.device
 ) -> Contenders:
@@ -62,7 +62,7 @@ def compiled_contenders(
         steps[f"ours, {name}, compiled"] = contender(m, teach, batch)
     return steps
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #5a6195b7
 def step_costs(
     config: RunConfig,
     device: str = "auto",
@@ -111,7 +111,7 @@ def step_costs(
         },
     }
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #56e31c7e
 RATIOS = (
     ("GPT, backprop", "plain PyTorch GPT"), ("ours, backprop", "GPT, backprop"),
     ("GPT, predictive coding", "GPT, backprop"), ("ours, predictive coding", "ours, backprop"),

@@ -50,7 +50,7 @@ class EvidenceTrainer(Trainer):
         self.precision_optimizer.step()
         return loss.item()
 
-
+# %% ../../nbs/6_experiments/12_evidence_study.ipynb #32823987
 def read_losses(
     evidence: EvidenceTransformer,
     windows: Int[Tensor, "W T"],               # what the model reads
@@ -85,7 +85,7 @@ def gains(
         }
     return found
 
-
+# %% ../../nbs/6_experiments/12_evidence_study.ipynb #fd2c057f
 def some_windows(
     ids: Int[Tensor, " N"], block_size: int, count: int
 ) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
@@ -120,7 +120,7 @@ def go_on(
     about = {"seconds": sum(times), "median_step_ms": 1e3 * statistics.median(times), "beta": beta}
     return t.evidence, about
 
-
+# %% ../../nbs/6_experiments/12_evidence_study.ipynb #3f1cd924
 def evidence_study(
     # of the further training; its model must be the saved ones'
     config: RunConfig,
@@ -163,6 +163,6 @@ def evidence_study(
             write_text(place, json.dumps(results, indent=1))
     return results
 
-
+# %% ../../nbs/6_experiments/12_evidence_study.ipynb #274e7290
 # stiffness at which a model is read that has not learned to settle
 UNTRAINED = (1000.0, 100.0, 10.0)

@@ -36,7 +36,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     wait()
     return time.perf_counter() - begin
 
-
+# %% ../../nbs/6_experiments/01_meters.ipynb #349e97fa
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     "Peak of bytes held by torch's allocator during a call, above what was held before it."
     if device.type == "cuda":
@@ -86,7 +86,7 @@ def plain_contender(model: PlainGPT, batch: tuple[Tensor, Tensor]) -> Callable[[
         model, lambda: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).backward()
     )
 
-
+# %% ../../nbs/6_experiments/01_meters.ipynb #eeedd488
 def ratio(
     times: Sequence[dict[str, float]],
     peaks: dict[str, int],

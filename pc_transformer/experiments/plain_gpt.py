@@ -32,7 +32,7 @@ class PlainBlock(nn.Module):
         s = s + self.out(a.transpose(1, 2).contiguous().view(B, T, D))
         return s + self.down(F.gelu(self.up(self.ln2(s))))
 
-
+# %% ../../nbs/6_experiments/04_plain_gpt.ipynb #dc1bcbb2
 class PlainGPT(nn.Module):
     "A GPT in plain PyTorch: the speed baseline."
 

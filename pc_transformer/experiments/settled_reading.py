@@ -34,9 +34,8 @@ from pc_transformer.inference.calibration import (
 from ..inference.decode import extend
 from ..inference.uncertainty import entropy, head_energies, node_states, prior_mass
 from ..isolation import evaluating
-from ..model import convert
 from ..model.layers import AttentionLayer
-from ..model.transformer import PCTransformer
+from ..model import PCTransformer, convert
 from ..training.files import write_text
 from ..training.run import RunConfig
 from ..training.trainer import pick_device
@@ -204,7 +203,7 @@ def paired_difference(
     interval = bootstrap_interval(lambda x: x.mean().item(), by_window, draws=draws, seed=seed)
     return {"difference": by_window.mean().item(), "interval": interval}
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #63c8311a
 def judge_rule(
     how: EnergyTemperature,
     fixed: EnergyTemperature,
@@ -274,7 +273,7 @@ def temperature_study(
         )
     return out
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #6c4a0621
 def curve_losses(
     how: EnergyTemperature, tests: dict[str, Predictions], driver: str
 ) -> dict[str, float]:
@@ -316,7 +315,7 @@ def settled_study(
         write_text(Path(out) / "results.json", json.dumps(results, indent=1))
     return results
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #571c1e97
 def study_one(
     net: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int
 ) -> dict[str, Any]:
@@ -332,7 +331,7 @@ def study_one(
         out["loss"] = settled_losses(own, ids, seed)
     return {"seconds": seconds(measure, device), **out}
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #4603ecd7
 def table(results: dict[str, Any]) -> str:
     "Both answers in numbers, one line for each model."
     lines = []

@@ -68,7 +68,7 @@ def draw_case(seed: int) -> dict[str, Any]:
     only = {"energy": "gaussian", "per": "node"} if case["solver"] in ("highway", "sweep") else {}
     return case | only
 
-
+# %% ../../nbs/6_experiments/09_stress.ipynb #279abad7
 def case_solver(case: Mapping[str, Any]) -> Solver:
     "The solver of a case."
     kind, steps, lean = case["solver"], case["steps"], case["solver"] == "lean"
@@ -91,7 +91,7 @@ def teacher(case: Mapping[str, Any]) -> PredictiveCoding:
         return PredictiveCoding(case_solver({**case, "solver": "errors"}), centred=True)
     return PredictiveCoding(case_solver(case))
 
-
+# %% ../../nbs/6_experiments/09_stress.ipynb #dc43850e
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     """What became of a case: `settled` and how far, `refused` with a sentence, or `failed` with
     what went wrong."""
@@ -155,7 +155,7 @@ def residuals_of(found: list[dict[str, Any]], solver: str) -> list[float]:
     left = [f.get("residual") for f in found if f["solver"] == solver]
     return [x for x in left if x is not None]
 
-
+# %% ../../nbs/6_experiments/09_stress.ipynb #efb7b753
 @study(
     "stress", "Can its energy be made to rise?", run=stress, task=None, base={"n": 1000}, seeds=(0,)
 )

@@ -32,8 +32,7 @@ from pc_transformer.inference.uncertainty import (
     SCORES, StateGaussians, decompose, ensemble_log_probs, token_scores,
 )
 from ..isolation import evaluating
-from ..model import convert
-from ..model.transformer import PCTransformer
+from ..model import PCTransformer, convert
 from ..training.checkpoints import load_pair
 from ..training.files import write_text
 from ..training.trainer import pick_device
@@ -77,7 +76,7 @@ def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> 
     known = set(tokenizer.vocabulary)
     return tokenizer.encode("".join(c for c in read_text(path) if c in known))
 
-
+# %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #b9c19c53
 def even_windows(ids: Int[Tensor, " N"], length: int, count: int) -> Int[Tensor, "n T"]:
     """At most `count` windows that do not overlap, spread evenly. Raises ValueError when not two
     fit."""
@@ -142,7 +141,7 @@ def at_level(
     both = torch.stack([a.mean(1), b.mean(1)], 1)
     return both, torch.tensor([False, True]).expand(len(both), 2)
 
-
+# %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #65da2487
 def judge(
     fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],     # as `at_level` gives them
     draws: int, seed: int,
@@ -295,7 +294,7 @@ def uncertainty_study(
     write_text(Path(out) / "results.json", json.dumps(results, indent=1))
     return results
 
-
+# %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #ba5c97ce
 def check_models(folders: Sequence[Path], data: TextData) -> list[PCTransformer]:
     """Load models. Raises ValueError for none, for a foreign vocabulary and for contexts of
     different lengths."""
@@ -334,7 +333,7 @@ def summary(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     return out
 
-
+# %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #f1696c36
 def table(results: dict[str, Any]) -> str:
     "The study in words: means over models, spread in brackets."
     say = lambda r: f"{r['mean']:.3f} [{r['min']:.3f}, {r['max']:.3f}]"

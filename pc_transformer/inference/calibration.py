@@ -69,7 +69,7 @@ def bootstrap_interval(
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-
+# %% ../../nbs/3_inference/10_calibration.ipynb #c936ce6a
 def auroc_pair(clean: Tensor, damaged: Tensor) -> float:
     "AUROC of damaged against clean scores."
     return auroc(
@@ -90,7 +90,7 @@ class Logistic:
     def __call__(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch"]:
         return ((x - self.mean) / self.scale) @ self.weight + self.bias
 
-
+# %% ../../nbs/3_inference/10_calibration.ipynb #4a8e1762
 def fit_logistic(
     x: Float[Tensor, "N F"],     # scores
     y: Bool[Tensor, " N"],       # strange or not
@@ -129,7 +129,7 @@ class Reliability:
             (self.count * (self.accuracy - self.confidence).abs()).sum() / self.count.sum()
         ).item()
 
-
+# %% ../../nbs/3_inference/10_calibration.ipynb #d7b7b85e
 def reliability(
     confidence: Float[Tensor, " N"],       # in [0, 1]
     correct: Bool[Tensor, " N"],
@@ -153,7 +153,7 @@ def reliability(
     mean = lambda x: torch.bincount(group, x.double(), minlength=bins)[some] / count[some]
     return Reliability(mean(c), mean(correct), count[some])
 
-
+# %% ../../nbs/3_inference/10_calibration.ipynb #e12c552e
 def confidence_and_correct(
     logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
 ) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def scaled_nll(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], beta: f
     z = beta * logits.double()
     return (z.logsumexp(-1) - z.gather(-1, targets[:, None])[:, 0]).mean().item()
 
-
+# %% ../../nbs/3_inference/10_calibration.ipynb #fa96d88f
 def fit_temperature(
     logits: Float[Tensor, "N V"],          # of held-out text, not of training text
     targets: Int[Tensor, " N"],

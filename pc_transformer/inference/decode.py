@@ -116,7 +116,7 @@ def advance(
     if last: s = s[:, -1:] if counts is None else newest(s, counts)
     return cache.model.output(s)
 
-
+# %% ../../nbs/3_inference/05_decode.ipynb #fbc3551d
 def read_new(
     cache: KVCache, tokens: Int64[Tensor, "B T"], at: Places, settle_steps: int = 0
 ) -> Float[Tensor, "B T D"]:

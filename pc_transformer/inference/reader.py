@@ -116,7 +116,7 @@ def square(
     if reader.shift is not None: k = k + reader.shift[:, :, :, 0]
     return weighted(k, k, reader.Lam[:, :, 0] if lam is None else lam[..., None])
 
-
+# %% ../../nbs/3_inference/04_reader.ipynb #0d379fc6
 def describe(
     reader: Reader,
     x: Float[Tensor, "B T D"],          # normalised states of the new tokens
@@ -173,7 +173,7 @@ def distances(
     if reader.link.sharp: measure_near(reader, u, q.flatten(1, 3), k, column)
     return u
 
-
+# %% ../../nbs/3_inference/04_reader.ipynb #cde7ad74
 def squares_apart(
     reader: Reader, q: Float[Tensor, "B Hk 1 G Tq d"], k: Tensor, column: Mapping[str, Tensor]
 ) -> Float[Tensor, "B Hk M G Tq T d"]:
@@ -256,7 +256,7 @@ def settled(
     if reader.M > 1 and not reader.own: top, mass = reader.Lam * top, reader.Lam * mass
     return (top.sum(2) / mass.sum(2)).flatten(1, 2).to(q.dtype)
 
-
+# %% ../../nbs/3_inference/04_reader.ipynb #46ab4009
 def settled_apart(
     reader: Reader, s: Tensor, u: Tensor, k: Tensor, column: Mapping[str, Tensor]
 ) -> Float[Tensor, "B H Tq d"]:

@@ -69,7 +69,7 @@ def min_p_filter(
     edge = logits.amax(dim=-1, keepdim=True) + math.log(p)
     return logits.masked_fill(logits < edge, -math.inf)
 
-
+# %% ../../nbs/3_inference/01_sampling.ipynb #30e452d9
 def typical_filter(
     logits: Float[Tensor, "... V"],
     p: float,  # mass to keep, 0 < p <= 1
@@ -119,7 +119,7 @@ def check_logits(logits: Float[Tensor, "B V"]) -> None:
                 f"the logits of row {row} {what}: the model diverged or its weights are damaged."
             )
 
-
+# %% ../../nbs/3_inference/01_sampling.ipynb #1c08e6e8
 def distribution(
     logits: Float[Tensor, "B V"],
     temperature: float = 1.0,
@@ -143,7 +143,7 @@ def distribution(
         z = z if value is None else cut(z, value)
     return z.softmax(-1)
 
-
+# %% ../../nbs/3_inference/01_sampling.ipynb #fa3c429f
 def sample(
     q: Float[Tensor, "B V"],  # probabilities
     generator: torch.Generator,  # the only source of randomness

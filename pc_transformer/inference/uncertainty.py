@@ -71,7 +71,7 @@ def ensemble_log_probs(
         with evaluating(model) as still: out.append(still(tokens).log_softmax(-1))
     return torch.stack(out)
 
-
+# %% ../../nbs/3_inference/09_uncertainty.ipynb #dfbdc3c9
 def noisy_log_probs(
     model: PCTransformer,
     tokens: Int[Tensor, "B T"],
@@ -126,7 +126,7 @@ def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[
     for f in model.predictors: states.append(f(states[-1] if states else tokens))
     return states
 
-
+# %% ../../nbs/3_inference/09_uncertainty.ipynb #d983211c
 @dataclass(frozen=True)
 class StateGaussians:
     "What the states of known text look like."

@@ -103,7 +103,7 @@ class Called(nn.Module):
         found = self.block(hidden, *self.others, **self.named)
         return found[0] if isinstance(found, tuple) else found
 
-
+# %% ../../nbs/4_practice/20_chains.ipynb #f2b47566
 class Last(nn.Module):
     "All that a model does after its last block."
 

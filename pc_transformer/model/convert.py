@@ -23,7 +23,7 @@ EXACT = {
     ("gaussian", "generalized_gaussian"),
 }
 
-
+# %% ../../nbs/1_model/16_convert.ipynb #6ef67595
 def convert(
     model: "PCTransformer",
     attention: Attention,              # the new family

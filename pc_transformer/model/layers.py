@@ -56,7 +56,7 @@ class AttentionLayer(nn.Module):
     def forward(self, s: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return s + self.dropout(self.attention(self.norm(s)))
 
-
+# %% ../../nbs/1_model/14_layers.ipynb #2e6efc9e
 class FeedForwardLayer(nn.Module):
     """Predicts the next node token by token: `mu = s + W_down gelu(W_up LN(s))`, four times
     wider inside."""

@@ -39,7 +39,7 @@ class Thresholds:
     wrong: float = 0.01          # share of tokens that are certain and wrong
     chance: float = 0.5          # nats by which the loss may exceed that of knowing nothing
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #38008b7f
 @dataclass(frozen=True)
 class Finding:
     "One thing that a diagnosis has to say."
@@ -52,7 +52,7 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.what} {self.turn}"
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #e63691ce
 @dataclass(frozen=True)
 class Diagnosis:
     "What is wrong, where, and what to turn. Print it."
@@ -102,7 +102,7 @@ def rule_finite(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
             back,
         )
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #d6b2813e
 def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "The message of the output does not arrive."
     lost = [l for l, x in enumerate(s.signal) if x < t.signal]
@@ -132,7 +132,7 @@ def rule_signal(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         )
         yield Finding("signal", what, turn)
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #ddf752fb
 def rule_steps(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Steps that are rejected, or would be at this curvature."
     turn = (
@@ -151,7 +151,7 @@ def rule_steps(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         )
         yield Finding("curvature", what, turn)
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #08dcac7b
 def rule_distance(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Far from equilibrium, or states that move too far."
     if s.residual is not None and s.residual > t.residual and s.steps > 1:
@@ -178,7 +178,7 @@ def advice(s: Snapshot) -> str:
         return "Let the pathway pass messages down."
     return "Raise `steps`." if s.fixed else "Raise `steps` or `relative_precision`."
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #cf40c814
 def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Where the gradient stands beside backprop's, in direction and length."
     if s.cosine and s.cosine["all"] > t.backprop:
@@ -205,7 +205,7 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
             f"{advice(s)[:-1]}; an optimiser like Adam hides this and does not repair it.",
         )
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #7f4752d8
 def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "States that explode or vanish on the way up; one coordinate that dwarfs the others."
     growth = [share(x, s.scale[0]) for x in s.scale]
@@ -228,7 +228,7 @@ def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         turn = "Use a precision per coordinate (`per`), or add weight decay."
         yield Finding("outlier", f"{what}, and sets the node's precision alone.", turn)
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #88bd796f
 def rule_asleep(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     """Dead units, saturated attention, an output that is certain and wrong, a loss worse than
     chance."""
@@ -260,7 +260,7 @@ def rule_asleep(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         what = f"The loss of {s.loss:.2f} is worse than knowing nothing ({s.chance:.2f})."
         yield Finding("chance", what, "Lower the learning rate and raise `relative_precision`.")
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #3d8626fc
 RULES: tuple[Rule, ...] = (
     rule_finite,
     rule_signal,

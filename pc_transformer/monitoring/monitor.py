@@ -168,7 +168,7 @@ def as_png(figure: Any) -> bytes:
     figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
 
-
+# %% ../../nbs/2_learning/13_monitor.ipynb #7038e4f3
 class Live:
     """Where a monitor shows itself: a line and a picture in a notebook with ipywidgets, else
     printed lines."""

@@ -46,7 +46,7 @@ TITLES = {
     "outlier": "largest / median coordinate",
 }
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #a9861844
 def plot_heat(history: Sequence[Snapshot], what: str = "displacement", ax: Any = None) -> Any:
     """A field with one number a node as a map of node x training step, on a logarithmic colour
     scale."""
@@ -98,7 +98,7 @@ def plot_energy(history: Sequence[Snapshot], ax: Any = None) -> Any:
     ax.locator_params(axis="x", integer=True)
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #bb05d0c2
 def plot_node_energy(look: Snapshot, ax: Any = None) -> Any:
     """Where the energy went while one batch settled: its change at every node and at the output,
     by settling step."""
@@ -118,7 +118,7 @@ def plot_node_energy(look: Snapshot, ax: Any = None) -> Any:
     ax.legend(fontsize=7)
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #739b292c
 def plot_alignment(history: Sequence[Snapshot], ax: Any = None) -> Any:
     "One minus the cosine to backprop of every part over training; black: all weights."
     ax, seen = new_axes(ax), [look for look in history if look.cosine]
@@ -140,7 +140,7 @@ def plot_alignment(history: Sequence[Snapshot], ax: Any = None) -> Any:
     )
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #19ccbd20
 def plot_curvature(history: Sequence[Snapshot], ax: Any = None) -> Any:
     "Largest and smallest eigenvalue over training, and the bound 2 / eta."
     ax, seen = new_axes(ax), [look for look in history if look.curvature]
@@ -174,7 +174,7 @@ def plot_curvature(history: Sequence[Snapshot], ax: Any = None) -> Any:
     ax.legend(fontsize=7, ncols=3, loc="upper center", columnspacing=1, handlelength=1.5)
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #204daf0f
 def plot_steps(history: Sequence[Snapshot], ax: Any = None) -> Any:
     "Accepted step sizes over training, and how often a step was halved (bars, right axis)."
     ax, seen = new_axes(ax), [look for look in history if look.step_sizes]
@@ -196,7 +196,7 @@ def plot_steps(history: Sequence[Snapshot], ax: Any = None) -> Any:
     ax.set(xlabel="training step", ylabel=r"accepted $\eta$", title="step sizes")
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #09a97fb9
 def plot_loss(history: Sequence[Snapshot], ax: Any = None) -> Any:
     "Loss on the fixed batch over training, and the residual from equilibrium (right axis)."
     ax, seen = new_axes(ax), [look for look in history if look.loss is not None]
@@ -215,7 +215,7 @@ def plot_loss(history: Sequence[Snapshot], ax: Any = None) -> Any:
     ax.set(xlabel="training step", ylabel="loss (nats per token)", title="loss and residual")
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #bc86389b
 def plot_monitor(history: Sequence[Snapshot]) -> Any:
     "All pictures in one figure, which is returned; it is not shown."
     from matplotlib.figure import Figure

@@ -106,7 +106,7 @@ def rejected(asked: float | None, accepted: Sequence[float]) -> int:
     "How often a step was halved."
     return sum(max(round(math.log2(asked / eta)), 0) for eta in accepted) if asked else 0
 
-
+# %% ../../nbs/2_learning/10_snapshot.ipynb #6bcce2ed
 def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> dict[str, Any]:
     "Everything that the settled states show, beside backprop's messages."
     told = [per_token(m) / abs(settled.weighed.energy.nudge) for m in teaching(settled)]
@@ -150,7 +150,7 @@ def take_snapshot(
             look.stuck = str(error)
     return look
 
-
+# %% ../../nbs/2_learning/10_snapshot.ipynb #e69b240b
 def measured(
     model: Chain, learner: Learner, tokens: Any, targets: Tensor, products: int
 ) -> Iterator[tuple[str, Any]]:

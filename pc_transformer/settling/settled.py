@@ -45,7 +45,7 @@ def descend(
         del place       # its tensors are not needed while the next place is looked at
     raise SettlingError(complaint(before, energies, eta, size, cure))
 
-
+# %% ../../nbs/2_learning/03_settled.ipynb #78ec5edc
 def complaint(before: Tensor, energies: Tensor, eta: float, size: float, cure: str) -> str:
     "Why no step was good enough, in one sentence."
     if before.dim() and not energies.isfinite().all():
@@ -128,7 +128,7 @@ class Settled:
             f" residual {self.residual})"
         )
 
-
+# %% ../../nbs/2_learning/03_settled.ipynb #c925ce36
 def learned(module: Any) -> list[nn.Parameter]:
     "The parameters that a module learns."
     return [p for p in module.parameters() if p.requires_grad]

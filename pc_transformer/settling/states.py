@@ -129,7 +129,7 @@ def surroundings(
 
     return product
 
-
+# %% ../../nbs/2_learning/07_states.ipynb #6fb1c728
 def curvatures(
     up: Pass,                      # any pass that keeps its graphs
     iterations: int = 8,           # of power iteration; approaches the truth from below
@@ -150,7 +150,7 @@ class UnsettledWarning(UserWarning):
     """States stopped far from equilibrium: what is learned there is neither backprop's gradient
     nor the equilibrium's."""
 
-
+# %% ../../nbs/2_learning/07_states.ipynb #9fe8338f
 @dataclass(frozen=True)
 class StateSettling:
     """Move all states at once, each from its two neighbours, equations (1) and (2): the textbook

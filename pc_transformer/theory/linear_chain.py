@@ -114,7 +114,7 @@ def design(chain: LinearChain) -> Float[Tensor, "K M"]:
     above = [own[l] - chain.weights[l] @ own[l - 1] for l in range(1, len(nodes))]
     return torch.cat([own[0], *above, *(-own[r] for r in chain.readouts)])
 
-
+# %% ../../nbs/0_theory/09_node_precision.ipynb #481a17f1
 def settle(
     chain: LinearChain,
     precision: Sequence[float | Tensor],
@@ -217,7 +217,7 @@ RULES: dict[str, Callable[[float | Tensor, Tensor, Tensor], Tensor]] = {
     "ratio": ratio_step,
 }
 
-
+# %% ../../nbs/0_theory/09_node_precision.ipynb #390f90f2
 def learning_parts(
     chain: LinearChain,
     learned: Sequence[bool] | None,      # of every part; `None`: the nodes, not the read-outs
@@ -281,7 +281,7 @@ def information(
     E = torch.block_diag(*entry).to(p)
     return E.T @ (C.square() / torch.outer(p, p) / 2) @ E
 
-
+# %% ../../nbs/0_theory/09_node_precision.ipynb #18c81b62
 def standard_errors(
     chain: LinearChain,
     precision: Sequence[float | Tensor],

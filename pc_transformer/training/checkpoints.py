@@ -39,6 +39,8 @@ from pc_transformer.config import (
     to_dict,
     to_yaml,
 )
+
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #5a2e6320
 from .run import RunConfig
 from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
@@ -74,7 +76,7 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: 
             raise CheckpointError(f"{source}: {name!r} holds {found.dtype}, but weights are "
                                   "floating-point numbers")
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #93ab3bbf
 def check_finite(tensors: dict[str, Tensor], source: Path) -> None:
     "Raise CheckpointError, naming the tensor, for a number that is none."
     if bad := not_finite(tensors.items()):
@@ -94,7 +96,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
                 p.data = p.data.to(tensors[name].dtype)
             p.copy_(tensors[name])
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #88415d84
 def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> PCTransformer:
     """A model of this configuration without memory, to compare tensors with. CheckpointError when
     it asks for far too much."""
@@ -133,7 +135,7 @@ def file_hash(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #b4835539
 def check_seal(about: dict[str, Any], path: Path, *files: str) -> None:
     """CheckpointError, one sentence, unless this JSON and the files beside it are those that were
     saved together."""
@@ -179,7 +181,7 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
         found[f"{at}class"] = type(part).__qualname__, type(part).__module__
     return found
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #9ed80183
 def check_savable(model: PCTransformer) -> None:
     """Raise ValueError unless `load` can make this model from its configuration and its weights.
 
@@ -224,7 +226,7 @@ def check_savable(model: PCTransformer) -> None:
     if bad := not_finite(named.items()):
         raise FloatingPointError(f"the weights {bad!r} are not finite, so they are not saved")
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #1d72ddfc
 class SavedTokenizer(Tokenizer, Protocol):
     "A tokenizer that JSON can hold: `CharTokenizer` or `BPETokenizer`."
 
@@ -256,7 +258,7 @@ def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[
     about = {"config": to_dict(model.config), "tokenizer": words}
     return about | {"frozen": frozen} if frozen else about
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #631e2ba0
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
     "The two files of a saved model, into a folder that exists."
     write_tensors(tensors_of(model), folder / "model.safetensors")
@@ -288,8 +290,6 @@ def as_path(name: Any) -> Path:
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #42343892
 # settings that older saved models lack: their defaults say what those models are
 ADDED = {"bias", "gelu"}
-
-
 _T = TypeVar("_T")
 
 
@@ -314,7 +314,7 @@ def newest(folder: Path) -> tuple[Path, tuple[int, int] | None]:
         return place, None
     return place, (about.st_ino, about.st_mtime_ns)
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #e93107a5
 def steady(folder: Path, read: Callable[[Path], _T]) -> _T:
     """What `read` makes of a saved model's folder or a run's newest checkpoint; read anew if that
     was replaced meanwhile."""
@@ -338,7 +338,7 @@ def load(
     """
     return steady(as_path(folder), lambda place: read_model(place, config))
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #dca5f625
 def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer:
     "`load` from this very folder: everything is compared before a model is built."
     if not folder.is_dir():
@@ -376,7 +376,7 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
     freeze(model, about.get("frozen", []), folder / "config.json")
     return model
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #9187de92
 def freeze(model: nn.Module, names: Any, source: Path) -> None:
     "These parameters do not learn. CheckpointError for anything but a list of their names."
     own = dict(model.named_parameters())
@@ -435,7 +435,7 @@ def check_moments(trainer: Trainer, tensors: dict[str, Tensor], step: int) -> No
     if wrong := [key for key in shapes if tensors[key].dtype not in NUMBERS]:
         raise CheckpointError(f"{what}: {wrong[0]!r} holds {tensors[wrong[0]].dtype}")
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #88ab8844
 def save_checkpoint(
     trainer: Trainer,
     run: Path,                                # folder of the run
@@ -480,7 +480,7 @@ def save_checkpoint(
         shutil.rmtree(gone)
     return place
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #314f60d9
 def sweep(run: Path) -> None:
     "Remove what a killed run left half-written."
     for half in run.glob(".step-*"): shutil.rmtree(half)
@@ -506,7 +506,7 @@ def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None)
         raise CheckpointError(f"there is no checkpoint in {run} to resume from")
     steady(run, lambda place: take_up(trainer, place, tokenizer))
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #984f8a50
 def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = None) -> None:
     "`resume` from this very checkpoint."
     keys = ("step", "losses", "record", "run", "data")
@@ -542,7 +542,7 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
         progress["record"],
     )
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #45bd72f7
 def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> None:
     """CheckpointError, naming the entry of `training.json`, unless it is what a run of this
     configuration writes at this step."""
@@ -559,8 +559,6 @@ def check_progress(progress: dict[str, Any], config: RunConfig, place: Path) -> 
 
 
 PROGRESS = ("step", "losses", "record")
-
-
 ENTRY = {"step": int, "valid_loss": float, "cosine": float, "residual": float | None,
          "energy": list | None}
 
@@ -575,7 +573,7 @@ def is_number(value: Any) -> bool:
     "Whether something from JSON is a finite number."
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #dc865e8e
 def restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor], step: int) -> None:
     """Put the moments after so many steps back; CheckpointError and no change unless they are
     exactly the model's."""
@@ -608,7 +606,7 @@ def names(path: Path, file: int) -> bool:
     try: return os.path.samestat(os.fstat(file), path.stat())
     except OSError: return False
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #eb6bc506
 def locked(path: Path) -> int | None:
     """A locked file with this process's number in it, for `sole_run`; `None`, with a warning,
     where the file system has no locks."""
@@ -660,7 +658,7 @@ def write_run_config(config: RunConfig, run: Path) -> None:
     with sole_run(run):
         write_text(run / "config.yaml", to_yaml(config))
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #501a173e
 def read_run_config(run: Path) -> RunConfig:
     """The configuration of a run's folder or of one of its checkpoints; CheckpointError when
     there is none."""

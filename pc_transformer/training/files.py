@@ -45,7 +45,7 @@ def beside(place: Path) -> Path:
     "A hidden name next to `place` for work in progress, which nobody else uses."
     return place.with_name(f".{place.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
-
+# %% ../../nbs/4_practice/09_files.ipynb #af34dc21
 @contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
     """A folder to write into, renamed to `place` when the block ends well, removed otherwise.
@@ -76,7 +76,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
-
+# %% ../../nbs/4_practice/09_files.ipynb #7c4504a2
 def write_text(place: Path, text: str) -> None:
     "Write a text file beside its place, then rename; nothing is left behind when that fails."
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         )
     return found
 
-
+# %% ../../nbs/4_practice/09_files.ipynb #4bbb8151
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     "A safetensors file; OSError when it cannot be written."
     try:

@@ -42,7 +42,7 @@ def all_sum(x: Tensor) -> Tensor:
     plainly("add up over the processes", lambda: dist.all_reduce(total))
     return total
 
-
+# %% ../../nbs/4_practice/13_parallel.ipynb #f508585b
 def plainly(
     what: str,                      # "add up over the processes"
     act: Callable[[], object],      # a call of torch.distributed
@@ -120,7 +120,7 @@ class DataParallel:
             )
         return rows.tensor_split(self.size)[self.rank]
 
-
+# %% ../../nbs/4_practice/13_parallel.ipynb #904253c5
 @contextmanager
 def join(
     timeout: float = 600.0,      # seconds to wait for the others
@@ -146,7 +146,7 @@ def join(
     finally:
         dist.destroy_process_group()
 
-
+# %% ../../nbs/4_practice/13_parallel.ipynb #18961ae0
 def told(name: str, default: int) -> int:
     "A number that the launcher left in the environment. Raises ValueError."
     value = os.environ.get(name, str(default))

@@ -22,7 +22,7 @@ def kept_bytes(q: Tensor, k: Tensor, link: Link) -> int:
     straight = link == "dot" or isinstance(link, Gaussian)
     return pairs * max(4, q.element_size()) * (1 if straight else 2)
 
-
+# %% ../../../nbs/5_speed/08_choose.ipynb #bd3be93f
 def choose(
     q: Tensor,
     k: Tensor,
@@ -53,7 +53,7 @@ def choose(
     if why := cannot(q, link, mask, dropout_p, need_lse): return "chunked", f"row chunks: {why}"
     return "sdpa", "the scores are dot products: PyTorch's fused kernel as it is"
 
-
+# %% ../../../nbs/5_speed/08_choose.ipynb #67a009d8
 def _choose_gpu(
     q: Tensor,
     link: Link,

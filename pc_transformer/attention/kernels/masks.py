@@ -211,7 +211,7 @@ def check_tensors(q: Any, k: Any, v: Any, precision: Any) -> None:
     for what, x in (("q", q), ("k", k), ("v", v), ("precision", precision)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
 
-
+# %% ../../../nbs/5_speed/02_masks.ipynb #bb38c793
 def check(
     q: Tensor,
     k: Tensor,

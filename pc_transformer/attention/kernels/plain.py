@@ -89,7 +89,7 @@ def _flat(x: Tensor, B: int, H: int) -> Float[Tensor, "n i j"]:
     "Heads along one axis; of length one if they are all alike."
     return x[0] if x.shape[:2] == (1, 1) else x.expand(B, H, -1, -1).flatten(0, 1)
 
-
+# %% ../../../nbs/5_speed/01_plain.ipynb #b1a066b3
 def _straight(
     q: Tensor, k: Tensor, link: Link, Lam: Tensor, prior: Tensor | None, added: Tensor | None
 ) -> Float[Tensor, "B H Tq Tk"]:
@@ -104,7 +104,7 @@ def _straight(
     if finite: return _product(a, b, added, start)
     return _hide(_product(a, b, start), added, finite)
 
-
+# %% ../../../nbs/5_speed/01_plain.ipynb #0017876e
 def _curved(
     q: Tensor, k: Tensor, link: Elliptical, Lam: Tensor, prior: Tensor | None, added: Tensor | None
 ) -> Float[Tensor, "B H Tq Tk"]:
@@ -160,7 +160,7 @@ def plain(
     lse = log_total(s) if blind else s.logsumexp(-1)
     return out, lse if isinstance(link, str) else _whole(lse, q, link, Lam, log_mix, own, is_causal)
 
-
+# %% ../../../nbs/5_speed/01_plain.ipynb #13c544e8
 def _whole(
     lse: Tensor,
     q: Tensor,

@@ -178,7 +178,7 @@ def _public(
     )
     return out[..., : v.shape[-1]]
 
-
+# %% ../../../nbs/5_speed/04_sdpa.ipynb #3adffbe6
 def _fused(
     sides: tuple[Tensor, Tensor, Tensor | None],
     v: Tensor,
@@ -216,7 +216,7 @@ def cannot(
     if flash_agrees(): return None
     return "this PyTorch's fused CPU kernel is not the one that was verified"
 
-
+# %% ../../../nbs/5_speed/04_sdpa.ipynb #5ac32ec6
 def sdpa(
     q: Float[Tensor, "B H Tq d"],
     k: Float[Tensor, "B H Tk d"],
@@ -259,7 +259,7 @@ def sdpa(
     if isinstance(link, Gaussian): lse = _whole_lse(lse, q, Lam, log_mix, own, is_causal)
     return out.to(dtype), lse
 
-
+# %% ../../../nbs/5_speed/04_sdpa.ipynb #00fe69a7
 OTHERS = "use backend='plain' or backend='chunked'"
 
 

@@ -171,13 +171,13 @@ def check(
             f"mask needs 4 axes, broadcastable to (B, H, Tq, Tk), got {tuple(mask.shape)}"
         )
 
-
+# %% ../../../nbs/5_speed/10_triton.ipynb #c6758654
 def additive(mask: Tensor) -> Tensor:
     "A mask to add to scores: 0 and -inf for a boolean one."
     if mask.dtype != torch.bool: return mask.float()
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
-
+# %% ../../../nbs/5_speed/10_triton.ipynb #831496a4
 def prepare(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log_mix: Tensor | None,
             key_mask: Tensor | None) -> tuple[Tensor, Tensor, str, Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, family, lambda `(B, H, Tk)` or Lambda `(B, H, Tk, d)`, bias `(B, H, Tk)`,
@@ -218,7 +218,7 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
     )
     return out
 
-
+# %% ../../../nbs/5_speed/10_triton.ipynb #0699b35f
 class Fused(torch.autograd.Function):
     "Read-out and log-sum-exp by `forward_kernel`, gradients by `query_kernel` and `key_kernel`."
 
