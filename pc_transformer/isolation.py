@@ -49,7 +49,7 @@ class Draws:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]
 
-
+# %% ../nbs/1_model/02_isolation.ipynb #69f430a3
 CURRENT: ContextVar[Draws | None] = ContextVar("draws", default=None)
 
 # %% ../nbs/1_model/02_isolation.ipynb #ab1b4fc1
@@ -121,7 +121,7 @@ HOLDS = (dict, list, tuple)                          # what a module may keep ot
 
 LOOKS = (nn.Module, Tensor, MethodType, *HOLDS)      # what may have to be another thing in a view
 
-
+# %% ../nbs/1_model/02_isolation.ipynb #cbb669c0
 def view(
     model: M,
     # mode of every module; `None`: each one's own

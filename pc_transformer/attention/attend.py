@@ -107,7 +107,7 @@ def out_of_range(
     heads = (4 * t).reshape(*t.shape[:2], -1, 1)     # the axes of a tail: one value a head
     return ~(n * family.link(heads, dim))[..., 0].isfinite().unflatten(2, t.shape[2:])
 
-
+# %% ../../nbs/1_model/11_attend.ipynb #4fa58a20
 def in_range(q: Tensor, keys: Keys, likelihood: Likelihood) -> bool | None:
     """Whether the norms of queries, keys and values show that all is well; `None` where nobody
     can look without waiting."""

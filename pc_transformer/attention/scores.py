@@ -122,7 +122,7 @@ def scores(
     if log_mix is None: return s
     return s + torch.as_tensor(log_mix, dtype=q.dtype, device=q.device)[..., None, :]
 
-
+# %% ../../nbs/1_model/09_scores.ipynb #61fc13c7
 def squares_of(q: Tensor, k: Tensor, Lam: Tensor) -> Float[Tensor, "B H Tq Tk d"]:
     "Squared errors of all coordinates, in units of the precision."
     return Lam[:, :, None] * (q[:, :, :, None] - k[:, :, None]).square()

@@ -34,7 +34,7 @@ def score_spread(
     mean = torch.tensor(2 * precision * dim * alpha, dtype=torch.float64)
     return float(family.weight(mean, dim)) * precision * alpha * math.sqrt(6 * d) / 2
 
-
+# %% ../../nbs/1_model/12_sharpness.ipynb #ae5a19e6
 def typical_score(
     likelihood: Likelihood, precision: float, d: int, alpha: float
 ) -> float:

@@ -30,8 +30,6 @@ from ..training.loop import Checkpoints, Progress, train as train_run
 from ..training.parallel import join
 from ..training.run import RunConfig
 from ..training.trainer import Trainer, pick_device, start
-
-# %% ../../nbs/4_practice/17_verbs.ipynb #4ae673f7
 from pc_transformer.cli.given import (
     data_of, fit_vocabulary, make_folder, model_folder, place_of, read_data, say, say_threads,
     stored_config,

@@ -199,7 +199,7 @@ def _bessel(order: float, x: float) -> tuple[float, float]:
         log = mpmath.log(here) + order * mpmath.log(x)
         return float(log), float(-mpmath.besselk(order - 1, x) / here)
 
-
+# %% ../../nbs/1_model/06_seven_families.ipynb #0cdba7a4
 class _LogBessel(torch.autograd.Function):
     "`_bessel` for a float64 tensor: the logarithm, with its first derivative, which comes second."
 

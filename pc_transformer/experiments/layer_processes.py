@@ -34,8 +34,6 @@ from ..settling.chain import Chain, SettlingError, check_batch, output_energy
 from ..settling.errors import ErrorSettling
 from ..settling.free_energy import FreeEnergy, Weighed, in_reach, no_errors
 from ..settling.settled import descend
-
-# %% ../../nbs/6_experiments/14_processes.ipynb #9584d4b9
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #3f7d21f6

@@ -142,7 +142,7 @@ class Predictions:
         "Logits `(n, V)`, targets and driver `(n,)`."
         return self.logits.flatten(0, 1), self.targets.flatten(), self.drivers[driver].flatten()
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #ee8e8309
 def read_text(
     model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Tensor, "N T"]
 ) -> Predictions:
@@ -183,7 +183,7 @@ def tune(
         out[a] = (replace(how, temperature=tau), scaled_nll(log_p, targets, 1 / tau))
     return out
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #91a32d18
 def best_of(rules: dict[float, tuple[EnergyTemperature, float]]) -> EnergyTemperature:
     "The rule with the least loss; of equal ones the flattest."
     return rules[min(rules, key=lambda a: (rules[a][1], abs(a)))][0]

@@ -40,7 +40,7 @@ def arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
         raise ValueError("labels are no inputs: give shifted(labels) as the targets of the batch")
     return named | ({"use_cache": False} if "use_cache" in takes else {})
 
-
+# %% ../../nbs/4_practice/20_chains.ipynb #d439fe5e
 def walk(model: nn.Module, blocks: str, inputs: Any, visit: Callable[..., Any]) -> Any:
     """The model's own forward pass with `visit(l, hidden, ...)` in the place of block l: its
     outputs, or what `Reached` brings."""

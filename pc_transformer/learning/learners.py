@@ -61,7 +61,7 @@ class Report:
     residual: float | None = None
     step_sizes: list[float] | None = None # accepted settling steps
 
-
+# %% ../../nbs/2_learning/05_learning.ipynb #ada9eb34
 class Learner(Protocol):
     "Anything that turns a batch into gradients; the rest has a default for whoever inherits."
 

@@ -39,7 +39,7 @@ def nothing(ax: Any, what: str) -> Any:
     ax.set(xticks=[], yticks=[])
     return ax
 
-
+# %% ../../nbs/2_learning/12_plots.ipynb #4d671973
 TITLES = {
     "displacement": "|ε| / |s|", "signal": "signal kept, |Πε| / |δ|", "error": "|ε| per token",
     "precision": "precision Π", "message": "backprop's message |δ|", "scale": "scale of the states",

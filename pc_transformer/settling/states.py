@@ -106,7 +106,7 @@ def output_slope(up: Pass, top: Tensor) -> Tensor:
     with torch.enable_grad():
         return torch.autograd.grad(output_energy(up.model, leaf, up.targets, up.noise), leaf)[0]
 
-
+# %% ../../nbs/2_learning/07_states.ipynb #c52855b3
 def surroundings(
     up: Pass, l: int, live: Bool[Tensor, "B T"] | None
 ) -> Callable[[Tensor], Tensor]:

@@ -163,7 +163,7 @@ def second_moment(
     r = torch.cat([y - mu[l] for l, y in zip(chain.readouts, readouts, strict=True)], 1)
     return r.T @ r / len(r)
 
-
+# %% ../../nbs/0_theory/09_node_precision.ipynb #ee2f4675
 def evidence(
     chain: LinearChain, precision: Sequence[float | Tensor], S: Float[Tensor, "O O"]
 ) -> float:

@@ -29,7 +29,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-
 from pc_transformer.config import (
     ConfigError,
     ModelConfig,
@@ -39,8 +38,6 @@ from pc_transformer.config import (
     to_dict,
     to_yaml,
 )
-
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #5a2e6320
 from .run import RunConfig
 from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
@@ -242,7 +239,7 @@ def tokenizer_of(saved: Any, source: Path) -> SavedTokenizer:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} holds a damaged tokenizer: {str(error)[:100]}") from None
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #3a9adc9b
 def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[str, Any]:
     """What `config.json` says. Raises ValueError, FloatingPointError for a model or a tokenizer
     that could not be loaded."""
@@ -396,7 +393,7 @@ def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
     "What `load` and `load_tokenizer` give, of one checkpoint even if a run renews it meanwhile."
     return steady(Path(folder), lambda place: (read_model(place), read_tokenizer(place)))
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #4e222f77
 def read_tokenizer(folder: Path) -> SavedTokenizer:
     "`load_tokenizer` from this very folder."
     about = read_json(folder / "config.json", "tokenizer")
@@ -568,7 +565,7 @@ def is_entry(value: Any) -> bool:
     if not isinstance(value, dict): return False
     return all(k in value and isinstance(value[k], kind) for k, kind in ENTRY.items())
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #997d136c
 def is_number(value: Any) -> bool:
     "Whether something from JSON is a finite number."
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

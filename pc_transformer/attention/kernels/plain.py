@@ -84,7 +84,7 @@ def _product(q: Tensor, k: Tensor, *terms: Tensor | None) -> Float[Tensor, "B H 
     in_place = len(some) > 1 and start.shape == (B * H, Tq, k.shape[2])   # nobody else has it
     return _Product.apply(start, q.flatten(0, 1), k.flatten(0, 1), in_place).unflatten(0, (B, H))
 
-
+# %% ../../../nbs/5_speed/01_plain.ipynb #94d9080e
 def _flat(x: Tensor, B: int, H: int) -> Float[Tensor, "n i j"]:
     "Heads along one axis; of length one if they are all alike."
     return x[0] if x.shape[:2] == (1, 1) else x.expand(B, H, -1, -1).flatten(0, 1)

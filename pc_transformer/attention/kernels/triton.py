@@ -91,7 +91,7 @@ def power_of_two(n: int) -> int:
     "The next power of two, 16 at least: tiles have such widths."
     return max(16, 1 << (n - 1).bit_length())
 
-
+# %% ../../../nbs/5_speed/10_triton.ipynb #d2d6da12
 def blocks_for(kernel: str, width: int, itemsize: int, device: str) -> Blocks:
     """The table's entry for heads of this width (twice the width for a precision per key and
     coordinate)."""

@@ -203,7 +203,7 @@ def put(X, x, rows, T, D: constexpr, BLOCK_D: constexpr):
     inside = (rows < T)[:, None] & (cols < D)[None, :]
     tl.store(X + rows[:, None] * D + cols[None, :], x.to(X.dtype.element_ty), mask=inside)
 
-
+# %% ../../../nbs/5_speed/09_triton_code.ipynb #85d84642
 @jit
 def matmul(x, y, acc, PRECISION: constexpr):
     """acc + x y on the tensor cores; acc may be None. "wide" is for the interpreter, which
