@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "pc_transformer needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "$(PYTHON) -m venv failed; on Debian and Ubuntu: apt install python3-venv"; rm -rf .venv; exit 1; }
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,notebooks]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,experiments,notebooks]'
 	@touch $@
 
 install: $(STAMP) ## make .venv with the pinned packages
