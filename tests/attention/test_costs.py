@@ -1,4 +1,4 @@
-"""What attention costs: the formulas of the notebook on attention against counts of what runs."""
+"""What attention costs: the formulas of the notebook on operations against counts of what runs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pc_transformer.attention.kernels import chunked, merge, sdpa
 from pc_transformer.energies import Gaussian, Huber, Independent, Laplace, StudentT
 
-CHAPTER = Path(__file__).resolve().parents[2] / "nbs/0_theory/01_attention.ipynb"
+CHAPTER = Path(__file__).resolve().parents[2] / "nbs/5_speed/13_operations.ipynb"
 SIZES = [(1, 1, 64, 8), (2, 3, 96, 16), (1, 2, 130, 33)]
 
 
@@ -70,9 +70,9 @@ def direct(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, log_pi: Tensor) -> Tens
 
 FAMILIES = {
     "dot": (sdpa, "dot", "shared"),
-    "gaussian": (sdpa, Gaussian(), "shared"),
-    "gaussian, per key": (sdpa, Gaussian(), "per key"),
-    "gaussian, diagonal per key": (sdpa, Gaussian(), "diagonal per key"),
+    "gaussian": (chunked, Gaussian(), "shared"),
+    "gaussian, per key": (chunked, Gaussian(), "per key"),
+    "gaussian, diagonal per key": (chunked, Gaussian(), "diagonal per key"),
     "student_t": (chunked, StudentT(4.0), "per key"),
     "laplace": (chunked, Laplace(), "per key"),
     "huber": (chunked, Huber(), "per key"),
@@ -90,20 +90,19 @@ def family_run(name: str, size: tuple[int, ...], **options: Any) -> Callable[[],
 
 def widths(name: str) -> tuple[sp.Expr, sp.Expr]:
     """Width of the scores' product and of the read-out's."""
-    lanes = {
+    columns = {
         "student_t": 1,
         "laplace": 1,
         "huber": 1,
         "student_t, diagonal per key": cost.d,
-    } | cost.lanes_needed
-    w = cost.d + lanes[name]
-    return w, cost.d if FAMILIES[name][0] is chunked else w
+    } | cost.columns_needed
+    return cost.d + columns[name], cost.d
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_operations_of_each_family(name: str, size: tuple[int, ...]) -> None:
-    """Matrix products, forward and with the backward pass, are exactly those of equation (19)."""
+    """Matrix products, forward and with the backward pass, are exactly those of equation (1)."""
     run = family_run(name, size)
     assert cost.operations(run) == at(cost.products(*widths(name)), size)
     assert cost.operations(cost.train(run)) == at(cost.products(*widths(name), backward=True), size)
@@ -144,10 +143,10 @@ def test_a_mixture_costs_its_components(M: int) -> None:
     Lam = precision("shared", size)
 
     def run() -> Tensor:
-        parts = [sdpa(q, k, v, Gaussian(), Lam) for k in keys]
+        parts = [chunked(q, k, v, Gaussian(), Lam) for k in keys]
         return merge([out for out, _ in parts], [lse for _, lse in parts if lse is not None])[0]
 
-    one = cost.d + cost.lanes_needed["gaussian"]
+    one = cost.d + cost.columns_needed["gaussian"]
     assert cost.operations(run) == M * at(cost.products(one, one), size)
     assert cost.operations(cost.train(run)) == M * at(cost.products(one, one, True), size)
 

@@ -34,7 +34,7 @@ def choose(
     is_causal: bool = False,
     window: int | None = None,
     dropout_p: float = 0.0,
-    need_lse: bool = True,
+    need_lse: bool = False,
 ) -> tuple[str, str]:            # name of a backend, and why
     "The backend for these arguments, and the reason in a sentence."
     if q.device.type == "cuda":
@@ -50,7 +50,9 @@ def choose(
     if window is not None: return "chunked", "row chunks skip the keys outside the window"
     if link != "dot":
         return "chunked", "row chunks keep a block of scores in the cache, whatever the link"
-    if why := cannot(q, link, mask, dropout_p, need_lse): return "chunked", f"row chunks: {why}"
+    if mask is not None or log_mix is not None:
+        return "chunked", "row chunks never write a mask out for all pairs"
+    if why := cannot(link, need_lse): return "chunked", f"row chunks: {why}"
     return "sdpa", "the scores are dot products: PyTorch's fused kernel as it is"
 
 # %% ../../../nbs/5_speed/08_choose.ipynb #67a009d8

@@ -53,7 +53,7 @@ class Plan:
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #9dc5ee71
 class _Group:
-    """The heads `(b, h)`, ready for their blocks: equation (6) with all that belongs to a query
+    """The heads `(b, h)`, ready for their blocks: equation (2) with all that belongs to a query
     or a key."""
 
     rho: Any
@@ -96,7 +96,7 @@ class _Group:
             self.near = [Near(self.q, self.k[:, m], Lam[:, m]) for m in range(Lam.shape[1])]
 
     def scores(self, i: slice, j: slice, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """One block: distances `y`, equation (6), and masked scores `s`, equation (1), in the
+        """One block: distances `y`, equation (2), and masked scores `s`, equation (1), in the
         buffers given."""
         size = (self.q.shape[0], i.stop - i.start, self.k.shape[1], j.stop - j.start)
         y, s = y[: math.prod(size)].view(size), s[: math.prod(size)].view(size)
@@ -172,7 +172,7 @@ class _Pull:
     def through_softmax(
         self, p: Tensor, i: slice, j: slice, room: Tensor, draw: torch.Generator | None
     ) -> Tensor:
-        "Equation (5), dropout included, and the gradient of the values."
+        "Equation (3), dropout included, and the gradient of the values."
         size = (p.shape[0], i.stop - i.start, j.stop - j.start)
         g = torch.bmm(
             self.do[:, i], self.group.v[:, j].mT, out=room[: math.prod(size)].view(size)
@@ -187,7 +187,7 @@ class _Pull:
         return g[:, :, None].mul_(p) if one else p.mul_(g[:, :, None])
 
     def through_product(self, g: Tensor, i: slice, j: slice) -> None:
-        "Equation (7), but for the factor of the slope."
+        "Equation (4), but for the factor of the slope."
         group = self.group
         for m in range(g.shape[2]):
             if m: self.dqa[:, i].baddbmm_(g[:, :, m], group.ka[:, m, j])
@@ -223,7 +223,7 @@ class _Pull:
         group, d, dq, dk, scale = self.group, self.d, self.dq, self.dk, self.plan.scale or 1.0
         factor, Lam = group.link.slope_factor(d), group.Lam
         scale, unit = scale * factor, isinstance(factor, float) and factor == 1
-        m, lanes, x = self.dka[..., :d], self.dqa[..., d:], self.column[..., None]
+        m, columns, x = self.dka[..., :d], self.dqa[..., d:], self.column[..., None]
         spread = None if self.row is None else self.row.mT[..., None]
         wanted, euler = self.total.Lam is not None, Lam.shape[1:] == (1, 1, 1)
         dLam = self.of_precision(spread).mul_(scale) if wanted and not euler else None
@@ -231,7 +231,7 @@ class _Pull:
             group.ka[..., :d], x if unit else x * factor, value=-1
         )
         if dq is not self.dqa: dq.copy_(self.dqa[..., :d])
-        if lanes.shape[-1]: dq.addcmul_(group.q, lanes, value=2)
+        if columns.shape[-1]: dq.addcmul_(group.q, columns, value=2)
         if not unit: dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
         if spread is not None: dq.addcmul_(group.q, (spread * (Lam * scale)).sum(1), value=2)
         if not (wanted and euler): return dLam
@@ -241,9 +241,9 @@ class _Pull:
         "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
         group, d = self.group, self.d
         total = lambda t: t if group.Lam.shape[-1] > 1 else t.sum(-1, keepdim=True)
-        column, lanes = self.column[..., None], self.dka[..., d:]
+        column, columns = self.column[..., None], self.dka[..., d:]
         own = total((group.k * column).sub_(self.dka[..., :d], alpha=2).mul_(group.k))
-        if group.Lam.shape[2] > 1 or lanes.shape[-1]: return own.add_(lanes)
+        if group.Lam.shape[2] > 1 or columns.shape[-1]: return own.add_(columns)
         own = own.sum(2, keepdim=True)
         if spread is None: return own
         return own.add_((total(group.q.square())[:, None] * spread).sum(2, keepdim=True))
@@ -295,7 +295,7 @@ class _Chunked(torch.autograd.Function):
         for at in blocks.groups(B, H, Tq, Tk, M):
             group, o = _Group(plan, at, tensors, shape), heads_of(out, *at)
             do = torch.zeros_like(o) if dout is None else heads_of(dout, *at, dtype=o.dtype)
-            delta = (do * o).sum(-1, keepdim=True)  # equation (5)
+            delta = (do * o).sum(-1, keepdim=True)  # equation (3)
             if dlse is not None:
                 own = heads_of(dlse, *at)[..., None]
                 delta -= own.nan_to_num(0.0) if blocks.blind else own
@@ -367,7 +367,7 @@ def chunked(
     dropout_p: float = 0.0,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
-    """Attention with any link, a few rows of scores at a time; equations (1), (6) and (7).
+    """Attention with any link, a few rows of scores at a time; equations (1), (2) and (4).
 
     Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow
     with `Tq x Tk`.

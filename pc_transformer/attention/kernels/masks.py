@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Link', 'per_coordinate', 'log_key_prior', 'four_axes', 'additive_mask', 'responsibilities', 'split_prior',
            'and_masks', 'window_mask', 'squares', 'affine', 'centre', 'first_order', 'first_row', 'log_total',
-           'blind_rows', 'needs_grad', 'check_tensors', 'check']
+           'needs_grad', 'check_tensors', 'check']
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #4cc48997
 import functools
@@ -123,18 +123,18 @@ def affine(
     row: bool = True,                # whether rho is wanted
 # queries, keys, rho `(..., Tq, 1)` or `None`, kappa `(..., Tk, 1)`
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Equation (6): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the
+    """Equation (2): `scale * u = queries @ keys.mT + rho + kappa.mT`; without rho if the
     precision is the keys' own."""
     Lam = Lam * scale
     kappa = squares(k, Lam)
     if Lam.shape[-2] == 1: return q, k * (-2 * Lam), squares(q, Lam) if row else None, kappa
     square = q**2 if Lam.shape[-1] > 1 else (q**2).sum(-1, keepdim=True)
-    lanes = Lam.expand(*k.shape[:-1], square.shape[-1])
-    return torch.cat([q, square], -1), torch.cat([k * (-2 * Lam), lanes], -1), None, kappa
+    columns = Lam.expand(*k.shape[:-1], square.shape[-1])
+    return torch.cat([q, square], -1), torch.cat([k * (-2 * Lam), columns], -1), None, kappa
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #311acd5a
 def centre(k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H 1 d"] | None:
-    """Equation (4): what to subtract from queries and keys, a constant for gradients; `None` if
+    """Equation (3): what to subtract from queries and keys, a constant for gradients; `None` if
     that is zero everywhere."""
     first, second = k.detach()[..., 0, :].float(), k.detach()[..., :2, :][..., -1, :].float()
     size = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -184,17 +184,6 @@ def log_total(s: Tensor) -> Tensor:
     "`logsumexp` over the last axis; minus infinity, without a gradient, where all entries are."
     blind = (s == -math.inf).all(-1, keepdim=True)
     return s.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
-
-# %% ../../../nbs/5_speed/02_masks.ipynb #93be3cf8
-# bool `(b, h, Tq or 1)`
-def blind_rows(mask: Float[Tensor, "b h #Tq Tk"], is_causal: bool) -> Tensor:
-    "True for a query all of whose keys are masked by an additive mask and, if asked, by causality."
-    never = mask == -math.inf
-    if not is_causal: return never.all(-1)
-    if never.shape[-2] == 1: return never[..., 0, :].int().cummin(-1).values.bool()
-    return (never | torch.ones(never.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)).all(
-        -1
-    )
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #8212ede6
 Link = Literal["dot"] | Elliptical

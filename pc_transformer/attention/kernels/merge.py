@@ -18,7 +18,7 @@ def merge(
     outs: Sequence[Float[Tensor, "B H Tq dv"]],  # the read-outs of disjoint sets of keys
     lses: Sequence[Float[Tensor, "B H Tq"]],     # their log-sum-exps
 ) -> tuple[Tensor, Tensor]:                      # read-out and lse of the union
-    """Equation (8): attention over the union of sets of keys from attention over each; zero and
+    """Equation (1): attention over the union of sets of keys from attention over each; zero and
     `-inf` where all are blind."""
     if len(outs) != len(lses) or not outs:
         raise ValueError(f"merge needs one lse per output, got {len(outs)} and {len(lses)}")
