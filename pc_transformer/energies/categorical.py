@@ -14,10 +14,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .elliptical import _wide, check_number, check_tensor, check_whole
-from .families import _symbols
+from .elliptical import check_number, check_tensor, check_whole, shown
 
 # %% ../../nbs/1_model/08_categorical.ipynb #4d999af7
+def _symbols(targets: object) -> None:
+    "Raises `TypeError` unless these are int64."
+    kind = targets.dtype if isinstance(targets, Tensor) else shown(targets)
+    if kind != torch.int64: raise TypeError(f"targets must be an int64 tensor, got {kind}")
+
+
 def _read_targets(targets: Tensor, logits: Tensor) -> None:
     """Raises `TypeError` or `ValueError` unless `targets` are int64 symbols, one for each row of
     `logits`."""
@@ -68,9 +73,9 @@ class Categorical:
     ) -> Float[Tensor, "*batch V"]:
         "d log p / d a = onehot - softmax, equation (17). Raises `ValueError` as `log_prob`."
         _read_targets(targets, logits)
-        wide = _wide(logits)
-        one = wide.new_ones(()).expand(*targets.shape, 1)
-        return (-wide.softmax(-1)).scatter_add(-1, targets[..., None], one).to(logits.dtype)
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        one = p.new_ones(()).expand(*targets.shape, 1)
+        return (-p).scatter_add(-1, targets[..., None], one).to(logits.dtype)
 
     def sample(
         self,

@@ -8,19 +8,19 @@ __all__ = ['FAMILIES', 'Gaussian', 'StudentT', 'Laplace', 'Huber', 'GeneralizedG
 # %% ../../nbs/1_model/06_seven_families.ipynb #97168268
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pc_transformer.energies.elliptical import (
-    Elliptical, _log_det, _mean_precision, _observations, _positive, _wide, known,
-    shape_tensors, shown,
+    Elliptical, _log_det, _mean_precision, _observations, _positive, shape_tensors, shown,
 )
 from .fitting import _profile
+from pc_transformer.energies.special import (
+    _as_given, _bessel, _exact, _log_eta, _log_gamma_step, _log_surface, _LogBessel, _root, _shape,
+)
 from .sampling import _gamma, _outward, _under_tangent
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #f2481263
@@ -62,70 +62,6 @@ class Gaussian(Elliptical):
         "1"
         return 1.0
 
-# %% ../../nbs/1_model/06_seven_families.ipynb #db57a45b
-def _exact(value: float | Tensor) -> Tensor:
-    "A shape parameter in float64, in which normalisers are computed."
-    return torch.as_tensor(
-        value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else None
-    )
-
-
-def _shape(name: str, value: float | Tensor, interval: str) -> None:
-    """Raises `ValueError` unless `value` lies in `interval`, such as '(0, 1]'; `TypeError` if it
-    is no number."""
-    real = (
-        value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int | float)
-    )
-    if not real or isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be a number or a tensor of a floating dtype, got {shown(value)}"
-        )
-    x = _exact(value).detach()
-    low, high = map(float, interval[1:-1].split(","))
-    good = (x >= low if interval[0] == "[" else x > low) & (
-        x <= high if interval[-1] == "]" else x < high
-    )
-    if known(good.all()) is False:
-        raise ValueError(f"{name} must lie in {interval}, got {x[~good].flatten()[0].item()}")
-
-# %% ../../nbs/1_model/06_seven_families.ipynb #146899fb
-def _as_given(result: Tensor, value: float | Tensor) -> float | Tensor:
-    """`result` as a float if the parameter `value` is one, else as a tensor of its dtype,
-    float32 at least."""
-    return result.to(_wide(value).dtype) if isinstance(value, Tensor) else result.item()
-
-# %% ../../nbs/1_model/06_seven_families.ipynb #8a5a6888
-def _log_surface(dim: int) -> float:
-    "Log of 2 pi^(D/2) / Gamma(D/2), the surface of the unit sphere."
-    return math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
-
-
-def _root(u: Tensor) -> Tensor:
-    """sqrt(u), at least the root of the smallest normal number; the slope at zero is zero, not
-    infinite."""
-    return u.clamp(min=torch.finfo(u.dtype).tiny).sqrt()
-
-
-def _narrow(w: Tensor, like: Tensor) -> Tensor:
-    """A weight in the dtype of `like`, whose largest number stands for what is larger: a weight
-    is finite at zero too."""
-    return w if w.dtype == like.dtype else w.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
-
-# %% ../../nbs/1_model/06_seven_families.ipynb #2f376a01
-def _log_gamma_step(a: Tensor, h: float) -> Tensor:
-    """log Gamma(a + h) - log Gamma(a) - h log a, by Stirling's series for large `a`: no
-    difference of huge numbers."""
-    big, b = a.clamp(min=30), a.clamp(min=30) + h
-    tail = sum(
-        c * (b**-k - big**-k)
-        for c, k in ((1 / 12, 1), (-1 / 360, 3), (1 / 1260, 5), (-1 / 1680, 7))
-    )
-    small = a.clamp(max=30)
-    series = (big + h - 0.5) * (h / big).log1p() - h + tail
-    return torch.where(
-        a > 30, series, torch.lgamma(small + h) - torch.lgamma(small) - h * small.log()
-    )
-
 # %% ../../nbs/1_model/06_seven_families.ipynb #c73e3ace
 @dataclass(frozen=True)
 class StudentT(Elliptical):
@@ -138,11 +74,11 @@ class StudentT(Elliptical):
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-(nu+D)/2 log(1 + u/nu)"
-        return (-(_wide(self.nu) + dim) / 2 * (_wide(u) / self.nu).log1p()).to(u.dtype)
+        return -(self.nu + dim) / 2 * (u / self.nu).log1p()
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "(nu+D) / (nu+u)"
-        return _narrow((_wide(self.nu) + dim) / (self.nu + _wide(u)), u)
+        return (self.nu + dim) / (self.nu + u)
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "log Gamma(nu/2) - log Gamma((nu+D)/2) + D/2 log(nu pi)"
@@ -189,38 +125,6 @@ class StudentT(Elliptical):
         "The most likely nu, between 0.05 and 1e6, and its precision."
         return _profile(self, "nu", 0.05, 1e6, errors, diagonal)
 
-# %% ../../nbs/1_model/06_seven_families.ipynb #4d569237
-@lru_cache(4096)
-def _bessel(order: float, x: float) -> tuple[float, float]:
-    "log(x^order K_order(x)) of the modified Bessel function K, and its derivative in x."
-    import mpmath
-    with mpmath.workdps(25):
-        here = mpmath.besselk(order, x)
-        log = mpmath.log(here) + order * mpmath.log(x)
-        return float(log), float(-mpmath.besselk(order - 1, x) / here)
-
-# %% ../../nbs/1_model/06_seven_families.ipynb #0cdba7a4
-class _LogBessel(torch.autograd.Function):
-    "`_bessel` for a float64 tensor: the logarithm, with its first derivative, which comes second."
-
-    @staticmethod
-    def forward(x: Tensor, order: float) -> tuple[Tensor, Tensor]:
-        pairs = torch.tensor(
-            [_bessel(order, v) for v in x.flatten().tolist()], dtype=x.dtype, device=x.device
-        )
-        log, slope = pairs.T
-        return log.reshape(x.shape).clone(), slope.reshape(x.shape).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
-        return grad * ctx.saved_tensors[0], None
-
 # %% ../../nbs/1_model/06_seven_families.ipynb #eae14489
 @dataclass(frozen=True)
 class Laplace(Elliptical):
@@ -233,11 +137,11 @@ class Laplace(Elliptical):
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-sqrt(u + eps^2)"
-        return -_root(_wide(u) + _wide(self.eps)**2).to(u.dtype)
+        return -_root(u + self.eps**2)
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "1 / sqrt(u + eps^2), finite at zero too"
-        return _narrow(_root(_wide(u) + _wide(self.eps)**2).reciprocal(), u)
+        return _root(u + self.eps**2).reciprocal()
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "(D-1)/2 log pi + (D+1)/2 log(2 eps) + log K_(D+1)/2(eps), with its limit at eps = 0"
@@ -292,12 +196,12 @@ class Huber(Elliptical):
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-u/2 up to u = delta^2, then delta^2/2 - delta sqrt(u)"
-        r, delta = _root(_wide(u)), _wide(self.delta)
-        return torch.where(r <= delta, -_wide(u) / 2, delta * (delta / 2 - r)).to(u.dtype)
+        r, delta = _root(u), self.delta
+        return torch.where(r <= delta, -u / 2, delta * (delta / 2 - r))
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "min(1, delta / sqrt(u))"
-        return (self.delta / _root(_wide(u))).clamp(max=1).to(u.dtype)
+        return (self.delta / _root(u)).clamp(max=1)
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "Two incomplete Gamma functions, equation (9)"
@@ -341,11 +245,11 @@ class GeneralizedGaussian(Elliptical):
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-u^(p/2) / 2"
-        return (-(self._away(_wide(u)) ** (_wide(self.p) / 2)) / 2).to(u.dtype)
+        return -(self._away(u) ** (self.p / 2)) / 2
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "p/2 u^(p/2-1)"
-        return _narrow(_wide(self.p) / 2 * self._away(_wide(u)) ** (_wide(self.p) / 2 - 1), u)
+        return self.p / 2 * self._away(u) ** (self.p / 2 - 1)
 
     def log_normaliser(self, dim: int) -> float | Tensor:
         "log surface + D/p log 2 + log Gamma(D/p) - log p"
@@ -397,13 +301,6 @@ class GeneralizedGaussian(Elliptical):
         "The most likely p, between 0.1 and 20, and its precision."
         return _profile(self, "p", 0.1, 20.0, errors, diagonal)
 
-# %% ../../nbs/1_model/06_seven_families.ipynb #98a81aab
-@lru_cache
-def _log_eta(s: int) -> float:
-    "Log of the alternating zeta function, 1 - 2^-s + 3^-s - ..."
-    import mpmath
-    return float(mpmath.log(mpmath.altzeta(s)))
-
 # %% ../../nbs/1_model/06_seven_families.ipynb #eda0e804
 @dataclass(frozen=True)
 class Logistic(Elliptical):
@@ -411,16 +308,14 @@ class Logistic(Elliptical):
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "-2 log cosh(sqrt(u) / 2); its series near zero"
-        near, r = _wide(u).clamp(max=0.01), _root(_wide(u))
+        near, r = u.clamp(max=0.01), _root(u)
         series = near * (-1/4 + near * (1/96 + near * (-1/1440 + near * 17/322560)))
-        return torch.where(u < 0.01, series, 2 * math.log(2) - r - 2 * (-r).exp().log1p()).to(
-            u.dtype
-        )
+        return torch.where(u < 0.01, series, 2 * math.log(2) - r - 2 * (-r).exp().log1p())
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "tanh(sqrt(u) / 2) / sqrt(u), 1/2 at zero"
-        r = _root(_wide(u))
-        return ((r / 2).tanh() / r).to(u.dtype)
+        r = _root(u)
+        return (r / 2).tanh() / r
 
     def log_normaliser(self, dim: int) -> float:
         "log surface + log 4 + log Gamma(D) + log eta(D-1)"
@@ -456,34 +351,26 @@ class Contaminated(Elliptical):
     def _logs(self, u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         "Log of each of the two terms of e^g: regular and outlier."
         share, ratio = (
-            (
-                _wide(x)
-                if isinstance(x, Tensor)
-                else torch.tensor(x, dtype=torch.float64, device=u.device)
-            )
-            for x in (self.share, self.ratio)
+            torch.as_tensor(x, dtype=u.dtype, device=u.device) for x in (self.share, self.ratio)
         )
-        u = _wide(u)
-        regular = torch.log1p(-share) - u / 2
-        return regular.to(u.dtype), (share.log() + dim / 2 * ratio.log() - ratio * u / 2).to(
-            u.dtype
-        )
+        outlier = share.log() + dim / 2 * ratio.log() - ratio * u / 2
+        return torch.log1p(-share) - u / 2, outlier
 
     def outlier(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "The responsibility of the outliers for an error at distance u."
         regular, outlier = self._logs(u, dim)
-        return (outlier - regular).sigmoid().to(u.dtype)
+        return (outlier - regular).sigmoid()
 
     def link(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "log((1-share) e^(-u/2) + share ratio^(D/2) e^(-ratio u/2))"
-        return torch.logaddexp(*self._logs(u, dim)).to(u.dtype)
+        return torch.logaddexp(*self._logs(u, dim))
 
     def weight(self, u: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
         "1 for the regular, ratio for the outliers, averaged by their responsibilities"
         regular, outlier = self._logs(u, dim)
         gap = regular - outlier
         # no difference: an outlier keeps its digits
-        return (gap.sigmoid() + self.ratio * (-gap).sigmoid()).to(u.dtype)
+        return gap.sigmoid() + self.ratio * (-gap).sigmoid()
 
     def _log_odds(self, dim: int) -> tuple[float, float]:
         "Log of the outliers' share at distance zero, and the log-odds of a regular error there."
@@ -548,9 +435,3 @@ FAMILIES: dict[str, type[Elliptical]] = {
     "gaussian": Gaussian, "student_t": StudentT, "laplace": Laplace, "huber": Huber,
     "generalized_gaussian": GeneralizedGaussian, "logistic": Logistic, "contaminated": Contaminated,
 }
-
-# %% ../../nbs/1_model/06_seven_families.ipynb #8336f124
-def _symbols(targets: object) -> None:
-    "Raises `TypeError` unless these are int64."
-    kind = targets.dtype if isinstance(targets, Tensor) else shown(targets)
-    if kind != torch.int64: raise TypeError(f"targets must be an int64 tensor, got {kind}")

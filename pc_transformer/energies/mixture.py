@@ -16,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.energies.elliptical import (
-    Elliptical, _held, _log_det, _observations, _positive, _read, _wide, check_tensor, check_whole,
+    Elliptical, _log_det, _observations, _positive, _read, check_tensor, check_whole,
 )
-from .families import _narrow
 
 # %% ../../nbs/1_model/07_mixtures.ipynb #97a3655a
 def _apart(x: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class Independent:
         "One for each coordinate, `w_c`; score = -w Pi eps."
         wide, Pi = _read(error, precision)
         w = self.family.weight((Pi * wide.square()).movedim(-1, 0), 1).movedim(0, -1)
-        return _narrow(w, error)
+        return w.clamp(max=torch.finfo(error.dtype).max).to(error.dtype)   # finite at zero too
 
     def score(self, error: Float[Tensor, "*b D"], precision: float | Tensor) -> Tensor:  # `*b D`
         "d log p / d eps, coordinate by coordinate."
@@ -115,10 +114,10 @@ class GaussianMixture:
     def _joint(self, error: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
         "Log joint density (..., M) at unit Pi, and the pull of each component (..., M, D)."
         dtype, D = error.dtype, self.means.shape[1]
-        own = _positive(self.precisions.to(dtype)).reshape(len(self.means), -1)
+        own = self.precisions.to(dtype).reshape(len(self.means), -1)
         apart = (precision.sqrt() * error)[..., None, :] - self.means.to(dtype)
         u = (own * apart.square()).sum(-1)
-        log_mix = _wide(self.log_mix).log_softmax(0).to(dtype)
+        log_mix = self.log_mix.to(dtype).log_softmax(0)
         return log_mix + _log_det(own, D) / 2 - u / 2 - D / 2 * math.log(2 * math.pi), own * apart
 
     def _of(
@@ -127,11 +126,11 @@ class GaussianMixture:
         error: Tensor,
         precision: float | Tensor,
     ) -> Tensor:
-        "`part(joint, pull, Pi)` in the dtype that computes."
+        "`part(joint, pull, Pi)`, computed in float64."
         wide, precision = _read(error, precision)
         D, has = self.means.shape[1], error.shape[-1]
         if has != D: raise ValueError(f"the error has {has} coordinates, the components have {D}")
-        return _held(lambda u, e, p: part(*self._joint(e, p), p), wide, precision).to(error.dtype)
+        return part(*self._joint(wide, precision), precision).to(error.dtype)
 
     def log_prob(
         self,

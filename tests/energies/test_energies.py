@@ -797,32 +797,6 @@ def test_extreme_errors_in_short_dtypes(
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("family", [f for f in EVERY if isinstance(f, Elliptical)], ids=str)
-@settings(quick, max_examples=15)
-@given(st.floats(-38, 38).map(lambda x: 10**x), st.sampled_from([1, 64]))
-@example(0.0, 64)
-@example(6e-8, 1)
-def test_links_and_weights_in_short_dtypes(
-    family: Elliptical, dtype: torch.dtype, u: float, dim: int
-) -> None:
-    "Both are computed in float32 and rounded once; a weight is finite everywhere."
-    at, info = torch.tensor([u], dtype=dtype), torch.finfo(dtype)
-    assume(at < math.inf)
-    want_w, want_g = (f(at.double(), dim).item() for f in (family.weight, family.link))
-    assert family.weight(at, dim).dtype == family.link(at, dim).dtype == dtype
-    assert family.weight(at, dim).isfinite() or want_w > torch.finfo(torch.float32).max
-    if at > torch.finfo(torch.float32).tiny:
-        tolerance = 2 * info.eps + (1e-3 if dtype == torch.float32 else 0)
-        assert min(family.weight(at, dim).item(), info.max) == pytest.approx(
-            min(want_w, info.max), rel=tolerance, abs=info.tiny
-        )
-    if abs(want_g) < info.max:
-        assert family.link(at, dim).item() == pytest.approx(
-            want_g, rel=4 * info.eps + 1e-5, abs=dim * 1e-6 + info.tiny
-        )
-
-
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
     "Widened before the square: far errors keep a density and a slope, huge ones a slope."
     pair = GaussianMixture(
@@ -842,49 +816,16 @@ def test_a_mixture_in_short_dtypes(dtype: torch.dtype) -> None:
             )
 
 
-def test_a_precision_is_read_in_the_dtype_that_computes() -> None:
-    """A precision of a million serves errors of 16 bits; what overflows, or a tail that does, is
-    refused after the cast."""
+def test_a_precision_is_positive_and_finite_for_short_errors() -> None:
+    "A precision of a million serves errors of 16 bits; one that is none is refused."
     small = torch.full((3, 4), 1e-3, dtype=torch.float16)
-    close(
-        Gaussian().log_prob(small, 1e6).float(),
-        Gaussian().log_prob(small.float(), 1e6),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    want = Gaussian().log_prob(small.float(), 1e6)
+    close(Gaussian().log_prob(small, 1e6).float(), want, rtol=1e-3, atol=1e-3)
     for family in (*ELLIPTICAL[:5], Independent(Laplace()), mixture(0, 2, 4, False)):
-        for bad in (
-            1e300,
-            torch.tensor(1e300, dtype=torch.float64),
-            torch.tensor(math.nan),
-            1e-300,
-        ):
+        for bad in (math.inf, torch.tensor(math.nan), 0.0, -1e-300):
             for method in (family.log_prob, family.energy, family.score):
-                with pytest.raises(
-                    ValueError, match="precision must be positive and finite in torch.float32"
-                ):
+                with pytest.raises(ValueError, match="precision must be positive and finite"):
                     method(small, bad)
-    for make, bad in (
-        (StudentT, 1e300),
-        (StudentT, 1e-300),
-        (Huber, 1e300),
-        (Laplace, 1e300),
-        (GeneralizedGaussian, 1e300),
-        (StudentT, torch.tensor([2.0, 1e300], dtype=torch.float64)),
-    ):
-        make(bad).log_normaliser(1)
-        for method in (make(bad).log_prob, make(bad).score):
-            with pytest.raises(
-                ValueError, match="must be a number in torch.float32 and not vanish there, got"
-            ):
-                method(torch.zeros(2, 4), 1.0)
-    far = GaussianMixture(
-        torch.zeros(1), torch.zeros(1, 4), torch.tensor([1e300], dtype=torch.float64)
-    )
-    with pytest.raises(
-        ValueError, match="precision must be positive and finite in torch.float32, got inf"
-    ):
-        far.log_prob(torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("family", [*ELLIPTICAL, Independent(Laplace())], ids=str)
@@ -918,31 +859,6 @@ def test_nobody_looks_inside_vmap(family: Elliptical) -> None:
             atol=1e-5,
         )
         assert found[2].isnan().all()
-
-
-def test_only_rows_that_need_it_are_computed_in_float64() -> None:
-    """A zero error needs no more than float32; a huge one among many goes there alone, and is
-    what it would be alone."""
-
-    class Watched(StudentT):
-        def weight(self, u: Tensor, dim: int) -> Tensor:
-            seen.append((u.dtype, u.numel()))
-            return super().weight(u, dim)
-
-    seen: list[tuple[torch.dtype, int]] = []
-    error = tensor(0, (8, 16, 4)).float()
-    error[0, 0] = 0
-    Watched(4.0).score(error, 1.0)
-    assert seen == [(torch.float32, 128)]
-    seen.clear()
-    error[1, 2], error[3, 4] = 1e30, 1e-30
-    precision = torch.rand(16, 1, generator=torch.Generator().manual_seed(1)) + 0.1
-    slope = Watched(4.0).score(error, precision)
-    assert seen == [(torch.float32, 128), (torch.float64, 2)]
-    own = torch.full((16, 1), 4.0)  # a parameter that tells rows apart
-    for i, j in ((1, 2), (3, 4), (0, 0), (7, 7)):
-        assert torch.equal(slope[i, j], StudentT(4.0).score(error[i, j], precision[j]))
-    close(StudentT(own[:, 0]).score(error, precision), slope, rtol=0, atol=0)
 
 
 def test_slopes_of_extreme_errors() -> None:
