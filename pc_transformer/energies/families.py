@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.energies.elliptical import (
-    Elliptical, _log_det, _mean_precision, _observations, _positive, shape_tensors, shown,
+    Elliptical, _log_det, _mean_precision, _observations, _positive, shape_tensors,
 )
 from .fitting import _profile
 from pc_transformer.energies.special import (
