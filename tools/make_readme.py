@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-The index's table of chapters comes first: titles and promises of all notebooks, in order. Pictures
-go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
+The table of chapters comes first, in whatever notebook beside the index has one: titles and promises
+of all notebooks, in order. Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
 which GitHub shows.
 """
 
@@ -27,7 +27,7 @@ SILENT = re.compile(r"^#\|\s*echo:\s*false", re.M)
 IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
 TABLE = re.compile(
     r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S
-)  # the table of chapters in the index
+)  # the table of chapters
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
 
@@ -62,18 +62,18 @@ def chapters(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def index_in_step(root: Path) -> str | None:
-    """The index with its table of chapters in step, or None when it is."""
-    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
-    before = [cell.source for cell in nb.cells]
-    for cell in nb.cells:
-        if cell.cell_type == "markdown" and TABLE.search(cell.source):
-            cell.source = TABLE.sub(lambda _: chapters(root), cell.source + "\n").rstrip("\n")
-    return (
-        None
-        if [cell.source for cell in nb.cells] == before
-        else nb2str(json.loads(nbformat.writes(nb)))
-    )
+def out_of_step(root: Path) -> dict[Path, str]:
+    """The notebooks beside the index whose table of chapters is not in step, as they should be."""
+    found: dict[Path, str] = {}
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        nb = nbformat.read(path, as_version=4)
+        before = [cell.source for cell in nb.cells]
+        for cell in nb.cells:
+            if cell.cell_type == "markdown" and TABLE.search(cell.source):
+                cell.source = TABLE.sub(lambda _: chapters(root), cell.source + "\n").rstrip("\n")
+        if [cell.source for cell in nb.cells] != before:
+            found[path] = nb2str(json.loads(nbformat.writes(nb)))
+    return found
 
 
 def render(root: Path) -> dict[str, bytes]:
@@ -134,14 +134,13 @@ def main() -> int:
     if not (args.root / "nbs/index.ipynb").is_file():
         print("nbs/index.ipynb is missing: README.md is made from it", file=sys.stderr)
         return 1
-    if (index := index_in_step(args.root)) is not None:
+    for path, text in out_of_step(args.root).items():
         if args.check:
-            print(
-                "nbs/index.ipynb: its table of chapters is out of step (run `make readme`)",
-                file=sys.stderr,
-            )
+            name = path.relative_to(args.root).as_posix()
+            advice = "its table of chapters is out of step (run `make readme`)"
+            print(f"{name}: {advice}", file=sys.stderr)
             return 1
-        (args.root / "nbs/index.ipynb").write_text(index, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     want, have = render(args.root), on_disk(args.root)
     stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if not args.check:
