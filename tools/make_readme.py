@@ -28,6 +28,8 @@ IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
 TABLE = re.compile(
     r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S
 )  # the table of chapters
+TIMED = re.compile(r"^(\| \[[^\]]*\]\(([^)]+\.ipynb)\) \|.*\| )\d+ \|$", re.M)  # ends in minutes
+UNSEEN = re.compile(r"^#\|\s*(?:hide|echo: false)", re.M)
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
 
@@ -62,15 +64,30 @@ def chapters(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+def minutes(path: Path) -> int:
+    """How long a chapter takes to read, to five minutes: 150 words a minute, or 20 lines of code."""
+    cells = nbformat.read(path, as_version=4).cells
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    code = [c.source for c in cells if c.cell_type == "code" and not UNSEEN.search(c.source)]
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
+    return max(5, 5 * round((words / 150 + lines / 20) / 5))
+
+
+def in_step(root: Path, text: str) -> str:
+    """A text with its table of chapters, and the minutes of each chapter that is timed."""
+    text = TIMED.sub(lambda m: f"{m[1]}{minutes(root / 'nbs' / m[2])} |", text)
+    return TABLE.sub(lambda _: chapters(root), text + "\n").rstrip("\n")
+
+
 def out_of_step(root: Path) -> dict[Path, str]:
-    """The notebooks beside the index whose table of chapters is not in step, as they should be."""
+    """The index, and the notebooks beside it, that are not in step, as they should be."""
     found: dict[Path, str] = {}
     for path in sorted((root / "nbs").glob("*.ipynb")):
         nb = nbformat.read(path, as_version=4)
         before = [cell.source for cell in nb.cells]
         for cell in nb.cells:
-            if cell.cell_type == "markdown" and TABLE.search(cell.source):
-                cell.source = TABLE.sub(lambda _: chapters(root), cell.source + "\n").rstrip("\n")
+            if cell.cell_type == "markdown" and (TABLE.search(cell.source) or TIMED.search(cell.source)):
+                cell.source = in_step(root, cell.source)
         if [cell.source for cell in nb.cells] != before:
             found[path] = nb2str(json.loads(nbformat.writes(nb)))
     return found
