@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_quick_start_runs_from_an_empty_folder(place: tuple[Path, str]) -> None:
     """Every command and every visible cell, in the order of the page."""
     losses = [float(x) for x in re.findall(r"validation loss (\d\.\d+)", place[1])]
-    assert len(losses) == 2 and losses[0] == losses[1] < 0.5        # the terminal and Python agree
+    assert len(losses) == 2 and losses[0] == losses[1] < 0.5  # the terminal and Python agree
     assert place[1].count("the old") >= 3 and "this model" in place[1]
 
 

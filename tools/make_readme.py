@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-The table of chapters comes first, in whatever notebook beside the index has one: titles and promises
-of all notebooks, in order. Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
-which GitHub shows.
+First, in the index and the notebooks beside it: the table of chapters (titles and promises of all
+notebooks, in order), and the minutes at the end of each row of a table that begins with a chapter.
+Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay
+as TeX, which GitHub shows.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ LINK = re.compile(r"(\]\()(?!https?:|#|/|mailto:|README_files/|data:)([^)\s]+)(\
 CAPTION = re.compile(r"^#\|\s*fig-(?:alt|cap):\s*(.+?)\s*$", re.M)
 SILENT = re.compile(r"^#\|\s*echo:\s*false", re.M)
 IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
-TABLE = re.compile(
-    r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S
-)  # the table of chapters
+TABLE = re.compile(r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S)  # the table of chapters
 TIMED = re.compile(r"^(\| \[[^\]]*\]\(([^)]+\.ipynb)\) \|.*\| )\d+ \|$", re.M)  # ends in minutes
 UNSEEN = re.compile(r"^#\|\s*(?:hide|echo: false)", re.M)
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
@@ -65,7 +64,7 @@ def chapters(root: Path) -> str:
 
 
 def minutes(path: Path) -> int:
-    """How long a chapter takes to read, to five minutes: 150 words a minute, or 20 lines of code."""
+    """How long a chapter takes to read, to five: 150 words a minute, or 20 lines of code."""
     cells = nbformat.read(path, as_version=4).cells
     words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
     code = [c.source for c in cells if c.cell_type == "code" and not UNSEEN.search(c.source)]
@@ -76,7 +75,7 @@ def minutes(path: Path) -> int:
 def in_step(root: Path, text: str) -> str:
     """A text with its table of chapters, and the minutes of each chapter that is timed."""
     text = TIMED.sub(lambda m: f"{m[1]}{minutes(root / 'nbs' / m[2])} |", text)
-    return TABLE.sub(lambda _: chapters(root), text + "\n").rstrip("\n")
+    return TABLE.sub(lambda _: chapters(root), f"{text}\n")[:-1]
 
 
 def out_of_step(root: Path) -> dict[Path, str]:
@@ -86,7 +85,7 @@ def out_of_step(root: Path) -> dict[Path, str]:
         nb = nbformat.read(path, as_version=4)
         before = [cell.source for cell in nb.cells]
         for cell in nb.cells:
-            if cell.cell_type == "markdown" and (TABLE.search(cell.source) or TIMED.search(cell.source)):
+            if cell.cell_type == "markdown":
                 cell.source = in_step(root, cell.source)
         if [cell.source for cell in nb.cells] != before:
             found[path] = nb2str(json.loads(nbformat.writes(nb)))
