@@ -65,7 +65,8 @@ def help_of(verb: str) -> str:
 
 def commands(path: Path) -> list[str]:
     """The terminal commands of a page, continued lines joined."""
-    return "".join(SHELL.findall(words(path))).replace("\\\n", "").splitlines()
+    text: str = "".join(SHELL.findall(words(path)))
+    return text.replace("\\\n", "").splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -259,12 +259,13 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
 
 def test_the_front_page_says_how_long_a_chapter_takes(tmp_path: Path) -> None:
     """The number at the end of a row is made of the chapter's words and visible lines."""
-    table = "# T\n\n| chapter | for | minutes |\n|---|---|---:|\n| [A](0_part/00_a.ipynb) | it | {} |"
+    row = "| [A](0_part/00_a.ipynb) | it | 5 |"
+    table = f"# T\n\n| chapter | for | minutes |\n|---|---|---:|\n{row}"
     hidden = new_code_cell("#| hide\n" + "x = 1\n" * 999)
     chapter = [new_markdown_cell("# A\n\n> Asks." + " word" * 1496), hidden, new_code_cell("1")]
     (tmp_path / "nbs/0_part").mkdir(parents=True)
     write(tmp_path / "nbs/0_part/00_a.ipynb", *chapter)
-    write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table.format(5)))
+    write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table))
     root = ("--root", str(tmp_path))
     assert tool("make_readme.py", "--check", *root).returncode == 1
     assert tool("make_readme.py", *root).returncode == 0
