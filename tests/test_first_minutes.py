@@ -65,8 +65,8 @@ def help_of(verb: str) -> str:
 
 def commands(path: Path) -> list[str]:
     """The terminal commands of a page, continued lines joined."""
-    text: str = "".join(SHELL.findall(words(path)))
-    return text.replace("\\\n", "").splitlines()
+    blocks: list[str] = SHELL.findall(words(path))
+    return "".join(blocks).replace("\\\n", "").splitlines()
 
 
 @pytest.fixture(scope="module")
