@@ -257,6 +257,21 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
     assert done.returncode == 1 and "README.md" in done.stderr
 
 
+def test_the_front_page_says_how_long_a_chapter_takes(tmp_path: Path) -> None:
+    """The number at the end of a row is made of the chapter's words and visible lines."""
+    row = "| [A](0_part/00_a.ipynb) | it | 5 |"
+    table = f"# T\n\n| chapter | for | minutes |\n|---|---|---:|\n{row}"
+    hidden = new_code_cell("#| hide\n" + "x = 1\n" * 999)
+    chapter = [new_markdown_cell("# A\n\n> Asks." + " word" * 1496), hidden, new_code_cell("1")]
+    (tmp_path / "nbs/0_part").mkdir(parents=True)
+    write(tmp_path / "nbs/0_part/00_a.ipynb", *chapter)
+    write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table))
+    root = ("--root", str(tmp_path))
+    assert tool("make_readme.py", "--check", *root).returncode == 1
+    assert tool("make_readme.py", *root).returncode == 0
+    assert "| [A](nbs/0_part/00_a.ipynb) | it | 10 |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_index_lists_every_chapter(tmp_path: Path) -> None:
     """Parts and chapters in order, each with its own promise; a new one puts the table out of
     step."""
