@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import bibliography
+import make_pages
 import yaml
-from make_order import notebooks
+from book import notebooks
 from nb_filter import filter_notebook
 from quickjax import MathJaxRenderer, MathJaxRenderError
 from smalldocs.config import BuildError, ConfigError
@@ -78,6 +80,7 @@ def quarto_only(config: dict[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in config.items() if k not in ("execute", "ipynb-filters")}
     for key in ("html-math-method", "grid"):
         config["format"]["html"].pop(key, None)
+    config["project"].pop("pre-render", None)
     return config
 
 
@@ -92,9 +95,9 @@ def hrefs(entries: list[Any]) -> list[str]:
 
 
 def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
-    """Notebooks that the sidebar lacks, and pages that it names in vain."""
+    """Pages that the sidebar lacks, and pages that it names in vain."""
     listed = hrefs(config["website"]["sidebar"]["contents"])
-    there = [p.relative_to(root).as_posix() for p in notebooks(root)]
+    there = [p.relative_to(root).as_posix() for p in notebooks(root)] + list(make_pages.pages(root))
     bad = [f"_quarto.yml: the sidebar does not name {p}" for p in there if p not in listed]
     bad += [
         f"_quarto.yml: the sidebar names {p}, which does not exist"
@@ -131,8 +134,12 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
     (to / "tools").mkdir()
     for css in (root / "tools").glob("*.css"):
         shutil.copy(css, to / "tools")
+    for name, text in make_pages.pages(root).items():
+        (to / name).parent.mkdir(exist_ok=True)
+        (to / name).write_text(text, encoding="utf-8")
+    entries = bibliography.read(root)
     for path in notebooks(root):
-        nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")))
+        nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")), entries)
         public = partial(repo_link, root=root, folder=path.parent, blob=blob)
         for cell in nb["cells"]:
             if (
@@ -289,6 +296,8 @@ DOOR = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>pc_
 def build_site(root: Path, out: Path) -> list[str]:
     """Build the site into `out`; return what is wrong with it."""
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
+    if bad := bibliography.faults(root):
+        return bad
     bad = check_sidebar(root, config)
     with tempfile.TemporaryDirectory() as tmp:
         work = Path(tmp).resolve()

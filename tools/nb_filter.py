@@ -4,7 +4,8 @@
 Quarto reads `#| key: value` lines as YAML, so nbdev's bare directives (`#| export`, `#| slow`, ...)
 would garble a cell. This filter deletes those lines, keeps the Quarto options (`#| label: fig-x`),
 and drops the cells that are marked `#| hide`, `#| default_exp`, or have nothing else in them. Live
-widgets become nothing: a page shows the saved picture beside them.
+widgets become nothing: a page shows the saved picture beside them. Citations, `[@key]`, become
+links to the bibliography.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import argparse
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
+import bibliography
+from bibliography import Entries
+
+ROOT = Path(__file__).resolve().parents[1]
 DROP = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
 OPTION = re.compile(r"^#\|\s*[\w-]+:(\s|$)|^#\|\s+- ")  # a Quarto option, or one entry of its list
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -26,10 +32,11 @@ def text_of(cell: dict[str, Any]) -> str:
     return src if isinstance(src, str) else "".join(src)
 
 
-def filter_cell(cell: dict[str, Any]) -> dict[str, Any] | None:
+def filter_cell(cell: dict[str, Any], entries: Entries) -> dict[str, Any] | None:
     """The cell without nbdev directives, or None when the site does not show it."""
     if cell["cell_type"] != "code":
-        return cell
+        text = bibliography.cite(text_of(cell), entries)
+        return {**cell, "source": text.splitlines(keepends=True)}
     src = text_of(cell)
     if DROP.search(src):
         return None
@@ -45,9 +52,10 @@ def filter_cell(cell: dict[str, Any]) -> dict[str, Any] | None:
     return {**cell, "source": source, "outputs": outputs}
 
 
-def filter_notebook(nb: dict[str, Any]) -> dict[str, Any]:
+def filter_notebook(nb: dict[str, Any], entries: Entries) -> dict[str, Any]:
     """A copy of the notebook for the site."""
-    return {**nb, "cells": [c for c in map(filter_cell, nb["cells"]) if c is not None]}
+    cells = [filter_cell(cell, entries) for cell in nb["cells"]]
+    return {**nb, "cells": [c for c in cells if c is not None]}
 
 
 def main() -> None:
@@ -56,7 +64,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_known_args()
-    json.dump(filter_notebook(json.load(sys.stdin)), sys.stdout, ensure_ascii=False, indent=1)
+    page = filter_notebook(json.load(sys.stdin), bibliography.read(ROOT))
+    json.dump(page, sys.stdout, ensure_ascii=False, indent=1)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,59 @@ def test_links_between_folders_and_out_of_the_book(tiny: Path) -> None:
         assert f'href="{href}"' in page, href
 
 
+WORK = """
+song2020:
+  author: [Yuhang Song, Thomas Lukasiewicz, Zhenghua Xu]
+  title: Can the brain do backpropagation?
+  year: 2020
+  where: NeurIPS 33
+  use: The order of updates.
+"""
+
+
+def cites(root: Path, works: str, text: str) -> None:
+    """A bibliography, and a front page that cites."""
+    (root / "nbs/bibliography.yml").write_text(works, encoding="utf-8")
+    config = root / "_quarto.yml"
+    names = "[nbs/index.ipynb, reference/bibliography.md]"
+    found = config.read_text(encoding="utf-8").replace("[nbs/index.ipynb]", names)
+    config.write_text(found, encoding="utf-8")
+    write(root, "index", text)
+
+
+def test_citations_lead_to_the_bibliography(tiny: Path) -> None:
+    """`[@key]` names the work and leads to its entry, which leads back; code stays as it is."""
+    cites(tiny, WORK, "So it is [@song2020], or [@song2020; @song2020]. Code: `[@song2020]`.")
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 0, done.stderr
+    page = (tiny / "out/nbs/index.html").read_text(encoding="utf-8")
+    link = '<a href="../reference/bibliography.html#song2020">Song et al. 2020</a>'
+    assert f"({link})" in page and f"({link}; {link})" in page
+    assert "<code>[@song2020]</code>" in page
+    works = (tiny / "out/reference/bibliography.html").read_text(encoding="utf-8")
+    assert 'id="song2020"' in works and '<a href="../nbs/index.html">Title</a>' in works
+
+
+@pytest.mark.parametrize(
+    ("works", "text", "message"),
+    [
+        (WORK, "[@song2021]", "nbs/index.ipynb: cites song2021, which nbs/bibliography.yml lacks"),
+        (WORK.replace("  year: 2020\n", ""), "", "song2020 lacks year"),
+        (WORK.replace("use:", "for:"), "", "song2020 has for, which nothing reads"),
+        (WORK.replace("[Yuhang", "Yuhang").replace("Xu]", "Xu"), "", "must be a list"),
+        (WORK + WORK.replace("song2020", "rao1999"), "", "the keys are not in order"),
+    ],
+)
+def test_a_citation_that_leads_nowhere_fails(
+    tiny: Path, works: str, text: str, message: str
+) -> None:
+    """An unknown key and an entry that is not whole end the build."""
+    cites(tiny, works, text)
+    done = build(tiny, tiny / "out")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 def test_a_page_outside_the_sidebar_fails(tiny: Path) -> None:
     """A chapter cannot be forgotten."""
     write(tiny, "99_new", "New.")
