@@ -23,7 +23,9 @@ from urllib.parse import unquote, urlsplit
 
 import bibliography
 import make_pages
+import reference
 import yaml
+from api import modules
 from book import notebooks
 from nb_filter import filter_notebook
 from quickjax import MathJaxRenderer, MathJaxRenderError
@@ -45,6 +47,10 @@ RAW_TEX = re.compile(
 REPO_LINK = re.compile(r"\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 REMOTE_CSS = re.compile(r"(?:@import\s+|url\()[\s\"'(]*((?:https?:)?//[^\"')\s]+)")
 WEB_FONT = re.compile(r"@import\s+url\([^)]*\);?")  # the themes fall back to the reader's own fonts
+DEFINITION = re.compile(  # at the start of a line
+    r'(?:(?<=\n)|(?<=<code class="sourceCode python">))'
+    r'(<span class="kw">(?:class</span> |def</span> <span class="fu">))(\w+)'
+)
 VOID = {
     "area",
     "base",
@@ -81,7 +87,7 @@ def quarto_only(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("html-math-method", "grid"):
         config["format"]["html"].pop(key, None)
     config["project"].pop("pre-render", None)
-    return config
+    return {**config, "smalldocs": {"linkify": True}}
 
 
 def hrefs(entries: list[Any]) -> list[str]:
@@ -94,10 +100,10 @@ def hrefs(entries: list[Any]) -> list[str]:
     return found
 
 
-def check_sidebar(root: Path, config: dict[str, Any]) -> list[str]:
+def check_sidebar(root: Path, config: dict[str, Any], made: list[str]) -> list[str]:
     """Pages that the sidebar lacks, and pages that it names in vain."""
     listed = hrefs(config["website"]["sidebar"]["contents"])
-    there = [p.relative_to(root).as_posix() for p in notebooks(root)] + list(make_pages.pages(root))
+    there = [*(p.relative_to(root).as_posix() for p in notebooks(root)), *made]
     bad = [f"_quarto.yml: the sidebar does not name {p}" for p in there if p not in listed]
     bad += [
         f"_quarto.yml: the sidebar names {p}, which does not exist"
@@ -123,7 +129,7 @@ def repo_link(match: re.Match[str], root: Path, folder: Path, blob: str) -> str:
     )
 
 
-def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
+def stage(root: Path, config: dict[str, Any], made: dict[str, str], to: Path) -> list[str]:
     """Copy what the site needs, with filtered notebooks; return what is wrong with them."""
     bad: list[str] = []
     blob = f"{config['website']['repo-url']}/blob/main/"
@@ -134,7 +140,9 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
     (to / "tools").mkdir()
     for css in (root / "tools").glob("*.css"):
         shutil.copy(css, to / "tools")
-    for name, text in make_pages.pages(root).items():
+    names = json.dumps(reference.symbols(modules(root)))
+    (to / "_symbols.json").write_text(names, encoding="utf-8")
+    for name, text in made.items():
         (to / name).parent.mkdir(exist_ok=True)
         (to / name).write_text(text, encoding="utf-8")
     entries = bibliography.read(root)
@@ -142,10 +150,12 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
         nb = filter_notebook(json.loads(path.read_text(encoding="utf-8")), entries)
         public = partial(repo_link, root=root, folder=path.parent, blob=blob)
         for cell in nb["cells"]:
-            if (
-                cell["cell_type"] == "markdown"
-            ):  # a link to a file of the repository leads to its page there
-                cell["source"] = REPO_LINK.sub(public, "".join(cell["source"]))
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                # a link to a file of the repository leads to its page there
+                cell["source"] = REPO_LINK.sub(public, text)
+            elif cell["cell_type"] == "code" and "#| label:" not in text:
+                cell["source"] = f'#| label: "{cell.get("id")}"\n{text}'  # Quarto's anchor, too
             if any(o["output_type"] == "error" for o in cell.get("outputs", [])):
                 bad.append(
                     f"{path.relative_to(root)}: cell {cell.get('id')} has an error among its saved"
@@ -155,6 +165,18 @@ def stage(root: Path, config: dict[str, Any], to: Path) -> list[str]:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return bad
+
+
+def link_definitions(text: str, page: str, entries: dict[str, str]) -> str:
+    """The page, where each name that its code defines leads to the name's entry."""
+
+    def one(match: re.Match[str]) -> str:
+        if match[2] not in entries:
+            return match[0]
+        to = entries[match[2]].replace(".md#", ".html#")
+        return f'{match[1]}<a href="{"../" * page.count("/")}{to[1:]}">{match[2]}</a>'
+
+    return DEFINITION.sub(one, text)
 
 
 # ---------------------------------------------------------------- formulas
@@ -298,10 +320,11 @@ def build_site(root: Path, out: Path) -> list[str]:
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     if bad := bibliography.faults(root):
         return bad
-    bad = check_sidebar(root, config)
+    made_pages = make_pages.pages(root)
+    bad = check_sidebar(root, config, list(made_pages))
     with tempfile.TemporaryDirectory() as tmp:
         work = Path(tmp).resolve()
-        bad += stage(root, config, work)
+        bad += stage(root, config, made_pages, work)
         try:
             site = build(work, quiet=True)
         except (BuildError, ConfigError) as e:
@@ -312,11 +335,12 @@ def build_site(root: Path, out: Path) -> list[str]:
         made = work / config["project"]["output-dir"]
         setter = Typesetter()
         total = 0
+        entries = reference.defined(modules(root))
         for path in sorted(made.rglob("*.html")):
-            text, count = setter.typeset(
-                path.read_text(encoding="utf-8"), path.relative_to(made).as_posix()
-            )
-            path.write_text(text, encoding="utf-8")
+            page = path.relative_to(made).as_posix()
+            text, count = setter.typeset(path.read_text(encoding="utf-8"), page)
+            mine = entries.get(page.replace(".html", ".ipynb"), {})
+            path.write_text(link_definitions(text, page, mine), encoding="utf-8")
             total += count
         bad += setter.errors
         for css in made.glob("site_libs/themes/*.css"):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the pages of the site that are no notebooks: Quarto runs this before it renders.
 
-They are the bibliography, in `reference/`, which git ignores. `make docs` takes the same texts
-without writing them here.
+They are the reference of the package and the bibliography, in `reference/`, which git ignores.
+`make docs` takes the same texts without writing them here.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import bibliography
+import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pages(root: Path) -> dict[str, str]:
     """Every such page, by its path: Markdown."""
-    cites = (root / bibliography.FILE).exists()
-    return {bibliography.PAGE: bibliography.page(root)} if cites else {}
+    works = (
+        {bibliography.PAGE: bibliography.page(root)} if (root / bibliography.FILE).exists() else {}
+    )
+    return {**reference.pages(root), **works}
 
 
 def title(text: str) -> str:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from api import undocumented
+
 ROOT = Path(__file__).resolve().parents[1]
 Places = dict[str, int]  # from where it is to how much it is
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -151,6 +153,7 @@ RULES: list[Callable[[Path], Places]] = [
     shared_names,
     numbered_chapters,
     lost_equations,
+    undocumented,
 ]
 
 
