@@ -69,7 +69,8 @@ def described(entry: Entry) -> list[str]:
         lines[-1] += f": {prose(a.comment)}" if a.comment else ""
     kind, comment = entry.returns
     if kind:
-        lines += [f"- returns {code(kind)}" + (f": {prose(comment)}" if comment else "")]
+        word = "is" if entry.is_field else "returns"
+        lines += [f"- {word} {code(kind)}" + (f": {prose(comment)}" if comment else "")]
     return ["::: {.arguments}", "", *lines, "", ":::", ""] if lines else []
 
 
@@ -93,8 +94,8 @@ def section(entry: Entry, titles: dict[str, str]) -> list[str]:
 
 def page(root: Path, name: str, house: list[Module]) -> str:
     """The page of one package."""
-    title = name if name == TOP else f"pc_transformer.{name}"
-    lines = ["---", f"title: {title}", "---", ""]
+    lines = ["---", f"title: {name}", "---", ""]
+    lines += [] if name == TOP else [f"Import from {code(f'pc_transformer.{name}')}.", ""]
     notebooks = {module.notebook for module in house}
     titles = {n: book.title(root / n) for n in notebooks}
     for module in house:

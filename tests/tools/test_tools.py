@@ -93,6 +93,28 @@ def test_filter_drops_and_keeps() -> None:
     assert out[2]["outputs"] == [] and out[3]["outputs"]
 
 
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("import os\nfrom a import b\nb.manual_seed(0)", "Imports"),
+        ("%matplotlib inline\nimport os", "Imports"),
+        ("import os\nx = 1", None),
+        ("torch.manual_seed(0)", None),
+        ("assert a\nrefused(f, 1)\ntorch.testing.assert_close(a, b)", "Check"),
+        ("for a in b:\n    assert a", "Check"),
+        ("a = 1\nassert a", None),
+        ("%magic", None),
+        ("a b", None),
+    ],
+)
+def test_filter_folds_what_only_imports_or_checks(code: str, word: str | None) -> None:
+    """Behind one word, and nothing else."""
+    done = tool("nb_filter.py", stdin=json.dumps(new_notebook(cells=[new_code_cell(code)])))
+    source = "".join(json.loads(done.stdout)["cells"][0]["source"])
+    fold = f"#| code-fold: true\n#| code-summary: {word}\n" if word else ""
+    assert source == fold + code
+
+
 def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
     """Marked cells keep what was saved; ids stay; a second run changes no byte."""
     path = write(
