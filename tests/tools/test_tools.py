@@ -1,6 +1,7 @@
 """The scripts in tools/: what they keep, what they skip, and how they fail."""
 
 import ast
+import base64
 import faulthandler
 import io
 import json
@@ -113,6 +114,21 @@ def test_filter_folds_what_only_imports_or_checks(code: str, word: str | None) -
     source = "".join(json.loads(done.stdout)["cells"][0]["source"])
     fold = f"#| code-fold: true\n#| code-summary: {word}\n" if word else ""
     assert source == fold + code
+
+
+def test_runner_stores_light_pictures(tmp_path: Path) -> None:
+    """A palette for lines, every colour for a picture of many; a second run changes nothing."""
+    draw = "import matplotlib.pyplot as plt, numpy as np\n"
+    lines = new_code_cell(draw + "plt.plot([1, 2], [3, 1]);")
+    blend = new_code_cell("plt.imshow(np.random.default_rng(0).random((200, 200, 3)));")
+    path = write(tmp_path / "a.ipynb", lines, blend)
+    assert process("run_notebooks.py", str(path)).returncode == 0
+    text = path.read_bytes()
+    cells = nbformat.read(path, 4).cells
+    pngs = [base64.b64decode(c.outputs[0].data["image/png"]) for c in cells]
+    assert [png[25] for png in pngs] == [3, 6], "a palette, and colours in full"
+    assert process("run_notebooks.py", str(path)).returncode == 0
+    assert path.read_bytes() == text
 
 
 def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
