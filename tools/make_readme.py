@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import bibliography
 import nbformat
 from execnb.nbio import nb2str
 from nb_filter import filter_notebook
@@ -94,7 +95,12 @@ def out_of_step(root: Path) -> dict[Path, str]:
 
 def render(root: Path) -> dict[str, bytes]:
     """README.md and its pictures, by path from the root."""
-    nb = filter_notebook(json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8")))
+    nb = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    entries = bibliography.read(root)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = bibliography.cite("".join(cell["source"]), entries, link=None)
+    nb = filter_notebook(nb, entries)
     nb["metadata"]["language_info"] = {"name": "python"}  # the code fences say so
     captions: dict[str, str] = {}
     for n, cell in enumerate(nb["cells"]):
