@@ -89,8 +89,9 @@ def make_parser() -> Any:
     parser = ArgumentParser(
         "pct", description=overview(), formatter_class=AsWritten, exit_on_error=False
     )
-    commands = parser.add_subcommands(required=True, metavar="COMMAND", title="one of the above")
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name in COMMANDS: commands.add_subcommand(name, options_of(name))
+    parser._action_groups.pop()     # its list of commands: `overview` has it, with a word on each
     return parser
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0002
@@ -181,6 +182,7 @@ def sentence(mistake: BaseException) -> str:
 def wrong_option(mistake: ArgumentError, args: Sequence[str]) -> str:
     "One sentence for words that are no command: what is wrong, and the nearest right word."
     words = " ".join(str(mistake).split()).replace("a typing.Literal", "one of ")
+    words = re.sub(r"an? <class '(\w+)'>", r"\1", words)
     command = next((a for a in args if a in COMMANDS), None)
     known = [*COMMANDS, *re.findall(r"'([\w-]+)'", words)]
     if command: known += [s for o in options_of(command)._actions for s in o.option_strings]
