@@ -109,9 +109,10 @@ def fill(
     conv1d: bool,  # linear maps are stored as (in, out)
 ) -> PCTransformer:  # in the precision of the tensors; the widest where they differ
     "A model with a GPT's tensors. Raises CheckpointError unless names and shapes fit exactly."
-    found, names = named_tensors(saved, source), gpt2_names(config)
+    found = named_tensors(saved, source)
+    own = blueprint(config, found, source).named_parameters()      # refuses sizes beyond the file
+    names = gpt2_names(config)
     turn = lambda name, t: t.mT if conv1d and name.endswith(CONV1D) else t
-    own = blueprint(config, found, source).named_parameters()
     check_fit({names[n]: turn(n, p) for n, p in own}, found, source)
     check_finite(found, source)
     model, dtype = PCTransformer(config), widest(found.values())
