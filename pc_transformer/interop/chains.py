@@ -202,7 +202,7 @@ class ModelChain(Chain):
             example = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         whole, before, after = examine(model, blocks or blocks_of(model), example)
         part = lambda names: nn.ParameterDict(
-            {n.replace(".", "_"): model.get_parameter(n) for n in names}
+            [(n.replace(".", "_"), model.get_parameter(n)) for n in names]  # pairs keep their order
         )
         between = model.get_submodule(whole.blocks).children()
         super().__init__([part(before), *between], part(after), Categorical())
