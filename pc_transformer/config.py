@@ -40,7 +40,6 @@ def _words(hint: Any) -> str:
     names = {int: "an integer", float: "a finite number", str: "a text", type(None): "None"}
     return names.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
-# %% ../nbs/1_model/01_configuration.ipynb #f9255192
 def _fits(value: Any, hint: Any) -> bool:
     "Whether `value` has the type `hint`; True, infinity and NaN are no numbers here."
     if get_origin(hint) is UnionType: return any(_fits(value, h) for h in get_args(hint))
@@ -106,8 +105,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            at = f"line {key.start_mark.line + 1}: "
-            _check(key.value not in seen, f"{at}the key {key.value!r} appears twice")
+            if key.value in seen:
+                twice = f"the key {key.value!r} appears twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -297,7 +297,6 @@ def from_yaml(
 ) -> _C:
     "A checked configuration from YAML; raises `ConfigError`, as `from_dict` and for bad YAML."
     try: data = yaml.load(text, _Loader)
-    except ConfigError: raise
     except Exception as error:      # PyYAML's own, and Python's for a tag that does not fit
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         at = f"line {mark.line + 1}: " if mark else ""

@@ -18,10 +18,7 @@ from pc_transformer.cli.given import (
 from ..config import ConfigError, ModelConfig, TrainConfig
 from ..data.text import TextData
 from ..learning.config import LearnerConfig
-from ..training.checkpoints import load
-from ..training.files import write_text
-from ..training.run import RunConfig
-from ..training.trainer import pick_device
+from ..training import RunConfig, load, pick_device, write_text
 
 # %% ../../nbs/4_practice/18_comparing.ipynb #5543222d
 def run(

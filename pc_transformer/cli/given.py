@@ -20,10 +20,7 @@ from .. import data as corpora
 from ..config import ConfigError, flat, replace, to_dict
 from ..data.tasks import find_text
 from ..data.text import TextData
-from ..training import checkpoints
-from ..training.checkpoints import read_run_config
-from ..training.files import CheckpointError
-from ..training.run import RunConfig
+from ..training import CheckpointError, RunConfig, checkpoints, read_run_config
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0006
 def read_data(

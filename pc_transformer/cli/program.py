@@ -30,8 +30,7 @@ from .given import say
 from .verbs import data, evaluate, sample, train
 from ..config import ConfigError, did_you_mean
 from ..settling.chain import SettlingError
-from ..training.files import Interrupted
-from ..training.parallel import ProcessError
+from ..training import Interrupted, ProcessError
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #76427aee
 USE: tuple[Callable[..., None], ...] = (train, evaluate, sample, data)

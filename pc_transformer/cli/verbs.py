@@ -20,19 +20,12 @@ from pc_transformer.cli.given import (
 from ..config import ModelConfig, TrainConfig
 from ..data.tasks import evaluate as whole_split, find_text
 from ..data.text import halves
-from ..inference.generate import generate_text, opening
-from ..inference.packed import pack
-from ..inference.sampling import SamplingConfig
+from ..inference import SamplingConfig, generate_text, opening, pack
 from ..learning.config import LearnerConfig
-from ..training import checkpoints
-from pc_transformer.training.checkpoints import (
-    SavedTokenizer, load_pair, resume as resume_run, write_run_config,
+from pc_transformer.training import (
+    CheckpointError, Checkpoints, Progress, RunConfig, SavedTokenizer, Trainer, checkpoints, join,
+    load_pair, pick_device, resume as resume_run, start, train as train_run, write_run_config,
 )
-from ..training.files import CheckpointError
-from ..training.loop import Checkpoints, Progress, train as train_run
-from ..training.parallel import join
-from ..training.run import RunConfig
-from ..training.trainer import Trainer, pick_device, start
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0007
 def train(
@@ -88,14 +81,13 @@ def anchors(
     train_text: str, valid_text: str, tokenizer: SavedTokenizer
 ) -> dict[str, dict[str, float]]:
     "The baselines of a text; none, and a sentence, where a character is unknown to them."
-    new, known = set(valid_text) - set(train_text), set[str]()
-    if isinstance(tokenizer, corpora.CharTokenizer) and new: known = set(tokenizer.vocabulary)
-    if new - known:
-        odd = f"{min(new)!r} occurs only in the validation text"
-        say(f"no baselines: {odd}, so that counts know nothing of it")
-        return {}
-    vocabulary = "".join(sorted(known | set(train_text)))
-    return corpora.baselines(train_text, valid_text, vocabulary=vocabulary)
+    known = set(train_text)
+    if set(valid_text) - known and isinstance(tokenizer, corpora.CharTokenizer):
+        known |= set(tokenizer.vocabulary)
+    if not (new := set(valid_text) - known):
+        return corpora.baselines(train_text, valid_text, vocabulary="".join(sorted(known)))
+    say(f"no baselines: {min(new)!r} occurs only in the validation text, and counts cannot score it")
+    return {}
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0014
 def evaluate(
