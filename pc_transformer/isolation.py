@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU', 'CURRENT', 'M', 'check_seed', 'Draws', 'drawing', 'generator', 'ahead', 'dropout', 'Dropout', 'linear', 'table',
-           'Walk', 'view', 'evaluating', 'leaf', 'private']
+           'container', 'same_script', 'Walk', 'view', 'evaluating', 'leaf', 'private']
 
 # %% ../nbs/1_model/02_isolation.ipynb #51f8d785
 import copy
@@ -103,6 +103,24 @@ def table(rows: int, width: int) -> nn.Embedding:
     nn.init.normal_(made.weight, generator=generator(made.weight.device))
     return made
 
+# %% ../nbs/1_model/02_isolation.ipynb #view-container
+def container(x: Any, of: Callable[[Any], Any]) -> Any:
+    "A dict, list or tuple with `of` of everything in it; itself where nothing changes."
+    items = list(x.values() if isinstance(x, dict) else x)
+    new = [of(y) for y in items]
+    if all(a is b for a, b in zip(new, items, strict=True)): return x
+    if isinstance(x, tuple): return getattr(x, "_make", tuple)(new)
+    held = copy.copy(x)             # of whatever kind of dict or list it is
+    if isinstance(x, dict): held.update(zip(x, new, strict=True))
+    else: held[:] = new
+    return held
+
+
+def same_script(m: nn.Module, training: bool | None, tensor: object) -> nn.Module:
+    "A TorchScript module itself, which cannot be copied. Raises TypeError for another mode."
+    if tensor is None and all(training in (None, x.training) for x in m.modules()): return m
+    raise TypeError("a TorchScript module has one mode for everybody: call its eval() first")
+
 # %% ../nbs/1_model/02_isolation.ipynb #cff0eb95
 class Walk:
     "One visit of all that a model holds: what stands for each thing in a view."
@@ -113,38 +131,24 @@ class Walk:
     def of(self, x: Any) -> Any:
         "What stands for `x`: itself, unless there is a module (or tensor) in it."
         if isinstance(x, nn.Module): return self.module(x)
-        if isinstance(x, dict | list | tuple): return self.container(x)
+        if isinstance(x, dict | list | tuple): return container(x, self.of)
         if isinstance(x, MethodType) and isinstance(x.__self__, nn.Module):
             return MethodType(x.__func__, self.module(x.__self__))
         if not isinstance(x, Tensor) or self.tensor is None: return x
         if id(x) not in self.seen: self.seen[id(x)] = self.tensor(x)
         return self.seen[id(x)]
 
-    def container(self, x: Any) -> Any:
-        items = list(x.values() if isinstance(x, dict) else x)
-        new = [self.of(y) for y in items]
-        if all(a is b for a, b in zip(new, items, strict=True)): return x
-        if isinstance(x, tuple): return x._make(new) if hasattr(x, "_make") else tuple(new)
-        held = copy.copy(x)             # of whatever kind of dict or list it is
-        if isinstance(x, dict): held.update(zip(x, new, strict=True))
-        else: held[:] = new
-        return held
-
     def module(self, m: Any) -> Any:
+        "A new module of the same class that holds what stands for each thing in `m`."
         m = getattr(m, "_orig_mod", m)      # of a compiled module: what was compiled
-        if isinstance(m, torch.jit.ScriptModule): return self.script(m)
         if id(m) in self.seen: return self.seen[id(m)]
+        if isinstance(m, torch.jit.ScriptModule): return same_script(m, self.training, self.tensor)
         new = self.seen[id(m)] = object.__new__(type(m))
         held = {k: v for k, v in vars(m).items() if k != "_compiled_call_impl"}
         vars(new).update(held)      # first as they are: modules may know each other in a circle
         vars(new).update({k: self.of(v) for k, v in held.items() if "_hooks" not in k})
         vars(new)["training"] = m.training if self.training is None else self.training
         return new
-
-    def script(self, m: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-        if self.tensor is None and all(self.training in (None, x.training) for x in m.modules()):
-            return m
-        raise TypeError("a TorchScript module has one mode for everybody: call its eval() first")
 
 # %% ../nbs/1_model/02_isolation.ipynb #cbb669c0
 M = TypeVar("M", bound=nn.Module)

@@ -72,7 +72,7 @@ def options_of(name: str) -> Any:
     parser.add_argument("--config", action="config", help="a YAML file with some of the settings")
     parser.add_function_arguments(f, as_group=False, as_positional=True, sub_configs=True)
     said = comments(f)
-    for group, box in parser.groups.items():
+    for group, box in (parser.groups or {}).items():
         box.title = f"{group}: {said.pop(group)}"
     for option in parser._actions:
         option.help = said.get(option.dest, option.help)
@@ -85,7 +85,7 @@ def make_parser() -> Any:
 
     class AsWritten(DefaultHelpFormatter, RawDescriptionHelpFormatter): pass
 
-    parser = ArgumentParser(
+    parser: Any = ArgumentParser(
         "pct", description=overview(), formatter_class=AsWritten, exit_on_error=False
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")

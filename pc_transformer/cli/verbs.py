@@ -86,7 +86,7 @@ def anchors(
         known |= set(tokenizer.vocabulary)
     if not (new := set(valid_text) - known):
         return corpora.baselines(train_text, valid_text, vocabulary="".join(sorted(known)))
-    say(f"no baselines: {min(new)!r} occurs only in the validation text, and counts cannot score it")
+    say(f"no baselines: {min(new)!r} is only in the validation text, and counts cannot score it")
     return {}
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0014

@@ -45,8 +45,7 @@ class LearnerConfig(Config):
     """How gradients are found and how latents settle; raises `ConfigError`. Backprop uses
     `algorithm` only."""
 
-    # how the gradient of a weight is found
-    algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
+    algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"  # finds gradients
     steps: int = ErrorSettling.steps  # K, settling steps before the weights move; highway: rounds
     relative_precision: float = FreeEnergy.relative_precision  # beta, stiffness of the latents
     step_size: float = ErrorSettling.step_size  # part of a full settling step, in (0, 1]
