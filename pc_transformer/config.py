@@ -75,15 +75,10 @@ def _check(ok: bool, message: str) -> None:
     if not ok: raise ConfigError(message)
 
 
-def _positive(config: Any, *names: str) -> None:
-    "Raise `ConfigError` unless each of these fields is above zero."
-    for name in names: _check((v := getattr(config, name)) > 0, f"{name} must be positive, got {v}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    "Raise `ConfigError` unless each of these fields is zero or above."
-    for name in names:
-        _check((v := getattr(config, name)) >= 0, f"{name} must not be negative, got {v}")
+def _each(config: Any, names: str, must: str, ok: Callable[[Any], bool]) -> None:
+    "Raise `ConfigError` unless `ok` holds for each of these fields that is not `None`."
+    for name in names.split():
+        if (v := getattr(config, name)) is not None: _check(ok(v), f"{name} must {must}, got {v}")
 
 # %% ../nbs/1_model/01_configuration.ipynb #840394fc
 SCALARS = {  # how YAML 1.2 writes what is no text
@@ -126,11 +121,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     "A nested dictionary as one of dotted names."
-    parts = (
-        flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
-        for k, v in nested.items()
-    )
-    return {k: v for part in parts for k, v in part.items()}
+    found = dict[str, Any]()
+    for k, v in nested.items():
+        found |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return found
 
 
 def to_yaml(config: Any) -> str:
@@ -207,16 +201,15 @@ class ModelConfig(Config):
 # %% ../nbs/1_model/01_configuration.ipynb #check-model
 def check_model(c: ModelConfig) -> None:
     "Raise `ConfigError` for sizes and settings that contradict each other."
-    may = ("precision_init", "tail", "n_kv_head", "window")
-    _positive(c, *(n for n in may if getattr(c, n) is not None))
-    _positive(c, "vocab_size", "block_size", "n_layer", "n_head", "d_model", "n_component")
+    sizes = "vocab_size block_size n_layer n_head d_model n_component"
+    _each(c, f"{sizes} precision_init tail n_kv_head window", "be positive", lambda v: v > 0)
+    _each(c, "dropout", "lie in [0, 1)", lambda v: 0 <= v < 1)
     below = c.d_model // c.n_head * c.n_head
     near = f"{below} or {below + c.n_head}" if below else c.n_head
     odd = f"d_model = {c.d_model} is not divisible by n_head = {c.n_head}"
     _check(c.d_model % c.n_head == 0, f"{odd}; d_model = {near} would do")
     odd = f"n_head = {c.n_head} is not divisible by n_kv_head = {c.n_kv_head}"
     _check(c.n_head % (c.n_kv_head or 1) == 0, odd)
-    _check(0 <= c.dropout < 1, f"dropout must lie in [0, 1), got {c.dropout}")
     way = f"leave tail out, or choose {', '.join(TAILED)}"
     none = f"{c.attention} attention has no tail to set: {way}"
     _check(c.tail is None or c.attention in TAILED, none)
@@ -255,19 +248,17 @@ class TrainConfig(Config):
 # %% ../nbs/1_model/01_configuration.ipynb #check-training
 def check_training(c: TrainConfig) -> None:
     "Raise `ConfigError` for values out of range and for rates that contradict each other."
-    _positive(c, "iters", "batch_size", "learning_rate", "eval_interval", "checkpoint_interval",
-              "accumulate")
-    rates = ("learning_rate", "weight_decay", "precision_lr_scale")
-    for n in rates: _check((v := getattr(c, n)) <= 1e30, f"{n} must be at most 1e30, got {v}")
+    counts = "iters batch_size eval_interval checkpoint_interval accumulate"
+    _each(c, f"{counts} learning_rate", "be positive", lambda v: v > 0)
+    rates, zero = "weight_decay precision_lr_scale", "min_learning_rate warmup_iters grad_clip seed"
+    _each(c, f"learning_rate {rates}", "be at most 1e30", lambda v: v <= 1e30)
+    _each(c, f"{rates} {zero}", "not be negative", lambda v: v >= 0)
+    _each(c, "beta1 beta2", "lie in [0, 1)", lambda v: 0 <= v < 1)
     uneven = f"a batch of {c.batch_size} cannot be learned in {c.accumulate} equal parts"
     _check(c.batch_size % c.accumulate == 0, uneven)
-    _not_negative(c, "min_learning_rate", "warmup_iters", "weight_decay", "grad_clip",
-                  "precision_lr_scale", "seed")
     low, high = c.min_learning_rate, c.learning_rate
     rises = f"min_learning_rate = {low} is above learning_rate = {high}; the rate must not rise"
     _check(low <= high, rises)
-    for n in ("beta1", "beta2"):
-        _check(0 <= (v := getattr(c, n)) < 1, f"{n} must lie in [0, 1), got {v}")
 
 # %% ../nbs/1_model/01_configuration.ipynb #5f20fcfc
 _C = TypeVar("_C", bound=Config)

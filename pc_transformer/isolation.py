@@ -139,13 +139,11 @@ class Walk:
         return self.seen[id(x)]
 
     def module(self, m: Any) -> Any:
-        "A new module of the same class that holds what stands for each thing in `m`."
         m = getattr(m, "_orig_mod", m)      # of a compiled module: what was compiled
         if id(m) in self.seen: return self.seen[id(m)]
         if isinstance(m, torch.jit.ScriptModule): return same_script(m, self.training, self.tensor)
         new = self.seen[id(m)] = object.__new__(type(m))
-        held = {k: v for k, v in vars(m).items() if k != "_compiled_call_impl"}
-        vars(new).update(held)      # first as they are: modules may know each other in a circle
+        vars(new).update(held := {k: v for k, v in vars(m).items() if k != "_compiled_call_impl"})
         vars(new).update({k: self.of(v) for k, v in held.items() if "_hooks" not in k})
         vars(new)["training"] = m.training if self.training is None else self.training
         return new
