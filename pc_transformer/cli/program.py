@@ -79,8 +79,8 @@ def options_of(name: str) -> Any:
     return parser
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0023
-def make_parser() -> Any:
-    "The jsonargparse parser of `pct` with all commands."
+def make_parser(args: Sequence[str]) -> Any:
+    "The jsonargparse parser of `pct`; of the commands, only those in `args` get their options."
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class AsWritten(DefaultHelpFormatter, RawDescriptionHelpFormatter): pass
@@ -89,7 +89,8 @@ def make_parser() -> Any:
         "pct", description=overview(), formatter_class=AsWritten, exit_on_error=False
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    for name in COMMANDS: commands.add_subcommand(name, options_of(name))
+    for name in COMMANDS:
+        commands.add_subcommand(name, options_of(name) if name in args else ArgumentParser())
     parser._action_groups.pop()     # its list of commands: `overview` has it, with a word on each
     return parser
 
@@ -140,7 +141,7 @@ def dispatch(args: Sequence[str]) -> None:
     "Call the command that is named, and tell it, where it wants to know, what was typed."
     args = set_threads(args)
     check_files(args)
-    parser = make_parser()
+    parser = make_parser(args)
     parsed = parser.parse_args(args)
     name = parsed.subcommand
     options = vars(parser.instantiate(parsed)[name])
