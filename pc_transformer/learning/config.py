@@ -45,14 +45,14 @@ class LearnerConfig(Config):
     """How gradients are found and how latents settle; raises `ConfigError`. Backprop uses
     `algorithm` only."""
 
-    algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"
+    algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"  # finds gradients
     steps: int = ErrorSettling.steps  # K, settling steps before the weights move; highway: rounds
     relative_precision: float = FreeEnergy.relative_precision  # beta, stiffness of the latents
     step_size: float = ErrorSettling.step_size  # part of a full settling step, in (0, 1]
     solver: Literal["error", "sweep", "state", "highway"] = "error"  # how states settle
-    # beta at the last iteration, reached geometrically; none: constant
+    # beta at the last iteration, reached geometrically; None: constant
     relative_precision_end: float | None = PredictiveCoding.relative_precision_end
-    # K at the last iteration, reached linearly; none: constant
+    # K at the last iteration, reached linearly; None: constant
     steps_end: int | None = PredictiveCoding.steps_end
     tolerance: float = ErrorSettling.tolerance  # stop settling at this residual; 0: after K steps
     centred: bool = PredictiveCoding.centred  # settle twice with half a nudge of either sign

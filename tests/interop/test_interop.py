@@ -896,14 +896,14 @@ def test_generation_stops_at_its_token() -> None:
     assert got[0].tolist() == want[: want.index(end, 4) + 1]
 
 
-def test_what_the_coat_refuses() -> None:
+def test_what_the_wrapper_refuses() -> None:
     pytest.importorskip("transformers")
-    coat = as_transformers(stirred())
+    wrapper = as_transformers(stirred())
     mask = torch.ones_like(TOKENS)
-    assert torch.equal(coat(TOKENS, attention_mask=mask).logits, coat(TOKENS).logits)
+    assert torch.equal(wrapper(TOKENS, attention_mask=mask).logits, wrapper(TOKENS).logits)
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="padding"):
-        coat(TOKENS, attention_mask=mask)
+        wrapper(TOKENS, attention_mask=mask)
     for name in (
         "labels",
         "position_ids",
@@ -914,45 +914,45 @@ def test_what_the_coat_refuses() -> None:
         "anything",
     ):
         with pytest.raises(ValueError, match=f"{name} cannot be given"):
-            coat(TOKENS, **{name: TOKENS})
+            wrapper(TOKENS, **{name: TOKENS})
     with pytest.raises(ValueError, match="position_ids"):
-        coat.generate(TOKENS, position_ids=torch.zeros_like(TOKENS), max_new_tokens=1)
+        wrapper.generate(TOKENS, position_ids=torch.zeros_like(TOKENS), max_new_tokens=1)
     with pytest.raises(ValueError, match="cache"):
-        coat.generate(TOKENS, use_cache=True, max_new_tokens=1)
+        wrapper.generate(TOKENS, use_cache=True, max_new_tokens=1)
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        coat(TOKENS, attention_mask=torch.ones(1, 1))
+        wrapper(TOKENS, attention_mask=torch.ones(1, 1))
     nothing = dict.fromkeys(("labels", "position_ids", "past_key_values")) | {
         "output_attentions": False
     }
-    assert torch.equal(coat(TOKENS, **nothing).logits, coat(TOKENS).logits)
-    assert torch.equal(coat(TOKENS, return_dict=False)[0], coat(TOKENS).logits)
+    assert torch.equal(wrapper(TOKENS, **nothing).logits, wrapper(TOKENS).logits)
+    assert torch.equal(wrapper(TOKENS, return_dict=False)[0], wrapper(TOKENS).logits)
 
 
-def test_a_coat_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+def test_a_wrapper_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
     "What save_pretrained wrote could never be loaded; now it says what can."
     transformers = pytest.importorskip("transformers")
-    coat = as_transformers(stirred())
+    wrapper = as_transformers(stirred())
     with pytest.raises(ValueError, match=r"pc_transformer\.save"):
-        coat.save_pretrained(tmp_path / "coat")
-    assert not (tmp_path / "coat").exists()
-    coat.config.save_pretrained(tmp_path / "coat")
-    for make in (type(coat), transformers.AutoModelForCausalLM):
+        wrapper.save_pretrained(tmp_path / "wrapper")
+    assert not (tmp_path / "wrapper").exists()
+    wrapper.config.save_pretrained(tmp_path / "wrapper")
+    for make in (type(wrapper), transformers.AutoModelForCausalLM):
         with pytest.raises(ValueError, match="as_transformers"):
-            make.from_pretrained(tmp_path / "coat")
+            make.from_pretrained(tmp_path / "wrapper")
     with pytest.raises(ValueError, match="as_transformers"):
-        transformers.AutoModelForCausalLM.from_config(coat.config)
+        transformers.AutoModelForCausalLM.from_config(wrapper.config)
 
 
 def test_pipeline_writes_our_text() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = CharTokenizer.fit("Friends, Romans, countrymen:\n\tlend me your ears! 🙂é")
     model = stirred(ModelConfig(tokenizer.vocab_size, 16, 2, 2, 32), seed=2, scale=40.0).eval()
-    coat = transformers.pipeline(
+    wrapper = transformers.pipeline(
         "text-generation", model=as_transformers(model), tokenizer=transformers_tokenizer(tokenizer)
     )
     for prompt in ("ears", "lend me\n\ty", "🙂é"):
         ids = generate(model, tokenizer.encode(prompt), 10, temperature=0)[0]
-        assert coat(prompt, do_sample=False, max_new_tokens=10)[0][
+        assert wrapper(prompt, do_sample=False, max_new_tokens=10)[0][
             "generated_text"
         ] == tokenizer.decode(ids)
 
