@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'check_mask', 'check_layout', 'check_name', 'check_share', 'check_attend', 'check_fits',
-           'check_shapes', 'check_backend', 'sound', 'in_range', 'overflows', 'rows_that_see', 'cleaned', 'bad_tokens']
+           'check_shapes', 'sound', 'in_range', 'overflows', 'rows_that_see', 'cleaned', 'bad_tokens']
 
 # %% ../../nbs/1_model/10_checks.ipynb #9162b7f5
 import math
@@ -23,7 +23,6 @@ from pc_transformer.attention.scores import (
 from ..config import Attention
 from ..energies.elliptical import check_number, check_whole, known, shown
 from ..energies.families import Gaussian
-from ..energies.mixture import Independent
 
 # %% ../../nbs/1_model/10_checks.ipynb #0f5d96c2
 def check_inputs(q: Any, k: Any, v: Any, attn_mask: Any) -> None:
@@ -54,17 +53,15 @@ def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) 
     "Raise ValueError for queries, keys and values that do not fit each other."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     mixed = family == "mixture"
-    ranks = q.dim() == v.dim() == 4 and k.dim() == 4 + mixed and q.shape[-1] == k.shape[-1]
-    if not (ranks and k.shape[-2] == v.shape[-2] and k.shape[:2] == v.shape[:2]):
+    fit = q.dim() == v.dim() == 4 and k.dim() == 4 + mixed and 0 not in (*q.shape, *k.shape)
+    fit = fit and v.shape[-1] > 0 and v.shape[:3] == (*k.shape[:2], k.shape[-2])
+    fit = fit and (q.shape[0], q.shape[-1]) == (k.shape[0], k.shape[-1])
+    if not fit or q.shape[1] % k.shape[1]:
         want = "(B, H, M, Tk, d)" if mixed else "(B, H, Tk, d)"
         raise ValueError(
-            f"{family} attention needs q (B, H, Tq, d), k {want} and v (B, H, Tk, dv), but got"
-            f" {shapes}"
+            f"{family} attention needs q (B, H, Tq, d), k {want} and v (B, H, Tk, dv), no axis"
+            f" of length zero; k and v may have a divisor of H heads; but got {shapes}"
         )
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"attention over nothing: no axis may have length zero, but {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k needs q's batch, and as many heads or a divisor of them: {shapes}")
     if is_causal and q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"is_causal needs as many queries as keys ({shapes}); pass attn_mask instead"
@@ -73,13 +70,11 @@ def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) 
 # %% ../../nbs/1_model/10_checks.ipynb #83ba6c8e
 def check_name(what: str, name: Any, names: Any) -> None:
     "Raise TypeError or ValueError unless this is one of the names of a `Literal`."
+    choices = get_args(names)
     if not isinstance(name, str):
-        raise TypeError(
-            f"{what} is a name such as {get_args(names)[1]!r}, not a {type(name).__name__}"
-        )
-    if name not in get_args(names):
-        choices = ", ".join(map(repr, get_args(names)))
-        raise ValueError(f"unknown {what} {name!r}: choose from {choices}")
+        raise TypeError(f"{what} is a name such as {choices[1]!r}, not a {type(name).__name__}")
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(repr, choices))}")
 
 
 def check_share(what: str, x: Any) -> None:
@@ -104,6 +99,11 @@ def check_attend(
     if options["window"] is not None: check_whole("window", options["window"], 1)
     check_whole("settle_steps", options["settle_steps"], 0)
     check_share("dropout_p", options["dropout_p"])
+    apart = options["coordinates"] == "independent" and family not in ("dot", "gaussian")
+    if apart and backend not in ("auto", "reference", "chunked"):
+        raise ValueError(
+            "independent coordinates have no one distance: use backend='chunked' or 'reference'"
+        )
     if options["return_attention"] and backend not in ("auto", "reference"):
         raise ValueError(
             "a fused kernel never forms the attention matrix: use backend='reference' to return it"
@@ -117,7 +117,7 @@ def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
     if x.dim() > len(shape) or any(have not in (1, want) for have, want in pairs):
         raise ValueError(f"{what} of shape {tuple(x.shape)} does not broadcast to {shape}: {hint}")
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #f7bf5166
 def check_shapes(
     q: Tensor, k: Tensor, precision: Any, log_mix: Any, attn_mask: Tensor | None, family: str
 ) -> None:
@@ -140,41 +140,25 @@ def check_shapes(
             " family='gaussian'"
         )
 
-# %% ../../nbs/1_model/10_checks.ipynb #2ef77f3f
-def check_backend(backend: str, likelihood: Likelihood, dropout: bool) -> None:
-    "Raise ValueError for a backend that was asked for by name and cannot do it."
-    if isinstance(likelihood, Independent) and backend not in ("auto", "reference", "chunked"):
-        raise ValueError(
-            "independent coordinates have no one distance: use backend='chunked' or 'reference'"
-        )
-    if backend == "sdpa" and (dropout or not isinstance(likelihood, str | Gaussian)):
-        raise ValueError(
-            "the fused kernel knows dot products and Gaussians without dropout only: use"
-            " backend='chunked'"
-        )
-
 # %% ../../nbs/1_model/10_checks.ipynb #d2fe216f
 def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
     """`x`, after a look at its numbers in this dtype; NaN for wrong ones where nobody can look.
-
-    `positive`: above zero and finite. Else: minus infinity, or within a quarter of the dtype's
-    largest number, so that a mask, a mixing weight and a score do not overflow together. Raises
-    TypeError for what is no number and ValueError for a wrong one.
-    """
+    `positive`: above zero and finite. Else: minus infinity, or within a quarter of the largest
+    number: a mask, a mixing weight and a score do not overflow together. Raises TypeError for
+    what is no number, ValueError for a wrong one."""
     check_number(what, x)
     info = torch.finfo(dtype)
     most = info.max / 4
     if isinstance(x, Tensor):
         full = x.to(dtype)
-        good = (full > 0) & (full < math.inf) if positive else (
-            (full == -math.inf) | (full.abs() <= most))
+        hides = full == -math.inf
+        good = (full > 0) & (full < math.inf) if positive else hides | (full.abs() <= most)
         fine = known(good.all()) if x.device.type == "cpu" else None
         if fine is None: return torch.where(good, full, math.nan)
         worst = 0.0 if fine else full.detach()[~good][0].item()
     else:
-        least = info.smallest_normal * info.eps
+        least, worst = info.smallest_normal * info.eps, x
         fine = least <= x <= info.max if positive else x < -info.max or abs(x) <= most
-        worst = x
     if fine: return x
     must = "positive and finite" if positive else f"minus infinity or lie within {most:.3g} of zero"
     raise ValueError(
@@ -187,13 +171,15 @@ def in_range(
 ) -> bool | None:
     """Whether all scores and values are known to be finite; `None` where nobody can look without
     waiting."""
-    if q.device.type != "cpu": return None
-    full = full_dtype(q)
-    norm = lambda x: known(torch.linalg.vector_norm(x.detach(), dtype=full))
-    a, b, c, Lam = norm(q), norm(keys.k), norm(keys.v), known(keys.precision.detach().amax())
-    if None in (a, b, c, Lam): return None
+    if q.device.type != "cpu" or torch.compiler.is_compiling(): return None
+    full, norm = full_dtype(q), torch.linalg.vector_norm
+    a, b = norm(q.detach(), dtype=full), norm(keys.k.detach(), dtype=full)
+    v, Lam = keys.v.detach().sum(dtype=full), keys.precision.detach()
+    Lam = Lam if Lam.numel() == 1 else Lam.amax()
+    try: a, b, v, Lam = a.item(), b.item(), v.item(), Lam.item()
+    except RuntimeError: return None            # inside `torch.vmap`
     largest = 4 * (a * a + b * b) * Lam         # no distance is larger
-    if not (math.isfinite(c) and largest < torch.finfo(full).max): return False
+    if not (math.isfinite(v) and largest < torch.finfo(full).max): return False
     if isinstance(likelihood, str | Gaussian): return True
     family, dim, n = radial(likelihood, q.shape[-1])
     u = torch.full((1, 1, 1, 1), largest, dtype=full)
@@ -241,7 +227,7 @@ def cleaned(
     k, v = keys.k.masked_fill(bad_k[..., None], 0.0), keys.v.masked_fill(bad_v[..., None], 0.0)
     return q.masked_fill(bad_q[..., None], 0.0), replace(keys, k=k, v=v), factor
 
-
+# %% ../../nbs/1_model/10_checks.ipynb #9ef5f94d
 def bad_tokens(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood
 ) -> tuple[Bool[Tensor, "B H Tq"], Bool[Tensor, "B H M Tk"]]:

@@ -47,12 +47,9 @@ def make_likelihood(
     coordinates: Coordinates = "together",
 ) -> Likelihood:
     "A family with its parameters. Raises ValueError for unknown names and impossible numbers."
-    parameters = dict(parameters)
-    if family == "mixture":
-        family = parameters.pop("component", "gaussian")
-        if family not in list(FAMILIES):
-            names = ", ".join(map(repr, FAMILIES))
-            raise ValueError(f"unknown component {shown(family)}: choose from {names}")
+    parameters, names = dict(parameters), list(FAMILIES)
+    if family == "mixture" and (family := parameters.pop("component", "gaussian")) not in names:
+        raise ValueError(f"unknown component {shown(family)}: choose from {', '.join(names)}")
     check_parameters(family, parameters, coordinates)
     if family == "dot": return "dot"
     for name, x in parameters.items():
@@ -99,7 +96,8 @@ def link_of(
     squares: Float[Tensor, "B H Tq Tk d"],   # squared errors times the precision
 ) -> Float[Tensor, "B H Tq Tk"]:
     "g of the distance; with independent coordinates the sum of g over them."
-    if isinstance(likelihood, Elliptical): return likelihood.link(squares.sum(-1), squares.shape[-1])
+    d = squares.shape[-1]
+    if isinstance(likelihood, Elliptical): return likelihood.link(squares.sum(-1), d)
     return likelihood.family.link(squares.movedim(-1, 0), 1).movedim(0, -1).sum(-1)
 
 
@@ -130,7 +128,8 @@ class Mask:
         self, s: Float[Tensor, "B H I Tk"], i: Tensor | None = None
     ) -> Float[Tensor, "B H I Tk"]:
         "Scores of the queries at positions `i` (all), minus infinity where they must not look."
-        allowed = self.at(torch.arange(s.shape[-2], device=s.device) if i is None else i, s.shape[-1])
+        i = torch.arange(s.shape[-2], device=s.device) if i is None else i
+        allowed = self.at(i, s.shape[-1])
         if allowed is None: return s
         return s.masked_fill(~allowed, -math.inf) if allowed.dtype == torch.bool else s + allowed
 
@@ -166,12 +165,14 @@ def as_keys(
 ) -> Keys:
     "Keys, values, precision and log mixing weights in the shapes of `Keys`."
     n, like = k.dim(), {"dtype": full_dtype(k), "device": k.device}
-    def shaped(x: Tensor, axes: int) -> Tensor:
-        x = x.view(*[1] * (axes - x.dim()), *x.shape)
-        return x.unsqueeze(2) if n == 4 else x
+    def shaped(x: Tensor, *shape: int) -> Tensor:
+        shape = (1,) * (n - len(shape)) + shape
+        return x.view(*shape[:2], 1, *shape[2:]) if n == 4 else x.view(shape)
     Lam = torch.as_tensor(precision, **like)
-    own = {"precision": shaped(Lam if Lam.dim() == n else Lam[..., None], n)}
-    if log_mix is not None: own["log_mix"] = shaped(torch.as_tensor(log_mix, **like), n - 1)
+    own = {"precision": shaped(Lam, *Lam.shape, *[1] * (Lam.dim() < n))}
+    if log_mix is not None:
+        b = torch.as_tensor(log_mix, **like)
+        own["log_mix"] = shaped(b, *b.shape, 1)[..., 0]
     by_key = tuple(name for name, x in own.items() if x.shape[3] > 1)
     return Keys(k.unsqueeze(2) if n == 4 else k, v, **own, by_key=by_key)
 
@@ -226,12 +227,6 @@ class Read:
     lse: Float[Tensor, "B H Tq"] | None = None               # log-sum-exp of the scores, nats
     responsibilities: Float[Tensor, "B H Tq Tk"] | None = None
 
-    def times(self, factor: Float[Tensor, "B H Tq"]) -> "Read":
-        "Every row times a number."
-        wide = {n: factor if n == "lse" else factor[..., None] for n in vars(self)}
-        found = {n: x * wide[n].to(x.dtype) for n, x in vars(self).items() if x is not None}
-        return replace(self, **found)
-
 # %% ../../nbs/1_model/09_scores.ipynb #f80ef7de
 def reference(
     q: Float[Tensor, "B H I d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
@@ -263,6 +258,8 @@ def by_rows(
             found = reference(q[:, :, i], keys, likelihood, mask, i)
         return found.out, found.lse
 
-    again = {"use_reentrant": False, "preserve_rng_state": False}
-    parts = [checkpoint(some, i, **again) for i in row_groups(q, keys)]
+    parts = [
+        checkpoint(some, i, use_reentrant=False, preserve_rng_state=False)
+        for i in row_groups(q, keys)
+    ]
     return Read(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
