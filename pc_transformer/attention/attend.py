@@ -124,6 +124,9 @@ def checked(
         q, k, v = (x.expand(shape) for x, shape in zip(made, shapes, strict=True))
         return enter(q, k, v, family, backend, given)
 
+# %% ../../nbs/1_model/11_attend.ipynb #b0816503
+SIMPLE = {type(None), bool, int, float, str}
+
 
 def remembered(
     q: Any, k: Any, v: Any, family: Any, backend: Any, given: dict[str, Any]
@@ -136,9 +139,6 @@ def remembered(
     keys, likelihood, mask = checked(shapes, dtypes, q.device, family, backend, **given)
     k = k if k.dim() == 5 else k.unsqueeze(2)
     return Keys(k, v, keys.precision, keys.log_mix), likelihood, mask
-
-
-SIMPLE = {type(None), bool, int, float, str}
 
 # %% ../../nbs/1_model/11_attend.ipynb #ea3b59a8
 def attend(

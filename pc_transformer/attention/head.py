@@ -128,12 +128,6 @@ def shown_prior(
 class KeyHeads(Heads):
     "Heads that turn tokens into queries and keys."
 
-    @property
-    def likelihood(self) -> Likelihood:
-        "The family of the keys, with its learned tail."
-        tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
-        return make_likelihood(self.family, self.qkv.weight, tail, self.coordinates)
-
     def split(self, qkv: Float[Tensor, "B T E"]) -> tuple[Tensor, Tensor, Tensor]:
         "Queries `(B, H, T, d)`, and keys and values `(B, Hk, T, d)` before a mixture's shift."
         heads = qkv.unflatten(-1, (-1, self.d)).transpose(1, 2)
@@ -145,9 +139,9 @@ class KeyHeads(Heads):
         "All that tokens leave for later queries; keys and values are those of `split`."
         k = k[:, :, None] if self.shift is None else k[:, :, None] + self.shift
         precision = shown_precision(self, x)
-        own = ["precision"] * (self.precision_map is not None)
-        own += ["log_mix"] * (self.mixing != "equal")
-        return Keys(k, v, precision, shown_prior(self, x, k, precision), tuple(own))
+        own = ("precision",) * (self.precision_map is not None)
+        own += ("log_mix",) * (self.mixing != "equal")
+        return Keys(k, v, precision, shown_prior(self, x, k, precision), own)
 
     def look(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B H T d"], Keys]:
         "Queries and keys of these tokens."
@@ -160,6 +154,12 @@ class PCAttention(KeyHeads):
 
     The scale of `dot` is fixed at 1/sqrt(d), unless `precision_init` starts a learned one.
     """
+
+    @property
+    def likelihood(self) -> Likelihood:
+        "The family of the keys, with its learned tail."
+        tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
+        return make_likelihood(self.family, self.qkv.weight, tail, self.coordinates)
 
     def mask(self, allowed: Tensor | None = None) -> Mask:
         "The past within the window, and dropout in training."
