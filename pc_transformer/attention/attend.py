@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import kernels
@@ -43,7 +43,7 @@ def kernel_named(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 def posterior_mean(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
     need_lse: bool = False, backend: Backend = "auto",
-) -> tuple[Tensor, Tensor | None]:               # `(B, H, Tq, dv)`, `(B, H, Tq)` in nats
+) -> tuple[Float[Tensor, "B H Tq dv"], Float[Tensor, "B H Tq"] | None]:
     """Read-out and log-sum-exp by one backend; components that it cannot take together are put
     together by equation (2) of `attention.scores`. Keys have one head for each query head."""
     whole, several = (keys.k, keys.precision, keys.log_mix), keys.k.shape[2] > 1
@@ -271,7 +271,8 @@ def settle_together(
 
 # %% ../../nbs/1_model/11_attend.ipynb #ff98a865
 def settle_rows(
-    q: Float[Tensor, "B H I d"], keys: Keys, likelihood: Independent, mask: Mask, i: Tensor
+    q: Float[Tensor, "B H I d"], keys: Keys, likelihood: Independent, mask: Mask,
+    i: Int[Tensor, "I"],
 ) -> Float[Tensor, "B H I d"]:
     "Equation (3), coordinate by coordinate, for the queries at positions `i`."
     logits, pulls, wide = [], [], q.to(full_dtype(q))

@@ -197,7 +197,8 @@ def overflows(
 
 # %% ../../nbs/1_model/10_checks.ipynb #62d8bde4
 def rows_that_see(
-    bad: Bool[Tensor, "B H M Tk"], log_mix: Tensor | None, Tq: int, mask: Mask
+    bad: Bool[Tensor, "B H M Tk"], log_mix: Float[Tensor, "#B #H #M #Tk"] | None, Tq: int,
+    mask: Mask,
 ) -> tuple[Bool[Tensor, "B H Tq"], Bool[Tensor, "B H Tq"]]:
     "Queries that may see a bad key, and queries that may see any key."
     sees, sees_any = [], []

@@ -135,7 +135,9 @@ class KeyHeads(Heads):
         if self.qk_norm: q, k = F.rms_norm(q, (self.d,)), F.rms_norm(k, (self.d,))
         return q, k, v
 
-    def keys(self, x: Float[Tensor, "B T D"], k: Tensor, v: Tensor) -> Keys:
+    def keys(
+        self, x: Float[Tensor, "B T D"], k: Float[Tensor, "B Hk T d"], v: Float[Tensor, "B Hk T d"]
+    ) -> Keys:
         "All that tokens leave for later queries; keys and values are those of `split`."
         k = k[:, :, None] if self.shift is None else k[:, :, None] + self.shift
         precision = shown_precision(self, x)
@@ -161,7 +163,7 @@ class PCAttention(KeyHeads):
         tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
         return make_likelihood(self.family, self.qkv.weight, tail, self.coordinates)
 
-    def mask(self, allowed: Tensor | None = None) -> Mask:
+    def mask(self, allowed: Bool[Tensor, "B #H #T T"] | None = None) -> Mask:
         "The past within the window, and dropout in training."
         return Mask(allowed, True, self.window, self.dropout if self.training else 0.0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -116,7 +116,7 @@ class Mask:
     window: int | None = None          # only keys nearer than this, on either side
     dropout_p: float = 0.0             # share of weights that are dropped
 
-    def at(self, i: Tensor, Tk: int) -> Tensor | None:
+    def at(self, i: Int[Tensor, "I"], Tk: int) -> Shaped[Tensor, "#B #H I Tk"] | None:
         "One mask for the queries at positions `i`; `None`: they see everything."
         allowed, after = self.allowed, i[:, None] - torch.arange(Tk, device=i.device)
         if allowed is not None and allowed.shape[-2] > 1: allowed = allowed[..., i, :]
@@ -125,7 +125,7 @@ class Mask:
         return allowed
 
     def hide(
-        self, s: Float[Tensor, "B H I Tk"], i: Tensor | None = None
+        self, s: Float[Tensor, "B H I Tk"], i: Int[Tensor, "I"] | None = None
     ) -> Float[Tensor, "B H I Tk"]:
         "Scores of the queries at positions `i` (all), minus infinity where they must not look."
         i = torch.arange(s.shape[-2], device=s.device) if i is None else i
@@ -177,7 +177,9 @@ def as_keys(
     return Keys(k.unsqueeze(2) if n == 4 else k, v, **own, by_key=by_key)
 
 # %% ../../nbs/1_model/09_scores.ipynb #b726e569
-def spread_heads(x: Tensor, own: int, n_head: int) -> Tensor:
+def spread_heads(
+    x: Shaped[Tensor, "B Hk *rest"], own: int, n_head: int
+) -> Shaped[Tensor, "B H *rest"]:
     """Repeat the second axis, `own` key heads, for `n_head` query heads; an axis of another
     length is left alone."""
     if own == n_head or x.dim() < 2 or x.shape[1] != own: return x
@@ -191,8 +193,10 @@ def spread(keys: Keys, n_head: int) -> Keys:
     parts = {n: x for n, x in vars(keys).items() if isinstance(x, Tensor)}
     return replace(keys, **{n: spread_heads(x, own, n_head) for n, x in parts.items()})
 
-
-def components(keys: Keys) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+# %% ../../nbs/1_model/09_scores.ipynb #4fd0b9a4
+def components(
+    keys: Keys,
+) -> list[tuple[Float[Tensor, "B Hk T d"], Tensor, Float[Tensor, "#B #Hk #T"] | None]]:
     "Keys, precision and log mixing weights of each component, without the axis M."
     # a squeeze is free in the backward pass; an index copies
     at = lambda x, m: x[:, :, m] if x.shape[2] > 1 else x.squeeze(2)
@@ -203,7 +207,7 @@ def components(keys: Keys) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     ]
 
 # %% ../../nbs/1_model/09_scores.ipynb #5f3d1bc5
-def log_sum_exp(s: Tensor, dim: int) -> Tensor:
+def log_sum_exp(s: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
     "`logsumexp` whose gradient is zero, and not NaN, where all entries are minus infinity."
     blind = (s == -math.inf).all(dim, keepdim=True)
     return s.masked_fill(blind, 0.0).logsumexp(dim).masked_fill(blind.squeeze(dim), -math.inf)
@@ -211,7 +215,7 @@ def log_sum_exp(s: Tensor, dim: int) -> Tensor:
 
 def key_scores(
     q: Float[Tensor, "B H I d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
-    i: Tensor | None = None,           # positions of the queries; `None`: from 0 on
+    i: Int[Tensor, "I"] | None = None,         # positions of the queries; `None`: from 0 on
 ) -> Float[Tensor, "B H I Tk"]:
     "Masked scores of keys in nats, summed over their components."
     each = components(spread(keys, q.shape[1]))
@@ -230,7 +234,7 @@ class Read:
 # %% ../../nbs/1_model/09_scores.ipynb #f80ef7de
 def reference(
     q: Float[Tensor, "B H I d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
-    i: Tensor | None = None,           # positions of the queries; `None`: from 0 on
+    i: Int[Tensor, "I"] | None = None,         # positions of the queries; `None`: from 0 on
 ) -> Read:
     "Scores, their softmax and the read-out, step by step; fast forms are tested against it."
     s = key_scores(q, keys, likelihood, mask, i)
