@@ -18,7 +18,6 @@ from pc_transformer.attention import (
     as_keys,
     attend,
     attention_energy,
-    floats_per_key,
     initial_precision,
     scores,
     settle_query,
@@ -478,16 +477,6 @@ def test_a_gaussian_with_a_flat_prior_is_no_conversion() -> None:
 def test_generalized_gaussian_with_power_two_is_the_gaussian() -> None:
     u = torch.linspace(0, 50, 11, dtype=torch.float64)
     close(GeneralizedGaussian(2.0).link(u, 4), Gaussian().link(u, 4))
-
-
-def test_floats_per_key() -> None:
-    assert [floats_per_key(8, p) for p in ("head", "diagonal", "key", "key and coordinate")] == [
-        16,
-        16,
-        17,
-        24,
-    ]
-    assert floats_per_key(8, "key", True, 3) == 8 + 3 * 10
 
 
 def test_gradients_of_blind_rows_are_zero() -> None:
