@@ -219,7 +219,7 @@ class KVCache:
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         "A new cache of copies of these rows, in this order."
-        at = torch.tensor(rows, device=self.layers[0].k.numbers.device)
+        at = torch.as_tensor(rows, device=self.layers[0].k.numbers.device)
         pick = lambda x: None if x is None else x.index_select(0, at)
         layers = [
             LayerCache(x.reader, *(Store(pick(s.numbers), pick(s.scales)) for s in (x.k, x.v)),
