@@ -76,7 +76,8 @@ def read_new(
     cache: KVCache, tokens: Int64[Tensor, "B T"], at: Places, settle_steps: int = 0
 ) -> Float[Tensor, "B T D"]:
     "Last states of new tokens; keys and values are written, `lengths` stay."
-    (embedding, *layers), pasts = cache.model.predictors, iter(cache.layers)
+    predictors: Any = cache.model.predictors
+    (embedding, *layers), pasts = predictors, iter(cache.layers)
     position = at.slots if isinstance(at.slots, slice) else at.slots[1]
     s = embedding.token(tokens) + embedding.position.weight[position]
     for f in layers:
@@ -131,7 +132,7 @@ def check_new(tokens: Any, cache: KVCache, counts: Sequence[int] | None) -> None
     if len(counts) != rows or not all(1 <= n <= T for n in counts):
         raise ValueError(f"counts must be {rows} numbers from 1 to {T}, got {list(counts)}")
 
-# %% ../../nbs/3_inference/05_decode.ipynb #36fdd198
+# %% ../../nbs/3_inference/05_decode.ipynb #0cda791a
 def check_precision(cache: KVCache, before: Sequence[int]) -> None:
     """Raise ValueError if the precision of a key newer than the first `before` of each row is not
     positive and finite."""
@@ -140,7 +141,7 @@ def check_precision(cache: KVCache, before: Sequence[int]) -> None:
         for row, span in enumerate(zip(before, cache.lengths, strict=True)):
             sound(lam[row, ..., slice(*span)], lam.dtype, True, what)
 
-# %% ../../nbs/3_inference/05_decode.ipynb #c3d4480b
+# %% ../../nbs/3_inference/05_decode.ipynb #36fdd198
 def extend(
     model: PCTransformer,
     tokens: Int64[Tensor, "B T"],                # what follows the tokens in the cache
@@ -151,13 +152,8 @@ def extend(
     settle_steps: int = 0,
     last: bool = False,                          # logits of each row's last token only
 ) -> Float[Tensor, "B T V"]:                     # with `last` `(B, 1, V)`
-    """Logits of new tokens, whose keys and values enter the cache: prefill and decode. Dropout
-    is off.
-
-    Raises ValueError or TypeError, one sentence, for a cache of another model or other weights,
-    a full cache, a wrong batch, wrong tokens, and, as `attend` does, for a token whose precision
-    is none; the cache stays as long as it was.
-    """
+    """Logits of new tokens, whose keys and values enter the cache; dropout is off. Raises
+    ValueError or TypeError for what the cache cannot take, and then stays as long as it was."""
     counts = counts.tolist() if isinstance(counts, Tensor) else counts
     check_owner(model, cache)
     check_new(tokens, cache, counts)

@@ -127,7 +127,9 @@ def describe(
     return {name: x for name in reader.columns if (x := found[name]) is not None}
 
 
-def by_token(x: Float[Tensor, "B T D"], map: Float[Tensor, "Hk D"]) -> Float[Tensor, "B Hk 1 1 1 T"]:
+def by_token(
+    x: Float[Tensor, "B T D"], map: Float[Tensor, "Hk D"]
+) -> Float[Tensor, "B Hk 1 1 1 T"]:
     "A number per key head from each token."
     return F.linear(x, map).mT[:, :, None, None, None]
 

@@ -135,7 +135,7 @@ def distribution(
         if value is not None: z = cut(z, value)
     return z.softmax(-1)
 
-
+# %% ../../nbs/3_inference/01_sampling.ipynb #fa3c429f
 def sample(
     q: Float[Tensor, "B V"],          # probabilities
     generator: torch.Generator,       # the only source of randomness

@@ -87,7 +87,8 @@ class Cached:
         grown = [n + 1 for n in self.cache.lengths] == counts and before == self.starts
         if grown and not self.anew:
             new = texts.tokens[texts.rows, [b - 1 for _, b in spans]][:, None]
-            with torch.inference_mode(): return advance(self.cache, new, None, self.settle_steps)[:, 0]
+            with torch.inference_mode():
+                return advance(self.cache, new, None, self.settle_steps)[:, 0]
         self.cache.clear()
         with torch.no_grad():
             new = padded(texts.windows())

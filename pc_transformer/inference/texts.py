@@ -50,13 +50,14 @@ def read_prompts(
     if not several or not all(isinstance(p, Tensor) for p in prompt):
         check_prompt(prompt, limits.block_size, limits.vocab_size, longer)
         return list(torch.atleast_2d(prompt))
-    for row, p in enumerate(prompt):
+    rows: list[Tensor] = list(prompt)
+    for row, p in enumerate(rows):
         try:
             check_prompt(p, limits.block_size, limits.vocab_size, longer)
             if p.ndim != 1: raise ValueError(f"a list holds prompts (time,), not {tuple(p.shape)}.")
         except (TypeError, ValueError) as error:
             raise type(error)(f"row {row}: {error}") from None
-    return list(prompt)
+    return rows
 
 # %% ../../nbs/3_inference/06_texts.ipynb #4037bbf8
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'entropy', 'Decomposition', 'decompose', 'ensemble_log_probs', 'prior_mass', 'head_energies', 'node_states',
-           'StateGaussians', 'token_scores', 'score_rows']
+           'StateGaussians', 'score_rows', 'token_scores']
 
 # %% ../../nbs/3_inference/09_uncertainty.ipynb #53708df3
 import math
@@ -121,6 +121,22 @@ class StateGaussians:
         known = zip(states, self.mean, self.precision, strict=True)
         return torch.stack([Gaussian().energy(s.double() - m, Pi) for s, m, Pi in known]).sum(0)
 
+# %% ../../nbs/3_inference/09_uncertainty.ipynb #d27209a8
+def score_rows(
+    model: PCTransformer, x: Int[Tensor, "B T"], known: StateGaussians
+) -> list[Float[Tensor, "B t"]]:
+    "Surprisal, entropy, attention energy and state energy of some rows."
+    states = node_states(model, x)
+    log_p = model.output(states[-1]).double().log_softmax(-1)
+    surprisal = -log_p[:, :-1].gather(-1, x[:, 1:, None])[..., 0]
+    layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
+    heads = [
+        head_energies(f.attention, f.norm(s)).sum(1)
+        for f, s in zip(layers, states[::2], strict=False)
+    ]
+    later = entropy(log_p), torch.stack(heads).double().sum(0), known.energy(states)
+    return [y.cpu() for y in (surprisal, *(y[:, 1:] for y in later))]
+
 # %% ../../nbs/3_inference/09_uncertainty.ipynb #05ac650c
 SCORES = ("surprisal", "entropy", "attention energy", "state energy")
 
@@ -135,19 +151,3 @@ def token_scores(
     own = convert(model, "gaussian") if model.config.attention == "dot" else model
     with evaluating(own) as own: rows = [score_rows(own, x, known) for x in tokens.split(64)]
     return {name: torch.cat(x) for name, x in zip(SCORES, zip(*rows, strict=True), strict=True)}
-
-
-def score_rows(
-    model: PCTransformer, x: Int[Tensor, "B T"], known: StateGaussians
-) -> list[Float[Tensor, "B t"]]:
-    "`token_scores` of some rows, in the order of SCORES."
-    states = node_states(model, x)
-    log_p = model.output(states[-1]).double().log_softmax(-1)
-    surprisal = -log_p[:, :-1].gather(-1, x[:, 1:, None])[..., 0]
-    layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
-    heads = [
-        head_energies(f.attention, f.norm(s)).sum(1)
-        for f, s in zip(layers, states[::2], strict=False)
-    ]
-    later = entropy(log_p), torch.stack(heads).double().sum(0), known.energy(states)
-    return [y.cpu() for y in (surprisal, *(y[:, 1:] for y in later))]

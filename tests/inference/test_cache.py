@@ -239,6 +239,13 @@ def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
 # ---- memory
 
 
+def tensors(cache: KVCache) -> list[torch.Tensor]:
+    """All that is allocated."""
+    stores = [s for x in cache.layers for s in (x.k, x.v)]
+    own = [y for s in stores for y in (s.numbers, s.scales) if y is not None]
+    return own + [c for x in cache.layers for c in x.column.values()]
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes(family, dtype):
@@ -255,7 +262,7 @@ def test_bytes(family, dtype):
         for own in (torch.float32, torch.float64):
             name = str(own).removeprefix("torch.")
             cache = KVCache.allocate(PCTransformer(config).to(own), 3, 17, dtype)
-            found = sum(x.nbytes for x in cache.tensors())
+            found = sum(x.nbytes for x in tensors(cache))
             assert found == cache_bytes(config, 3, 17, dtype or name, name)
             assert tuple(cache.layers[0].column) == columns(
                 family, config.precision, config.mixing, config.coordinates
