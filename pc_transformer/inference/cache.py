@@ -113,7 +113,8 @@ class LayerCache:
             put(self.column[name], new, slots, axis=5)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        "Keys and values `(B, Hk, T, d)`, and columns `(B, Hk, M, 1, 1, T)`, from `start` to `stop`."
+        """Keys and values `(B, Hk, T, d)`, and columns `(B, Hk, M, 1, 1, T)`, from `start` to
+        `stop`."""
         dtype = self.reader.dtype
         column = {n: c.narrow(5, start, stop - start) for n, c in self.column.items()}
         return self.k.read(start, stop, dtype), self.v.read(start, stop, dtype), column

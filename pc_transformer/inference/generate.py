@@ -79,7 +79,8 @@ class Writer:
         z = self.source(self.texts).to("cpu", torch.float64, copy=True)
         with torch.no_grad():
             q = self.choice.choices(
-                only_first(z, self.reading.symbols), None if self.counts is None else self.counts[rows]
+                only_first(z, self.reading.symbols),
+                None if self.counts is None else self.counts[rows],
             )
             tokens = draw(q, self.generators, rows, len(self.texts.tokens))
             log_probs = z.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]

@@ -87,7 +87,8 @@ def link_by_head(a: PCAttention, dtype: torch.dtype) -> Elliptical:
 def shared_prior(a: PCAttention, Lam: Tensor) -> Float[Tensor, "Hk M 1 1 1"]:
     "What is added to the scores of all keys of a component. Raises ValueError."
     kind, total = f"of {a.family} attention", torch.zeros_like(Lam[..., :1])
-    if a.background is not None: sound(a.background.detach(), Lam.dtype, False, f"the background {kind}")
+    if a.background is not None:
+        sound(a.background.detach(), Lam.dtype, False, f"the background {kind}")
     if a.log_mix is not None:
         log_mix = sound(a.log_mix.detach(), Lam.dtype, False, f"the log_mix {kind}")
         total = total + log_mix.log_softmax(1).to(total.dtype)[..., None, None]
