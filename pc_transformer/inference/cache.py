@@ -101,11 +101,8 @@ class LayerCache:
     v: Store
     column: dict[str, Float[Tensor, "B Hk M 1 1 N"]]
 
-    def write(
-        self, x: Float[Tensor, "B T D"], k: Float[Tensor, "B Hk T d"],
-        v: Float[Tensor, "B Hk T d"], slots: Slots,
-    ) -> None:
-        "Keep new keys and values, and the columns of tokens with states `x`."
+    def write(self, x: Tensor, k: Tensor, v: Tensor, slots: Slots) -> None:
+        "Keep keys and values `(B, Hk, T, d)` and the columns of tokens with states `(B, T, D)`."
         kept = self.k.write(k, slots)
         self.v.write(v, slots)
         if not self.column: return
@@ -113,16 +110,10 @@ class LayerCache:
             put(self.column[name], new, slots, axis=5)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Keys and values `(B, Hk, T, d)`, and columns `(B, Hk, M, 1, 1, T)`, from `start` to
-        `stop`."""
+        "Keys and values `(B, Hk, T, d)`, columns `(B, Hk, M, 1, 1, T)`, from `start` to `stop`."
         dtype = self.reader.dtype
         column = {n: c.narrow(5, start, stop - start) for n, c in self.column.items()}
         return self.k.read(start, stop, dtype), self.v.read(start, stop, dtype), column
-
-    def select(self, rows: Sequence[int]) -> "LayerCache":
-        "Copies of some of the rows."
-        column = {n: c[rows] for n, c in self.column.items()}
-        return LayerCache(self.reader, self.k.select(rows), self.v.select(rows), column)
 
 # %% ../../nbs/3_inference/04_cache.ipynb #df9f8f47
 def empty_layer(a: PCAttention, batch: int, length: int, dtype: str) -> LayerCache:
@@ -137,7 +128,7 @@ def empty_layer(a: PCAttention, batch: int, length: int, dtype: str) -> LayerCac
     column = {name: zeros(reader.M, 1, 1, length) for name in reader.columns}
     return LayerCache(reader, k, v, column)
 
-
+# %% ../../nbs/3_inference/04_cache.ipynb #3fe63a29
 def empty_layers(
     model: PCTransformer, batch: int, length: int, dtype: str | None
 ) -> list[LayerCache]:
@@ -225,13 +216,12 @@ class KVCache:
         "Tokens seen; in the longest row, when rows differ (`lengths` has all of them)."
         return max(self.lengths)
 
-    def clear(self) -> None:
-        "Empty, for another text."
-        self.lengths = [0] * self.batch
-
     def select(self, rows: Sequence[int]) -> "KVCache":
         "A new cache of copies of these rows, in this order."
-        layers = [x.select(rows) for x in self.layers]
+        own = lambda x: {name: c[rows] for name, c in x.column.items()}
+        layers = [
+            LayerCache(x.reader, x.k.select(rows), x.v.select(rows), own(x)) for x in self.layers
+        ]
         return replace(self, layers=layers, lengths=[self.lengths[r] for r in rows])
 
     def check_weights(self, replaced: bool = True) -> None:

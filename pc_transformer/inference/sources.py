@@ -89,9 +89,8 @@ class Cached:
             new = texts.tokens[texts.rows, [b - 1 for _, b in spans]][:, None]
             with torch.inference_mode():
                 return advance(self.cache, new, None, self.settle_steps)[:, 0]
-        self.cache.clear()
+        self.cache.lengths, new = [0] * len(counts), padded(texts.windows())
         with torch.no_grad():
-            new = padded(texts.windows())
             return advance(self.cache, new, counts, self.settle_steps, last=True)[:, 0]
 
     def keep(self, places: list[int]) -> None:
