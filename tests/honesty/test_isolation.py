@@ -31,7 +31,6 @@ from pc_transformer.inference import (
     Still,
     ensemble_log_probs,
     generate,
-    noisy_log_probs,
     stream,
     token_scores,
 )
@@ -130,7 +129,6 @@ def readers(model: PCTransformer, t: Trainer) -> dict[str, Callable[[], Any]]:
         "measure": lambda: {k: v for k, v in t.measure().items() if k != "step"},
         "construct": lambda: PCTransformer(CONFIG, seed=5).state_dict(),
         "ensemble": lambda: ensemble_log_probs([model], X),
-        "noisy": lambda: noisy_log_probs(model, X, 0.1, 2),
         "scores": lambda: token_scores(model, X, known),
         "predictions": lambda: flat_predictions(model, X)[0],
     }
@@ -285,7 +283,6 @@ def test_evaluation_drops_nothing() -> None:
         ),
         "snapshot": lambda m: take_snapshot(m, PredictiveCoding(), X, Y, products=2).curvature,
         "ensemble": lambda m: ensemble_log_probs([m], X),
-        "noisy": lambda m: noisy_log_probs(m, X, 0.1, 2),
         "known": lambda m: StateGaussians.fit(m, X).mean[1],
         "scores": lambda m: token_scores(m, X, known),
         "predictions": lambda m: flat_predictions(m, X)[0],

@@ -647,7 +647,7 @@ def test_rule_4_a_stream_that_is_left_half_way(model):
 
 @pytest.mark.parametrize("options", STRATEGIES)
 def test_text_with_and_without_packed_weights_is_the_same(model, options, monkeypatch):
-    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
         a, b = (
             generate(m, prompt, 16, seed=5, **options)
@@ -722,7 +722,7 @@ def test_stop_strings(model):
 def test_a_stream_is_of_frozen_weights(model, quick, monkeypatch):
     """With a cache a change under way is refused at the next token; without one, the next token is
     of the weights as they are."""
-    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     read = pack(model, 2) if quick else model
     steps, free = (stream(read, PROMPT, 6, seed=0, cache=c) for c in (True, False))
     for s in (steps, free):

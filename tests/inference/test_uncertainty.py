@@ -46,7 +46,6 @@ from pc_transformer.inference import (
     head_energies,
     midranks,
     node_states,
-    noisy_log_probs,
     reliability,
     risk_coverage,
     scaled_nll,
@@ -126,15 +125,8 @@ def test_samples_must_be_distributions(bad: Tensor) -> None:
 def test_samples_leave_the_model_alone() -> None:
     model = build("gaussian").train()
     before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
-    noisy = noisy_log_probs(model, TOKENS, 0.3, 3, seed=4)
-    assert torch.equal(noisy, noisy_log_probs(model, TOKENS, 0.3, 3, seed=4))
-    assert not torch.equal(noisy[0], noisy[1])
-    torch.testing.assert_close(
-        noisy_log_probs(model, TOKENS, 0.0, 1)[0],
-        ensemble_log_probs([model], TOKENS)[0],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    samples = ensemble_log_probs([model], TOKENS)
+    assert torch.equal(samples, ensemble_log_probs([model], TOKENS))
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -529,11 +521,6 @@ def test_what_makes_no_sense_is_one_sentence() -> None:
     for call, words in (
         (lambda: ensemble_log_probs([], TOKENS), "one model or more"),
         (lambda: ensemble_log_probs(nets, TOKENS + 13), "must lie in 0..12"),
-        (lambda: noisy_log_probs(net, TOKENS, math.nan, 2), "noise must be"),
-        (lambda: noisy_log_probs(net, TOKENS, -0.1, 2), "noise must be"),
-        (lambda: noisy_log_probs(net, TOKENS, 0.1, 0), "samples a whole number"),
-        (lambda: noisy_log_probs(net, TOKENS, 0.1, 2, seed=2**70), "a seed must lie"),
-        (lambda: noisy_log_probs(net, [1, 2], 0.1, 2), "must be an int64 tensor"),  # type: ignore[arg-type]
         (lambda: node_states(net, TOKENS.float()), "tokens must be int64"),
         (lambda: bootstrap_interval(lambda x: 0.0, row, draws="9"), "two draws"),  # type: ignore[arg-type]
         (lambda: bootstrap_interval(lambda x: 0.0, row, seed=1.5), "whole number"),  # type: ignore[arg-type]
