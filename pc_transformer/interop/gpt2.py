@@ -24,7 +24,7 @@ from ..config import ConfigError, ModelConfig, from_dict, replace, to_dict
 from ..model import convert
 from ..model.transformer import PCTransformer
 from pc_transformer.training.checkpoints import (
-    as_path, blueprint, check_finite, check_fit, check_savable, restore,
+    blueprint, check_finite, check_fit, check_savable, restore,
 )
 from ..training.files import CheckpointError, read_json, read_tensors, whole_folder
 
@@ -214,7 +214,7 @@ def from_nanogpt(
 ) -> PCTransformer:
     """A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; never
     unpickles code."""
-    path = as_path(path)
+    path = Path(path)
     saved = read_pickle(path, "model_args", "model")
     config = nanogpt_config(saved["model_args"], path, dropout)
     return fill(config, saved["model"], path, conv1d=False)
@@ -296,7 +296,7 @@ def from_huggingface(
 ) -> PCTransformer:              # in the file's precision
     """A GPT-2 of Hugging Face as our model with `dot` attention. Raises CheckpointError; never
     unpickles."""
-    folder = as_path(folder)
+    folder = Path(folder)
     saved = read_json(folder / "config.json", "model_type", *HUGGINGFACE)
     config = huggingface_config(saved, folder / "config.json", dropout)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -357,7 +357,7 @@ def to_huggingface(
     """
     from safetensors.torch import save_file
 
-    place = as_path(folder)
+    place = Path(folder)
     check_savable(model)
     check_exportable(c := model.config)
     own, names = dict(model.named_parameters()), gpt2_names(replace(c, bias=True))
