@@ -16,7 +16,7 @@ from typing import Any
 from .. import data as corpora
 from ..config import ModelConfig, TrainConfig
 from ..data.tasks import evaluate as whole_split, find_text
-from ..data.text import halves
+from ..data.batches import halves
 from ..inference.generate import generate_text, opening
 from ..inference.packed import pack
 from ..inference.sampling import SamplingConfig

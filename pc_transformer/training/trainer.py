@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attention.head import LEARNED
 from ..config import ConfigError, TrainConfig
 from ..data.tasks import Batch, Task, Text
-from ..data.text import TextData
+from ..data.batches import TextData
 from ..isolation import Draws, drawing, evaluating
 from ..learning.learners import Learner, for_parts, gradient_cosine, rehearse, shared
 from ..model.transformer import PCTransformer

