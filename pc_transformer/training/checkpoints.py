@@ -145,16 +145,11 @@ def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     return {"config": to_dict(model.config), "tokenizer": words, "frozen": frozen}
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #06c330aa
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #31beb8c6
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    "Parameters by name, tied ones once, on the CPU; those that share memory are copied."
-    found, seen = {}, set()
-    for name, p in model.named_parameters():
-        t = p.detach().cpu().contiguous()
-        memory = t.untyped_storage()
-        found[name] = t.clone() if memory.data_ptr() in seen or memory.nbytes() > t.nbytes else t
-        seen.add(memory.data_ptr())
-    return found
+    "A copy of the parameters by name, tied ones once, on the CPU."
+    found = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in found.items()}
 
 
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
@@ -216,9 +211,6 @@ def read_tokenizer(folder: Path) -> SavedTokenizer:
     return tokenizer_of(saved)
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #42343892
-_T = TypeVar("_T")
-
-
 def checkpoints(run: Path) -> list[Path]:
     "Complete checkpoints of a run, oldest first."
     found = run.glob("step-*") if run.is_dir() else ()
@@ -229,7 +221,7 @@ def step_of(checkpoint: Path) -> int:
     "The step in a checkpoint's name."
     return int(checkpoint.name.removeprefix("step-"))
 
-
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #42343893
 def newest(folder: Path) -> tuple[Path, tuple[int, int] | None]:
     "A run's newest checkpoint, else the folder itself; and what tells it from its successor."
     place = (checkpoints(folder) or [folder])[-1]
@@ -238,6 +230,9 @@ def newest(folder: Path) -> tuple[Path, tuple[int, int] | None]:
     except OSError:
         return place, None
     return place, (about.st_ino, about.st_mtime_ns)
+
+
+_T = TypeVar("_T")
 
 
 def steady(folder: Path, read: Callable[[Path], _T]) -> _T:
@@ -293,19 +288,18 @@ def check_moments(trainer: Trainer, moments: dict[str, Tensor], step: int) -> No
         what = f"{wrong[0]!r} is missing, unknown or of another shape"
         raise CheckpointError(f"the optimiser state does not fit the model: {what}")
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #275319e3
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #52481ccd
 def check_alive(trainer: Trainer, moments: dict[str, Tensor]) -> None:
     "Raise FloatingPointError unless weights, moments and the loss of the next batch are finite."
-    check_batch(trainer.model, *trainer.batch(trainer.step))
-    if bad := not_finite([*trainer.model.named_parameters(), *moments.items()]):
-        found = f"{bad!r} is not finite"
-    else:
-        try:
-            loss = plain_loss(trainer.model, trainer.batch(trainer.step))
-            found = "" if math.isfinite(loss) else f"the loss of the next batch is {loss}"
-        except ValueError as error:
-            found = f"the model refuses the next batch ({error})"
-    if found:
+    batch = trainer.batch(trainer.step)
+    check_batch(trainer.model, *batch)
+    bad = not_finite([*trainer.model.named_parameters(), *moments.items()])
+    try:
+        loss = math.nan if bad else plain_loss(trainer.model, batch)
+        found = f"{bad!r} is not finite" if bad else f"the loss of the next batch is {loss}"
+    except ValueError as error:
+        loss, found = math.nan, f"the model refuses the next batch ({error})"
+    if not math.isfinite(loss):
         what = f"training diverged by step {trainer.step}, {found}"
         raise FloatingPointError(f"{what}, so nothing is saved: lower the learning rate")
 
@@ -381,7 +375,7 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
         trainer.optimizer.state[trainer.model.get_parameter(name)][moment] = t.to(trainer.device)
     trainer.step, trainer.losses, trainer.record = (saved[k] for k in ("step", "losses", "record"))
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #e56b0180
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #a9ce189d
 def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must
     be the saved one. Raises CheckpointError, the trainer unchanged, when anything differs."""

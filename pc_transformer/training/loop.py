@@ -96,7 +96,7 @@ def train(
                 raise Stopped(f"stopped after step {trainer.step} of {trainer.config.train.iters}")
     return trainer
 
-# %% ../../nbs/4_practice/12_loop.ipynb #d333890b
+# %% ../../nbs/4_practice/12_loop.ipynb #406b8e67
 def save_for_team(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None) -> None:
     "Number 0 of a team writes a checkpoint; the others wait until it is there."
     if trainer.team.rank == 0:
@@ -104,7 +104,7 @@ def save_for_team(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None)
         save_checkpoint(trainer, run, tokenizer)
     trainer.total(0)
 
-# %% ../../nbs/4_practice/12_loop.ipynb #44e4bcf7
+# %% ../../nbs/4_practice/12_loop.ipynb #d333890b
 class Checkpoints(Watch):
     """Checkpoints in a folder, which is the run's own while it trains. Raises CheckpointError
     when another run is in it, or when it holds steps that this run did not do."""

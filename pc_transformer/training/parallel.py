@@ -115,7 +115,7 @@ def check_seconds(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
 
-
+# %% ../../nbs/4_practice/13_parallel.ipynb #904253c6
 @contextmanager
 def join(
     timeout: float = 600.0,      # seconds to wait for the others

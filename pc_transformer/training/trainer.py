@@ -155,6 +155,22 @@ class TrainingRun:
         shared(self.learner, self.team.reduce)        # refuses what cannot share a batch
         self.optimizer = make_optimizer(self.model, c.train)
 
+    def batch(self, step: int) -> Batch:
+        "What a step learns from, on the device."
+        return self.here(self.task.batch(step))
+
+    def here(self, batch: Batch) -> Batch:
+        "A batch on the device."
+        return batch[0].to(self.device), batch[1].to(self.device)
+
+    def alone(self) -> Learner:
+        "The learner of this step; it waits for no other process."
+        return self.learner.at(min(self.step / self.config.train.iters, 1.0))
+
+    def surroundings(self) -> AbstractContextManager[None]:
+        "Precision and random numbers of this step."
+        return step_context(self.config.train, self.device, self.step, self.team.rank)
+
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b17
 def check_run(config: RunConfig, task: Task, team: DataParallel) -> None:
     "Raises ConfigError for another vocabulary, ValueError for a batch too small to share."
@@ -218,22 +234,6 @@ def sits(learner: Learner, model: PCTransformer, batch: Batch) -> dict[str, Any]
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b19
 class Trainer(TrainingRun):
     "One training run, one step at a time."
-
-    def batch(self, step: int) -> Batch:
-        "What a step learns from, on the device."
-        return self.here(self.task.batch(step))
-
-    def here(self, batch: Batch) -> Batch:
-        "A batch on the device."
-        return batch[0].to(self.device), batch[1].to(self.device)
-
-    def alone(self) -> Learner:
-        "The learner of this step; it waits for no other process."
-        return self.learner.at(min(self.step / self.config.train.iters, 1.0))
-
-    def surroundings(self) -> AbstractContextManager[None]:
-        "Precision and random numbers of this step."
-        return step_context(self.config.train, self.device, self.step, self.team.rank)
 
     def total(self, number: float) -> float:
         "The sum of a number over the team."
