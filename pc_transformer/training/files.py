@@ -102,7 +102,7 @@ def reading(path: Path) -> Iterator[None]:
         return
     raise CheckpointError(what) from None
 
-# %% ../../nbs/4_practice/09_files.ipynb #7b2fe9cb
+# %% ../../nbs/4_practice/09_files.ipynb #0a47b90a
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
     "A JSON object that has these keys. Raises CheckpointError."
     with reading(path):
@@ -127,7 +127,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"could not write {path.name}: {error}") from None
 
-# %% ../../nbs/4_practice/09_files.ipynb #ceac9153
+# %% ../../nbs/4_practice/09_files.ipynb #2337a4e6
 def file_hash(path: Path) -> str:
     "SHA-256 of a file's bytes. Raises CheckpointError."
     with reading(path), path.open("rb") as file:
@@ -139,7 +139,7 @@ def digest(about: dict[str, Any]) -> str:
     plain = {k: v for k, v in about.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/4_practice/09_files.ipynb #153f4134
+# %% ../../nbs/4_practice/09_files.ipynb #b5ea911f
 def write_sealed(place: Path, about: dict[str, Any], *files: str) -> None:
     "Write JSON with the SHA-256 of these files of its folder, and of itself."
     about = about | {"files": {name: file_hash(place.with_name(name)) for name in files}}
@@ -159,7 +159,7 @@ def read_sealed(place: Path, *keys: str, files: Sequence[str] = ()) -> dict[str,
         raise CheckpointError(f"{place.parent / wrong[0]} {what}")
     return about
 
-# %% ../../nbs/4_practice/09_files.ipynb #d85efbc2
+# %% ../../nbs/4_practice/09_files.ipynb #eb643b67
 @contextmanager
 def sole_run(run: Path) -> Iterator[None]:
     "Hold the folder of a run within the block. Raises CheckpointError while another run does."
@@ -173,7 +173,7 @@ def sole_run(run: Path) -> Iterator[None]:
         lock(file, run)
         yield
 
-# %% ../../nbs/4_practice/09_files.ipynb #dbdd22ae
+# %% ../../nbs/4_practice/09_files.ipynb #5cd0569d
 def lock(file: TextIO, run: Path) -> None:
     "Lock a file and write this process's number into it; a warning where that is impossible."
     try:
