@@ -23,12 +23,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, flat, from_dict, from_yaml, to_dict, to_yaml
+from pc_transformer.config import (
+    ConfigError, ModelConfig, flat, from_dict, from_yaml, to_dict, to_yaml,
+)
 from ..data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from ..model.transformer import PCTransformer
 from ..settling.chain import check_batch
-from .files import CheckpointError, beside, read_json, read_sealed, read_tensors, sole_run
-from .files import whole_folder, write_sealed, write_tensors, write_text
+from pc_transformer.training.files import (
+    CheckpointError, beside, read_json, read_sealed, read_tensors, sole_run, whole_folder,
+    write_sealed, write_tensors, write_text,
+)
 from .run import RunConfig
 from .trainer import Trainer, not_finite, plain_loss
 
@@ -147,7 +151,7 @@ def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     return {"config": to_dict(model.config), "tokenizer": words, "frozen": frozen}
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #723a1bc0
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #557d7f4f
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     "A copy of the parameters by name, tied ones once, on the CPU."
     found = {name: p.detach().cpu() for name, p in model.named_parameters()}
@@ -290,7 +294,7 @@ def check_moments(trainer: Trainer, moments: dict[str, Tensor], step: int) -> No
         what = f"{wrong[0]!r} is missing, unknown or of another shape"
         raise CheckpointError(f"the optimiser state does not fit the model: {what}")
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #12365cda
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #2a5e9a6b
 def check_alive(trainer: Trainer, moments: dict[str, Tensor]) -> None:
     "Raise FloatingPointError unless weights, moments and the loss of the next batch are finite."
     batch = trainer.batch(trainer.step)
@@ -377,7 +381,7 @@ def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = No
         trainer.optimizer.state[trainer.model.get_parameter(name)][moment] = t.to(trainer.device)
     trainer.step, trainer.losses, trainer.record = (saved[k] for k in ("step", "losses", "record"))
 
-# %% ../../nbs/4_practice/11_checkpoints.ipynb #2afd1c54
+# %% ../../nbs/4_practice/11_checkpoints.ipynb #88a46451
 def resume(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None = None) -> None:
     """Put a fresh trainer into the state of the newest checkpoint; a tokenizer, when given, must
     be the saved one. Raises CheckpointError, the trainer unchanged, when anything differs."""

@@ -96,7 +96,7 @@ def train(
                 raise Stopped(f"stopped after step {trainer.step} of {trainer.config.train.iters}")
     return trainer
 
-# %% ../../nbs/4_practice/12_loop.ipynb #ca13dd94
+# %% ../../nbs/4_practice/12_loop.ipynb #99c30d53
 def save_for_team(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None) -> None:
     "Number 0 of a team writes a checkpoint; the others wait until it is there."
     if trainer.team.rank == 0:

@@ -136,7 +136,10 @@ def test_source_is_logged(place, site, monkeypatch, caplog):
     with caplog.at_level("INFO", logger="pc_transformer.data"):
         locate("toy")
         locate("toy")
-    assert f"toy/input.txt: from {site}/whole" in caplog.text and "toy/input.txt: from cache" in caplog.text
+    assert (
+        f"toy/input.txt: from {site}/whole" in caplog.text
+        and "toy/input.txt: from cache" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("page", ["other", "cut-silently"])

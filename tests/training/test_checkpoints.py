@@ -190,7 +190,10 @@ def set_to(name: str, value: Any) -> ChangeModel:
 
 
 REFUSED: dict[str, tuple[ChangeModel, str]] = {
-    "with a hook": (lambda m: m.register_forward_hook(lambda m, x, y: 2 * y), "forward is changed by a hook"),
+    "with a hook": (
+        lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
+        "forward is changed by a hook",
+    ),
     "a layer with a hook": (
         lambda m: m.predictors[2].up.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
         r"predictors\.2\.up\.forward",

@@ -867,9 +867,7 @@ def test_a_folder_that_is_removed_while_its_run_trains(
         return place
 
     shutil.rmtree(run)
-    monkeypatch.setattr(
-        import_module("pc_transformer.training.loop"), "save_checkpoint", removed
-    )
+    monkeypatch.setattr(import_module("pc_transformer.training.loop"), "save_checkpoint", removed)
     assert main(command(run, text)) == 1
     assert "nothing of it is left" in capsys.readouterr().err.splitlines()[-1]
 

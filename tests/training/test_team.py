@@ -36,9 +36,7 @@ from pc_transformer.training import (
 from pc_transformer.training.run import RunConfig
 
 MODEL = ModelConfig(vocab_size=11, block_size=16, n_layer=2, n_head=2, d_model=16)
-SHORT = TrainConfig(
-    iters=6, batch_size=6, warmup_iters=2, eval_interval=3, checkpoint_interval=20
-)
+SHORT = TrainConfig(iters=6, batch_size=6, warmup_iters=2, eval_interval=3, checkpoint_interval=20)
 CHANGES: dict[str, dict[str, Any]] = {
     "error": {},
     "soft": {"learner.steps": 4, "learner.relative_precision": 0.3, "train.accumulate": 2},
