@@ -137,8 +137,7 @@ class SavedTokenizer(Tokenizer, Protocol):
 
 def tokenizer_of(saved: dict[str, str]) -> SavedTokenizer:
     "The tokenizer behind its `to_dict`. Raises ValueError for anything else."
-    kind = BPETokenizer if saved.get("type") == "bpe" else CharTokenizer
-    return kind.from_dict(saved)
+    return (BPETokenizer if saved.get("type") == "bpe" else CharTokenizer).from_dict(saved)
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #3a9adc9b
 def description(model: PCTransformer, tokenizer: SavedTokenizer | None) -> dict[str, Any]:
@@ -194,8 +193,7 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}: name the folder of a saved model")
-    files = ["model.safetensors"]
-    about = read_sealed(folder / "config.json", "config", "tokenizer", "frozen", files=files)
+    about = read_sealed(folder / "config.json", "config", files=["model.safetensors"])
     stored = config_of(folder, about)
     if config is not None and config != stored:
         had, want = to_dict(stored), to_dict(config)
@@ -312,10 +310,8 @@ def check_alive(trainer: Trainer, moments: dict[str, Tensor]) -> None:
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #314f60d9
 def sweep(run: Path) -> None:
     "Remove what a killed run left half-written."
-    for half in run.glob(".step-*"):
-        shutil.rmtree(half)
-    for half in run.glob(".config.yaml-*"):
-        half.unlink()
+    for half in run.glob(".step-*"): shutil.rmtree(half)
+    for half in run.glob(".config.yaml-*"): half.unlink()
 
 
 def outdated(trainer: Trainer, run: Path) -> list[Path]:
@@ -355,8 +351,7 @@ def check_same_run(
 ) -> None:
     "Raise CheckpointError unless a checkpoint is of this run: vocabulary, data, configuration."
     if tokenizer is not None and read_tokenizer(place) != tokenizer:
-        what = "was trained with another vocabulary: the data is not the run's"
-        raise CheckpointError(f"{place} {what}")
+        raise CheckpointError(f"{place} was trained with another vocabulary: not the run's data")
     if saved["data"] != trainer.task.fingerprint():
         raise CheckpointError(f"{place} was trained on other data: its tokens have another SHA-256")
     own, theirs = flat(to_dict(trainer.config)), flat(saved["run"])
@@ -369,8 +364,7 @@ def check_same_run(
 
 def take_up(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = None) -> None:
     "`resume` from this very checkpoint."
-    keys = ("step", "losses", "record", "run", "data")
-    saved = read_sealed(place / "training.json", *keys, files=FILES)
+    saved = read_sealed(place / "training.json", files=FILES)
     check_same_run(trainer, saved, place, tokenizer)
     weights, moments = (read_tensors(place / name) for name in FILES)
     check_moments(trainer, moments, saved["step"])

@@ -161,5 +161,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     everything(Path(sys.argv[1]))
     # the process group is dissolved; gloo's threads may still run, and nothing is left to tear down
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
