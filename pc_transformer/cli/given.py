@@ -19,7 +19,7 @@ import torch
 from .. import data as corpora
 from ..config import ConfigError, flat, replace, to_dict
 from ..data.tasks import find_text
-from ..data.text import TextData
+from ..data.batches import TextData
 from ..training import CheckpointError, RunConfig, checkpoints, read_run_config
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0006

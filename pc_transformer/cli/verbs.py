@@ -19,7 +19,7 @@ from pc_transformer.cli.given import (
 )
 from ..config import ModelConfig, TrainConfig
 from ..data.tasks import evaluate as whole_split, find_text
-from ..data.text import halves
+from ..data.batches import halves
 from ..inference import SamplingConfig, generate_text, opening, pack
 from ..learning.config import LearnerConfig
 from pc_transformer.training import (

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..config import replace
 from ..training.run import RunConfig
-from ..data.damage import damage
+from ..data.tasks import damage
 from ..data.tasks import Text
-from ..data.text import TextData
+from ..data.batches import TextData
 from .meters import about_run, seconds
 from .evidence import EvidenceTransformer, read_in_order
 from ..inference.sampling import is_int

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..attention.attend import energy
 from ..attention.scores import Mask
 from ..config import to_dict
-from ..data.damage import damage
+from ..data.tasks import damage
 from ..data.ngrams import baselines
-from ..data.text import TextData
+from ..data.batches import TextData
 from .families import evaluate_damaged
 from .meters import about_run, seconds
 from .uncertainty import check_models, even_windows

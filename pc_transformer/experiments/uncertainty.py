@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..config import to_dict
 from ..data.corpora import Corpus, cache_folders, read_text, verify
-from ..data.damage import damage as replace_some
-from ..data.text import TextData
+from ..data.tasks import damage as replace_some
+from ..data.batches import TextData
 from ..data.tokenizers import CharTokenizer
 from pc_transformer.inference.calibration import (
     auroc, auroc_pair, bootstrap_interval, calibration, fit_logistic, fit_temperature,

@@ -25,7 +25,7 @@ from ..config import ConfigError, ModelConfig, from_dict, replace, to_dict
 from ..model import convert
 from ..model.transformer import PCTransformer
 from pc_transformer.training.checkpoints import (
-    as_path, blueprint, check_finite, check_fit, check_savable, restore,
+    blueprint, check_finite, check_fit, check_savable, restore,
 )
 from ..training.files import CheckpointError, read_json, read_tensors, whole_folder
 
@@ -153,7 +153,7 @@ def from_nanogpt(
     dropout: float = 0.0,  # probability, for training on; the checkpoint's own is not taken over
 ) -> PCTransformer:  # in the file's precision
     "A nanoGPT checkpoint as our model with `dot` attention. Raises CheckpointError; runs no code."
-    path = as_path(path)
+    path = Path(path)
     saved = read_pickle(path, "model_args", "model")
     args = saved["model_args"] if isinstance(saved["model_args"], dict) else {}
     if odd := sorted(map(str, (args.keys() ^ NANOGPT.keys()) - {"bias", "dropout"})):
@@ -212,7 +212,7 @@ def from_huggingface(
     dropout: float = 0.0,  # probability, for training on; the folder's own is not taken over
 ) -> PCTransformer:  # in the file's precision
     "A GPT-2 of Hugging Face as our model with `dot` attention. Raises CheckpointError."
-    folder = as_path(folder)
+    folder = Path(folder)
     saved = read_json(folder / "config.json", "model_type", *HUGGINGFACE)
     config = huggingface_config(saved, folder / "config.json", dropout)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -256,7 +256,7 @@ def to_huggingface(
     model, FloatingPointError for weights that are not finite."""
     from safetensors.torch import save_file
 
-    place = as_path(folder)
+    place = Path(folder)
     check_savable(model)
     check_exportable(model.config)
     own, out = dict(model.named_parameters()), dict[str, Tensor]()

@@ -160,7 +160,7 @@ def test_wrong_types_are_said_before_anything_starts() -> None:
     with pytest.raises(TypeError, match="needs a model with predictors and output, not a Linear"):
         LayerProcesses(torch.nn.Linear(2, 2), RULE)  # pyright: ignore[reportArgumentType]
     for rank, size in ((0.0, 2), ("0", 1), (True, 2), (0, 0)):
-        with pytest.raises(ValueError, match="rank and size must be whole numbers"):
+        with pytest.raises(ValueError, match="rank must be a whole number"):
             DataParallel(rank, size)  # pyright: ignore[reportArgumentType]
 
 
