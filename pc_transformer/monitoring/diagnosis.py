@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Int
 from torch import Tensor
 
-from ..learning.learners import Learner, PredictiveCoding
+from ..learning.learners import Learner, PredictiveCoding, safe_ratio
 from ..model.transformer import PCTransformer
-from .measures import share
 from .snapshot import Snapshot, scalars, take_snapshot
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #c04d5731
@@ -208,7 +207,7 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #7f4752d8
 def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "States that explode or vanish on the way up; one coordinate that dwarfs the others."
-    growth = [share(x, s.scale[0]) for x in s.scale]
+    growth = [safe_ratio(x, s.scale[0]) for x in s.scale]
     up, down = [g > t.scale for g in growth], [g < 1 / t.scale for g in growth]
     for bad, verb, pick in ((up, "explode", max), (down, "vanish", min)):
         if any(bad):

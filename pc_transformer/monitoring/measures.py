@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'DEAD', 'FROZEN', 'CERTAIN', 'undisturbed', 'node_names', 'feed_forward', 'scale', 'outlier', 'broken_node',
-           'named', 'per_token', 'share', 'teaching', 'compare_gradients', 'step_length', 'hessian_product',
-           'extreme_eigenvalues', 'curvature', 'dead_units', 'attention_rows', 'saturated_rows', 'certain_outputs']
+           'named', 'per_token', 'teaching', 'step_length', 'hessian_product', 'extreme_eigenvalues', 'curvature',
+           'dead_units', 'attention_rows', 'saturated_rows', 'certain_outputs']
 
 # %% ../../nbs/2_learning/09_measures.ipynb #a5d87f1a
 import math
@@ -21,7 +21,7 @@ from ..isolation import M, private, view
 from ..model.layers import AttentionLayer, Embedding, FeedForwardLayer
 from ..model.transformer import Chain
 from ..settling.chain import coordinates_last, errors_down, predict_up
-from ..settling.settled import Settled
+from ..settling.errors import Settled
 
 # %% ../../nbs/2_learning/09_measures.ipynb #d70ca3d8
 def undisturbed(model: M) -> M:
@@ -87,32 +87,10 @@ def per_token(x: Float[Tensor, "B ..."]) -> float:
     return math.sqrt(x.double().square().sum().item() / positions)
 
 
-def share(a: float, b: float) -> float:
-    "a / b; for b = 0 it is 0 or infinite, never an error."
-    return a / b if b else math.inf * a if a else 0.0
-
 
 def teaching(settled: Settled) -> list[Tensor]:
     "What each predictor learns from, `-w Pi_l eps_l (B, T, D)`; at equilibrium it is `delta_l`."
     return [settled.message(l) for l in range(len(settled.errors))]
-
-# %% ../../nbs/2_learning/09_measures.ipynb #4741f866
-def compare_gradients(
-    ours: dict[str, Tensor],      # by parameter name
-    theirs: dict[str, Tensor],    # of backprop
-) -> tuple[dict[str, float], dict[str, float]]:
-    "Equation (2), cosine and ratio, for `all` weights and for each part, e.g. `predictors.3`."
-    sums: dict[str, list[float]] = {}
-    for name, g in ours.items():
-        g, b = g.double().flatten(), theirs[name].double().flatten()
-        for part in ("all", ".".join(name.split(".")[:2])):
-            row = sums.setdefault(part, [0.0, 0.0, 0.0])
-            row[:] = [
-                total + (x @ y).item()
-                for total, (x, y) in zip(row, ((g, b), (g, g), (b, b)), strict=True)
-            ]
-    cosine = {part: share(gb, math.sqrt(gg * bb)) for part, (gb, gg, bb) in sums.items()}
-    return cosine, {part: share(math.sqrt(gg), math.sqrt(bb)) for part, (_, gg, bb) in sums.items()}
 
 # %% ../../nbs/2_learning/09_measures.ipynb #d741c85c
 def step_length(directions: Sequence[Tensor], states: Sequence[Tensor]) -> float:

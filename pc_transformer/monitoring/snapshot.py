@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..learning.learners import Backprop, Learner, gradients
+from ..learning.learners import Backprop, Learner, compare_gradients, gradients, safe_ratio
 from ..model.layers import AttentionLayer, FeedForwardLayer
 from ..energies.categorical import Categorical
 from ..model.transformer import Chain
 from pc_transformer.monitoring.measures import (
-    broken_node, certain_outputs, compare_gradients, curvature, dead_units, feed_forward, named,
-    node_names, outlier, per_token, saturated_rows, scale, share, teaching, undisturbed,
+    broken_node, certain_outputs, curvature, dead_units, feed_forward, named,
+    node_names, outlier, per_token, saturated_rows, scale, teaching, undisturbed,
 )
 from pc_transformer.settling.chain import (
     Pathway, SettlingError, errors_down, mean_energy, predict_up,
 )
-from ..settling.errors import ErrorSettling
-from ..settling.settled import Settled
+from ..settling.errors import ErrorSettling, Settled
 from ..training.files import CheckpointError
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #7794dce6
@@ -120,8 +119,8 @@ def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> d
         "step_sizes": list(settled.step_sizes), "halvings": rejected(asked, settled.step_sizes),
         "residual": settled.residual, "energy": settled.node_energy.tolist(),
         "error": [per_token(e) for e, _ in pairs],
-        "displacement": [share(per_token(e), per_token(s)) for e, s in pairs],
-        "signal": [share(a, b) for a, b in zip(told, message, strict=True)],
+        "displacement": [safe_ratio(per_token(e), per_token(s)) for e, s in pairs],
+        "signal": [safe_ratio(a, b) for a, b in zip(told, message, strict=True)],
         "precision": [p.mean().item() for p in settled.weighed.precision],
     }
 
