@@ -23,7 +23,7 @@ from pc_transformer.config import TrainConfig, replace
 from pc_transformer.data import Text
 from pc_transformer.energies import StudentT
 from pc_transformer.experiments.incremental import IncrementalPC
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding
+from pc_transformer.learning import Backprop, Learner, PredictiveCoding, compare_gradients
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
@@ -31,14 +31,13 @@ from pc_transformer.monitoring import (
     Thresholds,
     attention_rows,
     certain_outputs,
-    compare_gradients,
     curvature,
     dead_units,
     diagnose,
-    encode,
+    json_ready,
     extreme_eigenvalues,
-    judge,
-    look_cost,
+    apply_rules,
+    snapshot_cost,
     plot_alignment,
     plot_curvature,
     plot_energy,
@@ -183,9 +182,9 @@ def test_a_look_survives_json(learner: str) -> None:
     """What was measured and what was not, and every kind of number, come back."""
     look = take_snapshot(build(), LEARNERS[learner], *batch())
     assert (look.signal == []) == (learner == "backprop") and look.broken is None
-    assert read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False))) == look
+    assert read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False))) == look
     look.residual, look.signal, look.cosine = -math.inf, [math.inf, math.nan], {"all": math.nan}
-    again = read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False)))
+    again = read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False)))
     assert again.residual == -math.inf and again.signal[0] == math.inf
     assert math.isnan(again.signal[1]) and math.isnan(again.cosine["all"])
 
@@ -254,7 +253,7 @@ def test_scalars(learner: str) -> None:
     look = take_snapshot(build(), LEARNERS[learner], *batch(), step=7)
     live, late = Notes(), Notes()
     monitor = Monitor(writer=live, products=1)
-    monitor.look(make())
+    monitor.measure(make())
     monitor.to_tensorboard(late)
     assert live == late and live and all(isinstance(v, float) and k == 0 for _, v, k in live)
     found = scalars(look)
@@ -396,7 +395,7 @@ def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
         1, rel=0.05
     )
     assert look.curvature is not None and 0.5 < look.curvature[0] <= look.curvature[1] < 1.5
-    assert not judge(look).problems
+    assert not apply_rules(look).problems
 
 
 def test_numbers_of_a_look_by_hand() -> None:
@@ -667,7 +666,7 @@ def test_the_healthy_are_left_alone(learner: str) -> None:
 def test_thresholds_and_numbers_that_are_not_finite() -> None:
     """Limits are the reader's; a NaN that was measured is never taken for healthy."""
     look = take_snapshot(build(scale=1.0), PredictiveCoding(), *batch(), products=1)
-    assert judge(look, Thresholds(displacement=0.0)).rules == ["displacement"]
+    assert apply_rules(look, Thresholds(displacement=0.0)).rules == ["displacement"]
     for name, value in (
         ("residual", math.nan),
         ("signal", [math.nan] * 5),
@@ -675,7 +674,7 @@ def test_thresholds_and_numbers_that_are_not_finite() -> None:
     ):
         odd = copy.deepcopy(look)
         setattr(odd, name, value)
-        found = judge(odd)
+        found = apply_rules(odd)
         assert isinstance(found, Diagnosis) and "finite" in found.rules and f"{name}" in str(found)
 
 
@@ -700,7 +699,7 @@ def test_every_picture_can_be_drawn(history: str) -> None:
 
 def test_the_cost_that_is_stated() -> None:
     """Equation (7) in numbers: more steps and more products cost more, linearly."""
-    assert look_cost(1, 0) == pytest.approx(17 / 3) and look_cost(2, 1) - look_cost(
+    assert snapshot_cost(1, 0) == pytest.approx(16 / 3) and snapshot_cost(2, 1) - snapshot_cost(
         1, 1
     ) == pytest.approx(4 / 3)
-    assert look_cost(1, 3) - look_cost(1, 2) == pytest.approx(4 / 3)
+    assert snapshot_cost(1, 3) - snapshot_cost(1, 2) == pytest.approx(4 / 3)
