@@ -64,8 +64,6 @@ class LearnerConfig(Config):
         super().__post_init__()
         try:
             check_learner(self)
-        except ConfigError:
-            raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

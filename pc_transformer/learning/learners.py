@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['local_gradient', 'Report', 'Learner', 'Backprop', 'accumulate', 'trainable', 'learn', 'Solver', 'PredictiveCoding',
-           'nudged', 'rehearse', 'gradients', 'safe_ratio', 'compare_gradients', 'gradient_cosine', 'shared',
-           'for_parts']
+           'nudged', 'rehearse', 'gradients', 'safe_ratio', 'compare_gradients', 'gradient_cosine', 'shared_solver',
+           'shared', 'for_parts']
 
 # %% ../../nbs/2_learning/05_learning.ipynb #15f42af5
 import copy
@@ -55,7 +55,7 @@ class Report:
     residual: float | None = None           # distance from equilibrium, 1 to 0; if measured
     step_sizes: list[float] | None = None   # accepted settling steps
 
-
+# %% ../../nbs/2_learning/05_learning.ipynb #c05lear1
 class Learner(Protocol):
     "Anything that turns a batch into gradients."
 
@@ -81,10 +81,7 @@ class Backprop(Learner):
     "The gradient of the loss through the whole stack: the baseline, and the limit `beta -> inf`."
 
     def backward(
-        self,
-        model: Chain,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],   # -100: predicts nothing
+        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,         # nothing to measure here
     ) -> Report:
         if not isinstance(model, nn.Module):
@@ -136,10 +133,7 @@ class Solver(Protocol):
     reads_feed_forward: ClassVar[bool] = False      # predictions stay the feed-forward ones
 
     def __call__(
-        self,
-        model: Chain,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
+        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure_residual: bool = True,
     ) -> Settled: ...
 
@@ -175,10 +169,7 @@ class PredictiveCoding(Learner):
         return PredictiveCoding(replace(solver, **new), self.centred) if new else self
 
     def backward(
-        self,
-        model: Chain,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],   # -100: predicts nothing
+        self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,         # also measure the residual: one more sweep down
     ) -> Report:
         if not (hasattr(model, "predictors") and hasattr(model, "output")):
@@ -202,8 +193,7 @@ def nudged(solver: Any, by: float) -> Any:
 def rehearse(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
-    """What a learner would report and put into `p.grad`, by parameter name; the model's own
-    weights and `p.grad` are not touched."""
+    "What a learner would report and put into `p.grad`; the model itself is not touched."
     own = view(model, tensor=leaf)
     report = learner.looking(own).backward(own, tokens, targets, measure=measure)
     zero = torch.zeros_like
@@ -212,7 +202,7 @@ def rehearse(
 
 def gradients(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:     # by parameter name
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
     return rehearse(learner, model, tokens, targets)[1]
 
@@ -241,10 +231,8 @@ def compare_gradients(
 
 # %% ../../nbs/2_learning/05_learning.ipynb #2ce3e73e
 def gradient_cosine(
-    learner: Learner,
-    model: Chain,
-    tokens: Int[Tensor, "B T"],
-    targets: Int[Tensor, "B T"],
+    learner: Learner, model: Chain,
+    tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
 ) -> dict[str, float]:      # for "all" weights and for each part, e.g. "predictors.3"
     "Cosine between a learner's gradient and backprop's on one batch, without dropout."
     with evaluating(model) as still, torch.enable_grad():
@@ -252,26 +240,27 @@ def gradient_cosine(
     return compare_gradients(ours, theirs)[0]
 
 # %% ../../nbs/2_learning/05_learning.ipynb #c56f58dd
+def shared_solver(learner: Learner) -> Any:
+    "The solver of a learner whose result depends on the precision: not where predictions stay."
+    solver = learner.solver if isinstance(learner, PredictiveCoding) else None
+    return None if getattr(solver, "reads_feed_forward", False) else solver
+
+
 def shared(learner: Learner, reduce: Reduce | None) -> Learner:
-    """The same learner for one of several processes that share every batch. Raises ValueError for
-    a solver that cannot."""
-    solver: Any = getattr(learner, "solver", None)
-    fixed = getattr(solver, "reads_feed_forward", False)
-    if reduce is None or not isinstance(learner, PredictiveCoding) or fixed:
+    "The same learner for one of several processes. Raises ValueError for a solver that cannot."
+    if reduce is None or (solver := shared_solver(learner)) is None:
         return learner
-    return replace(learner, solver=replace(solver, energy=replace(solver.energy, reduce=reduce)))
+    energy = replace(solver.energy, reduce=reduce)
+    return replace(learner, solver=replace(solver, energy=energy))
 
 
 def for_parts(
     learner: Learner, model: Chain, parts: Sequence[tuple[Tensor, Tensor]]
 ) -> Learner:
     "The same learner for the parts of a batch: its precisions are those of the whole batch."
-    solver: Any = getattr(learner, "solver", None)
-    energy = getattr(solver, "energy", None)
-    if len(parts) == 1 or not isinstance(learner, PredictiveCoding) or energy is None:
-        return learner
-    if solver.reads_feed_forward:
+    solver = shared_solver(learner)
+    if len(parts) == 1 or not hasattr(solver, "energy"):
         return learner
     seen = lambda x, y: predict_up(model, x, y, lean=True, noise=noise_seed(model)).states
-    whole = pooled(energy, ((seen(x, y), in_reach(y)) for x, y in parts))
+    whole = pooled(solver.energy, ((seen(x, y), in_reach(y)) for x, y in parts))
     return replace(learner, solver=replace(solver, energy=whole))

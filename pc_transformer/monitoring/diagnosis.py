@@ -51,7 +51,7 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.what} {self.turn}"
 
-
+# %% ../../nbs/2_learning/11_diagnosis.ipynb #c11diag1
 @dataclass(frozen=True)
 class Diagnosis:
     "What is wrong, where, and what to turn. Print it."
@@ -222,4 +222,5 @@ def diagnose(
     products: int = 8,                    # Hessian products; 0: no curvature
 ) -> Diagnosis:
     "Say in plain sentences what is wrong, where, and what to turn; nothing is changed."
-    return apply_rules(take_snapshot(model, learner, tokens, targets, products=products), thresholds)
+    found = take_snapshot(model, learner, tokens, targets, products=products)
+    return apply_rules(found, thresholds)

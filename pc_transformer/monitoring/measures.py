@@ -127,10 +127,7 @@ def extreme_eigenvalues(
 
 # %% ../../nbs/2_learning/09_measures.ipynb #d53205f6
 def curvature(
-    model: Chain,
-    tokens: Any,
-    targets: Tensor,
-    settled: Settled,
+    model: Chain, tokens: Any, targets: Tensor, settled: Settled,
     products: int = 8,          # how many products with H
 ) -> tuple[float, float]:
     "Smallest and largest eigenvalue of the Hessian (2), at the settled errors."

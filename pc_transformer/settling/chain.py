@@ -186,8 +186,8 @@ def check_steady(parts: Sequence[nn.Module]) -> None:
     "Raises ValueError for a module that would answer differently in every pass."
     for m in parts:
         name = f"nn.{type(m).__name__}"
-        drops = isinstance(m, nn.modules.dropout._DropoutNd) and not isinstance(m, Dropout)
-        demand(not (drops and m.training and m.p > 0), (
+        drops = isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+        demand(not drops or isinstance(m, Dropout), (
             "settling needs the same dropout masks in every pass: call eval(), or use"
             f" isolation.Dropout in place of {name}"))
         if isinstance(m, nn.modules.batchnorm._NormBase) and m.training:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import check_types
 from pc_transformer.settling.chain import (
@@ -27,7 +27,7 @@ from pc_transformer.settling.free_energy import (
 # %% ../../nbs/2_learning/04_settling.ipynb #caeaa8f5
 T = TypeVar("T")
 
-
+# %% ../../nbs/2_learning/04_settling.ipynb #c04desc1
 def descend(
     try_step: Callable[[float], tuple[T, Tensor]],   # where a step leads, and the energies there
     before: Tensor,             # the energies now, nats; their sum may not rise
@@ -35,9 +35,8 @@ def descend(
     halvings: int,              # how often it may be halved
     slack: Tensor | float,      # how far the sum may seem to rise, by rounding alone
     cure: str,                  # what helps when no step is accepted: the end of the sentence
-) -> tuple[T, Tensor, float]:
-    """Halve the step until the energy does not rise: where it leads, the energies there and the
-    step size. Raises SettlingError."""
+) -> tuple[T, Tensor, float]:      # where it leads, the energies there, the step size
+    "Halve the step until the energy does not rise. Raises SettlingError."
     allowed, size, energies = before.sum() + slack, eta, before
     for k in range(halvings + 1):
         size = eta / 2**k
@@ -89,9 +88,9 @@ class Settled:
 
     def __repr__(self) -> str:
         change = self.energy[-1].item() - self.energy[0].item()
-        size = f"{len(self.step_sizes)} steps, {len(self.errors)} nodes"
+        size, r = f"{len(self.step_sizes)} steps, {len(self.errors)} nodes", self.residual
         return (f"Settled({size}, loss {self.loss:.4f}, energy changed by {change:.3g} nats per"
-                f" token, residual {self.residual})")
+                f" token, residual {'not measured' if r is None else f'{r:.2g}'})")
 
 # %% ../../nbs/2_learning/04_settling.ipynb #c02d9930
 class Trace:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Per', 'align', 'squared_distance', 'error_energy', 'position_mask', 'normaliser', 'stiffness', 'weight_at_zero',
-           'mean_square', 'refuse_node', 'relative_precisions', 'Weighed', 'FreeEnergy', 'no_errors', 'in_reach',
-           'relevant_positions', 'shared_mean', 'GivenPrecisions', 'pooled']
+           'mean_square', 'relative_precisions', 'Weighed', 'FreeEnergy', 'no_errors', 'in_reach', 'relevant_positions',
+           'shared_mean', 'FixedPrecisions', 'pooled']
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #e9de1f52
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,9 +29,8 @@ def align(precision: Tensor, x: Tensor) -> Tensor:
     "A precision as it multiplies a state: an image's coordinates, the channels, come second."
     if x.dim() < 4 or not precision.dim():
         return precision
-    if precision.dim() > 1:
-        return precision.movedim(-1, 1)
-    return precision.view(-1, *[1] * (x.dim() - 2))
+    one_each = precision.dim() == 1
+    return precision.view(-1, *[1] * (x.dim() - 2)) if one_each else precision.movedim(-1, 1)
 
 
 def squared_distance(error: Tensor, precision: Tensor) -> Float[Tensor, "*b"]:
@@ -108,24 +107,21 @@ def mean_square(s: Tensor, per: Per, reach: Bool[Tensor, "..."] | None) -> Tenso
     return s[reach].square().mean((0, 1) if per == "node" else 0)
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #e386d74a
-def refuse_node(good: Bool[Tensor, " nodes"], says: Callable[[int], str]) -> None:
-    "Raises SettlingError with a sentence about the first node that is not good."
-    if not good.all():
-        raise SettlingError(says(int((~good).nonzero()[0])))
-
-
 def relative_precisions(
     squares: Sequence[Tensor],      # mean square of every node's states
     beta: float,
     w0: Sequence[float],            # weight at zero error of every node's density
 ) -> list[Tensor]:
-    "Equation (3) for all nodes. Raises SettlingError, naming a node."
+    "Equation (3) for all nodes. Raises SettlingError, naming the first bad node."
     precision = [beta / (w * x) for w, x in zip(w0, squares, strict=True)]
     tiny = torch.finfo(precision[0].dtype).tiny
     good = torch.stack([((p >= tiny) & p.isfinite()).all() for p in precision])
-    refuse_node(good, lambda l: (
-        f"node {l} has no precision: the mean square of its states is {squares[l].min().item():.3g}"
-        f" at relative_precision = {beta:g}; a weight or state overflowed or vanished"))
+    if not good.all():
+        l = int((~good).nonzero()[0])
+        raise SettlingError(
+            f"node {l} has no precision: the mean square of its states is"
+            f" {squares[l].min().item():.3g} at relative_precision = {beta:g}; a weight or state"
+            " overflowed or vanished")
     return precision
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #71956f92
@@ -205,7 +201,7 @@ class FreeEnergy:
         return Weighed(self, self.precisions(states, reach))
 
     def precisions(self, states: Sequence[Tensor], reach: Tensor | None) -> list[Tensor]:
-        "`Pi_l` by equation (3)."
+        "`Pi_l` by equation (3); a subclass may find them in another way."
         squares = [mean_square(widened(s), self.per, reach) for s in states]
         if self.reduce is not None and self.per != "token":
             one = all(s.shape == states[0].shape for s in states)
@@ -252,26 +248,13 @@ def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #190598d6
 @dataclass(frozen=True)
-class GivenPrecisions(FreeEnergy):
-    "A free energy whose precisions come from elsewhere, each `()`, `(D,)` or `(*b, 1)`."
+class FixedPrecisions(FreeEnergy):
+    "A free energy whose precisions are given, each `()`, `(D,)` or `(*b, 1)`."
 
-    # from the feed-forward states of all nodes and the positions that count (`None`: all)
-    rule: Callable[[Sequence[Tensor], Bool[Tensor, "*b"] | None], Sequence[Tensor]] = field(
-        kw_only=True
-    )
+    given: Sequence[Tensor] = field(kw_only=True)
 
     def precisions(self, states: Sequence[Tensor], reach: Tensor | None) -> list[Tensor]:
-        "`Pi_l` as the rule gives them. Raises SettlingError, naming a node."
-        found = [widened(p.detach()) for p in self.rule(states, reach)]
-        if len(found) != len(states):
-            raise SettlingError(f"{len(found)} precisions were given for {len(states)} nodes")
-        last = [coordinates_last(s).shape for s in states]
-        fits = [p.shape in ((), s[-1:], (*s[:-1], 1)) for p, s in zip(found, last)]
-        positive = [bool(((p > 0) & p.isfinite()).all()) for p in found]
-        refuse_node(torch.tensor(fits) & torch.tensor(positive), lambda l: (
-            f"the precision of node {l}, of shape {tuple(found[l].shape)}, must be positive and"
-            " finite, one for the node, each coordinate or each token"))
-        return found
+        return list(self.given)
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #2a48e7a3
 def pooled(
@@ -280,7 +263,7 @@ def pooled(
     parts: Iterable[tuple[Sequence[Tensor], Bool[Tensor, "*b"] | None]],
 ) -> FreeEnergy:
     "The same energy with precisions relative to the whole batch's mean squares."
-    if energy.per == "token" or isinstance(energy, GivenPrecisions):
+    if energy.per == "token" or isinstance(energy, FixedPrecisions):
         return energy       # they do not depend on other rows
     sums, positions, D = [], 0, 1
     for states, reach in parts:
@@ -291,5 +274,4 @@ def pooled(
     own = torch.stack(sums).sum(0) / max(positions, 1)
     mean = shared_mean(own, positions, energy.reduce or (lambda x: x))
     found = list(energy.relative_precision / (mean * weight_at_zero(energy.family, D)))
-    settings = {f.name: getattr(energy, f.name) for f in fields(energy)}
-    return GivenPrecisions(**settings, rule=lambda *_: found)
+    return FixedPrecisions(**vars(energy), given=found)

@@ -27,23 +27,19 @@ from pc_transformer.settling.free_energy import (
 
 # %% ../../nbs/2_learning/07_states.ipynb #625b0e3a
 def predict_all(
-    model: Chain,
-    tokens: Int[Tensor, "B T"],
-    targets: Int[Tensor, "B T"],
+    model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
     states: Sequence[Tensor],      # `s_l (B, T, D)`, any values
-    noise: int | None = None,      # seed of dropout
-    lean: bool = False,            # keep states only; predictions are made when asked for
+    noise: int | None = None, lean: bool = False,
 ) -> Pass:
     "Every prediction at once, each from the state below as it is."
     inputs = [tokens, *(s.detach().requires_grad_() for s in states)]
     with torch.set_grad_enabled(not lean):
-        mus = None
-        if not lean:
-            mus = [predict_node(model, l, inputs[l], noise) for l in range(len(states))]
+        made = range(0 if lean else len(states))
+        mus = [predict_node(model, l, inputs[l], noise) for l in made] or None
         energy = output_energy(model, inputs[-1], targets, noise)
     return Pass(model, targets, inputs, mus, list(states), energy, noise)
 
-
+# %% ../../nbs/2_learning/07_states.ipynb #c07with1
 def within(x: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
     "A state or error with zeros where a position does not count."
     at = position_mask(mask, coordinates_last(x))
@@ -72,9 +68,7 @@ def state_gradients(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> lis
 
 # %% ../../nbs/2_learning/07_states.ipynb #6042317c
 def largest(
-    apply: Callable[[Tensor], Tensor],
-    like: Tensor,
-    iterations: int,
+    apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int,
     mask: Bool[Tensor, "B T"] | None = None,      # positions that count; `None`: all
 ) -> float:
     "Largest eigenvalue, in size, of a symmetric operator by power iteration."

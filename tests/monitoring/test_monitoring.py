@@ -29,27 +29,26 @@ from pc_transformer.monitoring import (
     Monitor,
     Snapshot,
     Thresholds,
+    apply_rules,
     attention_rows,
     certain_outputs,
     curvature,
     dead_units,
     diagnose,
-    json_ready,
     extreme_eigenvalues,
-    apply_rules,
-    snapshot_cost,
+    json_ready,
     plot_alignment,
     plot_curvature,
     plot_energy,
     plot_heat,
     plot_loss,
     plot_monitor,
-    plot_node_energy,
     plot_steps,
     read_snapshot,
     rejected,
     saturated_rows,
     scalars,
+    snapshot_cost,
     status_line,
     take_snapshot,
     undisturbed,
@@ -692,7 +691,6 @@ def test_every_picture_can_be_drawn(history: str) -> None:
     looks: list[Snapshot] = {"none": [], "broken": [good, bad, bad]}.get(history, [good])
     for draw in (plot_energy, plot_alignment, plot_curvature, plot_steps, plot_loss, plot_heat):
         assert draw(looks) is not None
-    plot_node_energy(bad if history == "broken" else good)
     plot_monitor(looks).canvas.draw()
     plt.close("all")
 

@@ -15,7 +15,6 @@ from pc_transformer.learning.config import SOLVERS, LearnerConfig
 from pc_transformer.settling import (
     ErrorSettling,
     FreeEnergy,
-    GivenPrecisions,
     HighwaySettling,
     Pathway,
     SettlingError,
@@ -123,20 +122,6 @@ def test_precisions_name_their_node(square: float) -> None:
     squares = [torch.tensor(x, dtype=torch.float64) for x in (1.0, square)]
     with pytest.raises(SettlingError, match="node 1 has no precision"):
         relative_precisions(squares, 1e10 if square < 1 else 1e-10, [1.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        lambda states, reach: [s.new_tensor(-1.0) for s in states],
-        lambda states, reach: [s.new_ones(3) for s in states],
-        lambda *_: [],
-    ],
-)
-def test_given_precisions(rule: Callable[..., Any]) -> None:
-    states = predict_up(model(), tokens, targets).states
-    with pytest.raises(SettlingError, match="precision"):
-        GivenPrecisions(rule=rule).at(states)
 
 
 @pytest.mark.parametrize(

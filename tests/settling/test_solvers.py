@@ -35,8 +35,8 @@ from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import Chain
 from pc_transformer.settling import (
     ErrorSettling,
+    FixedPrecisions,
     FreeEnergy,
-    GivenPrecisions,
     HighwaySettling,
     Pathway,
     SettlingError,
@@ -47,8 +47,8 @@ from pc_transformer.settling import (
     curvatures,
     errors_down,
     predict_up,
-    rounds_down,
     relevant_positions,
+    rounds_down,
 )
 from pc_transformer.training import DataParallel, Trainer, resume, save_checkpoint
 from pc_transformer.training.run import RunConfig
@@ -561,7 +561,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
     walk = StateWalk.begin(
-        StateSettling(GivenPrecisions(rule=lambda *_: given)), model, tokens, targets
+        StateSettling(FixedPrecisions(given=given)), model, tokens, targets
     )
 
     def energy(states: list[Tensor]) -> Tensor:
@@ -672,11 +672,6 @@ PADDED: dict[str, Any] = {
     "backprop": Backprop(),
     "centred": PredictiveCoding(
         ErrorSettling(FreeEnergy(1.0), steps=3, step_size=0.5), centred=True
-    ),
-    "handed": PredictiveCoding(
-        ErrorSettling(
-            GivenPrecisions(1.0, rule=FreeEnergy(3.0).precisions), steps=3, step_size=0.5
-        )
     ),
     **{
         f"{kind}, per {per}, {name}": PredictiveCoding(
