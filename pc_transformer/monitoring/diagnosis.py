@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rule', 'DIAGNOSIS_RULES', 'Thresholds', 'Finding', 'Diagnosis', 'rule_finite', 'rule_signal', 'rule_steps',
-           'rule_distance', 'rule_gradient', 'rule_scale', 'rule_asleep', 'apply_rules', 'diagnose']
+           'rule_distance', 'rule_gradient', 'rule_scale', 'rule_dead', 'apply_rules', 'diagnose']
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #2b66df83
 import math
@@ -165,7 +165,7 @@ def rule_gradient(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #7f4752d8
 def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
-    "States that explode or vanish on the way up; one coordinate that dwarfs the others."
+    "States that explode or vanish on the way up; one coordinate far larger than the others."
     growth = [safe_ratio(x, s.scale[0]) for x in s.scale]
     up, down = [g > t.scale for g in growth], [g < 1 / t.scale for g in growth]
     for bad, verb, pick in ((up, "explode", max), (down, "vanish", min)):
@@ -181,13 +181,13 @@ def rule_scale(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         yield Finding("outlier", f"{what}, and sets the node's precision alone.", turn)
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #88bd796f
-def rule_asleep(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
+def rule_dead(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
     "Dead units, saturated attention, an output that is certain and wrong, a loss above chance."
     slower = "Lower the learning rate, lengthen the warm-up, or start from smaller weights."
     softer = "Start from a lower `precision_init`, lower `precision_lr_scale`, or use `qk_norm`."
     frozen = "see a single key and have no gradient"
     for name, shares, limit, part, what, turn in (
-        ("dead", s.dead, t.dead, "hidden units", "never speak", slower),
+        ("dead", s.dead, t.dead, "hidden units", "are never active", slower),
         ("saturated", s.saturated, t.saturated, "attention rows", frozen, softer),
     ):
         if bad := [(x, l) for l, x in enumerate(shares) if x is not None and x > limit]:
@@ -203,7 +203,7 @@ def rule_asleep(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #3d8626fc
 DIAGNOSIS_RULES: tuple[Rule, ...] = (
-    rule_finite, rule_signal, rule_steps, rule_distance, rule_gradient, rule_scale, rule_asleep,
+    rule_finite, rule_signal, rule_steps, rule_distance, rule_gradient, rule_scale, rule_dead,
 )
 
 

@@ -185,6 +185,6 @@ def certain_outputs(
 ) -> tuple[float, float]:
     "Share of predicted tokens where the softmax is certain, and where it is certain and wrong."
     p, best = logits.double().softmax(-1).max(-1)
-    asked, certain = targets != -100, p > CERTAIN
-    mean = lambda hits: (hits & asked).sum().item() / max(asked.sum().item(), 1)
+    valid, certain = targets != -100, p > CERTAIN
+    mean = lambda hits: (hits & valid).sum().item() / max(valid.sum().item(), 1)
     return mean(certain), mean(certain & (best != targets))

@@ -101,7 +101,7 @@ def rejected(asked: float | None, accepted: Sequence[float]) -> int:
 def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> dict[str, Any]:
     "What the settled states show, compared with the size of backprop's messages."
     nudge = abs(settled.weighed.energy.nudge)
-    heard = [per_token(settled.message(l)) / nudge for l in range(len(settled.errors))]
+    received = [per_token(settled.message(l)) / nudge for l in range(len(settled.errors))]
     pairs = list(zip(settled.errors, settled.states, strict=True))
     asked, steps = getattr(solver, "step_size", None), len(settled.step_sizes)
     way = getattr(solver, "pathway", Pathway())
@@ -113,7 +113,7 @@ def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> d
         "residual": settled.residual, "energy": settled.node_energy.tolist(),
         "error": [per_token(e) for e, _ in pairs],
         "displacement": [safe_ratio(per_token(e), per_token(s)) for e, s in pairs],
-        "signal": [safe_ratio(a, b) for a, b in zip(heard, message, strict=True)],
+        "signal": [safe_ratio(a, b) for a, b in zip(received, message, strict=True)],
         "precision": [p.mean().item() for p in settled.weighed.precision],
     }
 

@@ -116,7 +116,7 @@ class Trace:
         self, errors: Sequence[Tensor], deltas: Sequence[Tensor], tolerance: float = 0.0
     ) -> bool:
         "Note the size of the slope; whether the residual is down to `tolerance`."
-        if not self.step_sizes:     # the first messages tell which positions count
+        if not self.step_sizes:     # the first messages show which positions count
             self.mask = relevant_positions(self.targets, deltas)
         if not self.measures:
             return False
@@ -234,12 +234,9 @@ class ErrorSettling:
 
 # %% ../../nbs/2_learning/04_settling.ipynb #c04part1
 def part_way(
-    again: Callable[[list[Tensor]], Pass],      # predictions up over some errors
-    weighed: Weighed,
-    errors: list[Tensor],
-    full: list[Tensor],     # where the full step leads; (4) is linear in the step size
-    eta: float,             # the full step's size
-    size: float,            # the size that is tried
+    again: Callable[[list[Tensor]], Pass], weighed: Weighed,    # predictions up; the energy
+    errors: list[Tensor], full: list[Tensor],   # from where, and where the full step leads
+    eta: float, size: float,                    # the full step's size, and the one that is tried
 ) -> tuple[tuple[Pass, list[Tensor]], Tensor]:
     "Where a step of this size leads, pass and errors, and the energies there."
     if size < eta:

@@ -222,11 +222,11 @@ def in_reach(targets: Tensor, states: Sequence[Tensor] = ()) -> Bool[Tensor, "..
     tokens: rows with a target. `None`: all."""
     if targets.is_floating_point():
         return None
-    asked = targets != -100
+    valid = targets != -100
     if targets.dim() == 2 and all(s.shape[:-1] == targets.shape for s in states):
-        reach = asked.flip(-1).cumsum(-1).flip(-1) > 0
+        reach = valid.flip(-1).cumsum(-1).flip(-1) > 0
     else:
-        reach = asked.reshape(len(asked), -1).any(-1)
+        reach = valid.reshape(len(valid), -1).any(-1)
     return None if reach.all() else reach
 
 
