@@ -633,7 +633,10 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ("ratio", solver(steps=1, step_size=0.05), None, "0.05 times as long as backprop's"),
     ("scale", Backprop(), explode, r"explode on the way up: from node 2 \(feed-forward\)"),
     ("outlier", Backprop(), one_large, r"One coordinate of node \d .* times the median one"),
-    ("dead", Backprop(), kill, r"Of the hidden units in node 2 \(feed-forward\) \d+% are never active"),
+    (
+        "dead", Backprop(), kill,
+        r"Of the hidden units in node 2 \(feed-forward\) \d+% are never active",
+    ),
     ("saturated", Backprop(), sharpen, r"Of the attention rows in node 1 \(attention\) 100%"),
     ("wrong", Backprop(), shout, "certain and wrong"),
     ("chance", Backprop(), shout, "worse than knowing nothing"),
