@@ -250,8 +250,8 @@ def shared(learner: Learner, reduce: Reduce | None) -> Learner:
     "The same learner for one of several processes. Raises ValueError for a solver that cannot."
     if reduce is None or (solver := shared_solver(learner)) is None:
         return learner
-    energy = replace(solver.energy, reduce=reduce)
-    return replace(learner, solver=replace(solver, energy=energy))
+    own: Any = learner
+    return replace(own, solver=replace(solver, energy=replace(solver.energy, reduce=reduce)))
 
 
 def for_parts(
@@ -263,4 +263,5 @@ def for_parts(
         return learner
     seen = lambda x, y: predict_up(model, x, y, lean=True, noise=noise_seed(model)).states
     whole = pooled(solver.energy, ((seen(x, y), in_reach(y)) for x, y in parts))
-    return replace(learner, solver=replace(solver, energy=whole))
+    own: Any = learner
+    return replace(own, solver=replace(solver, energy=whole))
