@@ -330,7 +330,7 @@ def check_local(name: str, learner: Any) -> None:
             assert p.grad is not None
             got = p.grad
             if id(p) in ends:  # tied: the output's own share is taken away
-                own = settled.up.judge() * (1 / settled.count)
+                own = settled.up.output_graph() * (1 / settled.count)
                 got = got - torch.autograd.grad(own, p, retain_graph=True)[0]
             assert (got - local).abs().max() <= 1e-9 * p.grad.abs().max(), f"layer {l} is not local"
 

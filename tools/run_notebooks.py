@@ -62,7 +62,7 @@ class Runner(NotebookClient):
 
 def lighter(text: str) -> str:
     """A picture, base64 of PNG, with a palette of 256 colours unless one would be seen to lack."""
-    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    image = read_image(io.BytesIO(base64.b64decode(text)))
     plain = image.convert("RGB")
     opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     if image.mode == "P" or not opaque:

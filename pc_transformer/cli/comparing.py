@@ -16,7 +16,7 @@ from pc_transformer.cli.given import (
     chosen, data_of, make_folder, model_folder, need_some, read_data, say_threads,
 )
 from ..config import ConfigError, ModelConfig, TrainConfig
-from ..data.text import TextData
+from ..data.batches import TextData
 from ..learning.config import LearnerConfig
 from ..training import RunConfig, load, pick_device, write_text
 

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from ..energies.categorical import Categorical
 from ..learning.learners import Report, accumulate
 from ..settling.chain import Chain, SettlingError, check_batch, output_energy
-from ..settling.errors import ErrorSettling
+from ..settling.errors import ErrorSettling, descend
 from ..settling.free_energy import FreeEnergy, Weighed, in_reach, no_errors
-from ..settling.settled import descend
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #3f7d21f6

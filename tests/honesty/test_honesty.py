@@ -1522,7 +1522,7 @@ class NeverRejects(ErrorSettling):
         self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
         accept = lambda look, before, eta, *_: (*look(eta), eta)
-        with patch("pc_transformer.settling.settled.descend", accept):
+        with patch("pc_transformer.settling.errors.descend", accept):
             return super().__call__(model, tokens, targets, measure_residual)
 
 

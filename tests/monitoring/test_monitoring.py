@@ -23,34 +23,32 @@ from pc_transformer.config import TrainConfig, replace
 from pc_transformer.data import Text
 from pc_transformer.energies import StudentT
 from pc_transformer.experiments.incremental import IncrementalPC
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding
+from pc_transformer.learning import Backprop, Learner, PredictiveCoding, compare_gradients
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
     Snapshot,
     Thresholds,
+    apply_rules,
     attention_rows,
     certain_outputs,
-    compare_gradients,
     curvature,
     dead_units,
     diagnose,
-    encode,
     extreme_eigenvalues,
-    judge,
-    look_cost,
+    json_ready,
     plot_alignment,
     plot_curvature,
     plot_energy,
     plot_heat,
     plot_loss,
     plot_monitor,
-    plot_node_energy,
     plot_steps,
     read_snapshot,
     rejected,
     saturated_rows,
     scalars,
+    snapshot_cost,
     status_line,
     take_snapshot,
     undisturbed,
@@ -183,9 +181,9 @@ def test_a_look_survives_json(learner: str) -> None:
     """What was measured and what was not, and every kind of number, come back."""
     look = take_snapshot(build(), LEARNERS[learner], *batch())
     assert (look.signal == []) == (learner == "backprop") and look.broken is None
-    assert read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False))) == look
+    assert read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False))) == look
     look.residual, look.signal, look.cosine = -math.inf, [math.inf, math.nan], {"all": math.nan}
-    again = read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False)))
+    again = read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False)))
     assert again.residual == -math.inf and again.signal[0] == math.inf
     assert math.isnan(again.signal[1]) and math.isnan(again.cosine["all"])
 
@@ -254,7 +252,7 @@ def test_scalars(learner: str) -> None:
     look = take_snapshot(build(), LEARNERS[learner], *batch(), step=7)
     live, late = Notes(), Notes()
     monitor = Monitor(writer=live, products=1)
-    monitor.look(make())
+    monitor.measure(make())
     monitor.to_tensorboard(late)
     assert live == late and live and all(isinstance(v, float) and k == 0 for _, v, k in live)
     found = scalars(look)
@@ -396,7 +394,7 @@ def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
         1, rel=0.05
     )
     assert look.curvature is not None and 0.5 < look.curvature[0] <= look.curvature[1] < 1.5
-    assert not judge(look).problems
+    assert not apply_rules(look).problems
 
 
 def test_numbers_of_a_look_by_hand() -> None:
@@ -635,7 +633,10 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ("ratio", solver(steps=1, step_size=0.05), None, "0.05 times as long as backprop's"),
     ("scale", Backprop(), explode, r"explode on the way up: from node 2 \(feed-forward\)"),
     ("outlier", Backprop(), one_large, r"One coordinate of node \d .* times the median one"),
-    ("dead", Backprop(), kill, r"Of the hidden units in node 2 \(feed-forward\) \d+% never speak"),
+    (
+        "dead", Backprop(), kill,
+        r"Of the hidden units in node 2 \(feed-forward\) \d+% are never active",
+    ),
     ("saturated", Backprop(), sharpen, r"Of the attention rows in node 1 \(attention\) 100%"),
     ("wrong", Backprop(), shout, "certain and wrong"),
     ("chance", Backprop(), shout, "worse than knowing nothing"),
@@ -667,7 +668,7 @@ def test_the_healthy_are_left_alone(learner: str) -> None:
 def test_thresholds_and_numbers_that_are_not_finite() -> None:
     """Limits are the reader's; a NaN that was measured is never taken for healthy."""
     look = take_snapshot(build(scale=1.0), PredictiveCoding(), *batch(), products=1)
-    assert judge(look, Thresholds(displacement=0.0)).rules == ["displacement"]
+    assert apply_rules(look, Thresholds(displacement=0.0)).rules == ["displacement"]
     for name, value in (
         ("residual", math.nan),
         ("signal", [math.nan] * 5),
@@ -675,7 +676,7 @@ def test_thresholds_and_numbers_that_are_not_finite() -> None:
     ):
         odd = copy.deepcopy(look)
         setattr(odd, name, value)
-        found = judge(odd)
+        found = apply_rules(odd)
         assert isinstance(found, Diagnosis) and "finite" in found.rules and f"{name}" in str(found)
 
 
@@ -693,14 +694,13 @@ def test_every_picture_can_be_drawn(history: str) -> None:
     looks: list[Snapshot] = {"none": [], "broken": [good, bad, bad]}.get(history, [good])
     for draw in (plot_energy, plot_alignment, plot_curvature, plot_steps, plot_loss, plot_heat):
         assert draw(looks) is not None
-    plot_node_energy(bad if history == "broken" else good)
     plot_monitor(looks).canvas.draw()
     plt.close("all")
 
 
 def test_the_cost_that_is_stated() -> None:
     """Equation (7) in numbers: more steps and more products cost more, linearly."""
-    assert look_cost(1, 0) == pytest.approx(17 / 3) and look_cost(2, 1) - look_cost(
+    assert snapshot_cost(1, 0) == pytest.approx(16 / 3) and snapshot_cost(2, 1) - snapshot_cost(
         1, 1
     ) == pytest.approx(4 / 3)
-    assert look_cost(1, 3) - look_cost(1, 2) == pytest.approx(4 / 3)
+    assert snapshot_cost(1, 3) - snapshot_cost(1, 2) == pytest.approx(4 / 3)

@@ -35,8 +35,8 @@ from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import Chain
 from pc_transformer.settling import (
     ErrorSettling,
+    FixedPrecisions,
     FreeEnergy,
-    GivenPrecisions,
     HighwaySettling,
     Pathway,
     SettlingError,
@@ -47,8 +47,8 @@ from pc_transformer.settling import (
     curvatures,
     errors_down,
     predict_up,
+    relevant_positions,
     rounds_down,
-    that_matter,
 )
 from pc_transformer.training import DataParallel, Trainer, resume, save_checkpoint
 from pc_transformer.training.run import RunConfig
@@ -236,7 +236,7 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
 def steepness(model: PCTransformer, tokens: Tensor, targets: Tensor) -> list[float]:
     "What power iteration finds around every node of a batch."
     up = predict_up(model, tokens, targets)
-    return curvatures(up, live=that_matter(targets, errors_down(up, keep_graph=True)))
+    return curvatures(up, mask=relevant_positions(targets, errors_down(up, keep_graph=True)))
 
 
 def test_bounds_do_not_jump() -> None:
@@ -561,7 +561,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
     walk = StateWalk.begin(
-        StateSettling(GivenPrecisions(weigh=lambda *_: given)), model, tokens, targets
+        StateSettling(FixedPrecisions(given=given)), model, tokens, targets
     )
 
     def energy(states: list[Tensor]) -> Tensor:
@@ -672,11 +672,6 @@ PADDED: dict[str, Any] = {
     "backprop": Backprop(),
     "centred": PredictiveCoding(
         ErrorSettling(FreeEnergy(1.0), steps=3, step_size=0.5), centred=True
-    ),
-    "handed": PredictiveCoding(
-        ErrorSettling(
-            GivenPrecisions(1.0, weigh=FreeEnergy(3.0).precisions), steps=3, step_size=0.5
-        )
     ),
     **{
         f"{kind}, per {per}, {name}": PredictiveCoding(
