@@ -26,6 +26,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbdev.clean import clean_nb
 from nbformat import NotebookNode
 from PIL import Image, ImageChops, ImageStat
+from PIL.Image import open as read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
