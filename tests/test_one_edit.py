@@ -128,7 +128,7 @@ class PartStep:
         up, trace = begin_settling(self.energy, model, tokens, targets, measures=measure_residual)
         start, down = no_errors(up.states), errors_down(up, keep_graph=True)
         trace.measure(start, down)
-        errors = trace.weighed.step(start, down, self.part)
+        errors = trace.batch_energy.step(start, down, self.part)
         trace.step_sizes.append(self.part)
         trace.measure(errors, down)
         return trace.settled(up, errors, trace.residual)

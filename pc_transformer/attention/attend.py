@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from pc_transformer.attention.checks import (
-    check_attend, check_fits, check_shapes, cleaned, sound,
+    check_attend, check_fits, check_shapes, cleaned, valid_numbers,
 )
 from .kernels.masks import responsibilities
 from pc_transformer.attention.scores import (
@@ -103,10 +103,10 @@ def enter(
     for name, x in given.items():
         check_fits(name, x, (*q.shape[:2], 1), "it has one value a head, shape (H, 1)")
     full = full_dtype(q)
-    precision = sound(precision, full, True, f"the precision of {family} attention")
-    if log_mix is not None: log_mix = sound(log_mix, full, False, "log_mix")
+    precision = valid_numbers(precision, full, True, f"the precision of {family} attention")
+    if log_mix is not None: log_mix = valid_numbers(log_mix, full, False, "log_mix")
     if allowed is not None:
-        if allowed.dtype != torch.bool: allowed = sound(allowed, full, False, "attn_mask").to(full)
+        if allowed.dtype != torch.bool: allowed = valid_numbers(allowed, full, False, "attn_mask").to(full)
         allowed = allowed.view(*[1] * (4 - allowed.dim()), *allowed.shape)
     likelihood = make_likelihood(family, q, given, own["coordinates"])
     mask = Mask(allowed, own["is_causal"], own["window"], own["dropout_p"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'check_mask', 'check_layout', 'check_name', 'check_share', 'check_attend', 'check_fits',
-           'check_shapes', 'sound', 'in_range', 'overflows', 'rows_that_see', 'cleaned', 'bad_tokens']
+           'check_shapes', 'valid_numbers', 'in_range', 'overflows', 'rows_that_see', 'cleaned', 'bad_tokens']
 
 # %% ../../nbs/1_model/10_checks.ipynb #9162b7f5
 import math
@@ -141,7 +141,7 @@ def check_shapes(
         )
 
 # %% ../../nbs/1_model/10_checks.ipynb #d2fe216f
-def sound(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
+def valid_numbers(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
     """`x`, after a look at its numbers in this dtype; NaN for wrong ones where nobody can look.
     `positive`: above zero and finite. Else: minus infinity, or within a quarter of the largest
     number: a mask, a mixing weight and a score do not overflow together. Raises TypeError for

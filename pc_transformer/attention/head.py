@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attend import Need, read, settle_query
-from .checks import check_fits, check_mask, sound
+from .checks import check_fits, check_mask, valid_numbers
 from pc_transformer.attention.scores import (
     Coordinates, Keys, Likelihood, Mask, Read, full_dtype, make_likelihood,
 )
@@ -103,7 +103,7 @@ def shown_precision(heads: Heads, x: Float[Tensor, "B T D"]) -> Float[Tensor, "#
     log = heads.log_precision.reshape(1, heads.n_kv_head, heads.n_component, 1, -1)
     if heads.precision_map is not None:
         log = log + by_token(x, heads.precision_map)[:, :, None, :, None]
-    return sound(log.exp(), full, True, f"the precision of {heads.family} attention").to(full)
+    return valid_numbers(log.exp(), full, True, f"the precision of {heads.family} attention").to(full)
 
 # %% ../../nbs/1_model/13_head.ipynb #90734035
 def shown_prior(
@@ -122,7 +122,7 @@ def shown_prior(
     if not parts: return None
     total = parts[0]
     for part in parts[1:]: total = total + part
-    return sound(total, full, False, "log_mix").to(full)
+    return valid_numbers(total, full, False, "log_mix").to(full)
 
 # %% ../../nbs/1_model/13_head.ipynb #63ab827b
 class KeyHeads(Heads):
@@ -145,7 +145,7 @@ class KeyHeads(Heads):
         own += ("log_mix",) * (self.mixing != "equal")
         return Keys(k, v, precision, shown_prior(self, x, k, precision), own)
 
-    def look(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B H T d"], Keys]:
+    def project(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B H T d"], Keys]:
         "Queries and keys of these tokens."
         q, k, v = self.split(self.qkv(x))
         return q, self.keys(x, k, v)
@@ -186,7 +186,7 @@ class PCAttention(KeyHeads):
         "The read-out times the probability that some key explains the query."
         if self.background is None or lse is None: return out
         name = f"the background of {self.family} attention"
-        background = sound(self.background, full_dtype(out), False, name)
+        background = valid_numbers(self.background, full_dtype(out), False, name)
         return (out * torch.sigmoid(lse - background)[..., None]).to(out.dtype)
 
     def merge(self, out: Float[Tensor, "B H T d"]) -> Float[Tensor, "B T D"]:
@@ -198,7 +198,7 @@ class PCAttention(KeyHeads):
         x: Float[Tensor, "B T D"],
         attn_mask: Bool[Tensor, "B #H #T T"] | None = None,   # True: may attend, if it is past
     ) -> Float[Tensor, "B T D"]:
-        q, keys = self.look(x)
+        q, keys = self.project(x)
         if attn_mask is not None:
             check_mask(attn_mask)
             check_fits("attn_mask", attn_mask, (*q.shape[:3], q.shape[2]), "it is (B, H, T, T)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pc_transformer.cli.given import (
-    chosen, data_of, make_folder, model_folder, need_some, read_data, say_threads,
+    chosen, data_of, make_folder, model_folder, require_some, read_data, say_threads,
 )
 from ..config import ConfigError, ModelConfig, TrainConfig
 from ..data.batches import TextData
@@ -33,7 +33,7 @@ def run(
     from pc_transformer.experiments import harness
     from pc_transformer.experiments.results import table
 
-    need_some(seeds=seeds)
+    require_some(seeds=seeds)
     found = harness.find(study)
     out = out or Path("runs") / found.name
     harness.plan(found, seeds, only, changes)     # a mistake shows before any work is done
@@ -121,7 +121,7 @@ def bench_generation(
 # %% ../../nbs/4_practice/18_comparing.ipynb #compare-given
 def folders_and_data(models: list[Path], data: str | None) -> tuple[list[Path], str, TextData]:
     "The folders of saved models, the name of their text and the text. Raises ValueError, OSError."
-    need_some(models=models)
+    require_some(models=models)
     name = data_of(models[0], data)
     return [model_folder(m) for m in models], name, read_data(name)
 

@@ -67,7 +67,7 @@ class Task(Protocol):
         "Different targets, numbered from 0: as many as tokens, where tokens are predicted."
         return self.vocab_size
 
-    def look(self, now: int) -> Batch:
+    def batch_for_measuring(self, now: int) -> Batch:
         "The batch at which a learner is looked at after `now` steps: the first, always the same."
         return self.batch(0)
 
@@ -263,8 +263,8 @@ class Damaged(Task):
     def batch(self, step: int) -> Batch:
         return self.read(self.task.batch(step), step, now=step)
 
-    def look(self, now: int) -> Batch:
-        return self.read(self.task.look(now), 0, now)
+    def batch_for_measuring(self, now: int) -> Batch:
+        return self.read(self.task.batch_for_measuring(now), 0, now)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]: return self.task.evaluate(model)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attention.checks import sound
+from ..attention.checks import valid_numbers
 from ..attention.head import PCAttention
 from ..attention.kernels.masks import responsibilities
 from pc_transformer.attention.scores import (
@@ -59,7 +59,7 @@ class AttentionNode:
     step_size: float = 1.0     # eta in (0, 1]; halved while the energy rises
 
     def __post_init__(self):
-        sound(self.stiffness, torch.float32, True, "the stiffness of an attention node")
+        valid_numbers(self.stiffness, torch.float32, True, "the stiffness of an attention node")
         check_whole("the number of steps", self.steps, 1)
         check_number("the step size", self.step_size)
         if not 0 < self.step_size <= 1:
@@ -139,8 +139,8 @@ class AttentionNode:
         """Equations (5) and (7): the slopes of lambda KL + G at fixed `r`; score and read-out
         are differentiated, no softmax."""
         q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-        precision = sound(precision, full_dtype(q), True, "the precision of attention")
-        log_mix = None if log_mix is None else sound(log_mix, full_dtype(q), False, "log_mix")
+        precision = valid_numbers(precision, full_dtype(q), True, "the precision of attention")
+        log_mix = None if log_mix is None else valid_numbers(log_mix, full_dtype(q), False, "log_mix")
         Lam = torch.as_tensor(precision, dtype=q.dtype, device=q.device).detach().requires_grad_()
         with torch.enable_grad():
             s = mask.hide(scores(q, k, likelihood, Lam, log_mix))
@@ -155,7 +155,7 @@ def scores_and_values(
 ) -> tuple[Tensor, Tensor]:
     """Masked scores and values such that `responsibilities(scores) @ values` is the layer's
     read-out, for every option."""
-    a, (q, keys) = attention, attention.look(x)
+    a, (q, keys) = attention, attention.project(x)
     s = key_scores(q, keys, a.likelihood, Mask(None, True, a.window))
     v = spread_heads(keys.v, a.n_kv_head, a.n_head)
     if a.background is not None:

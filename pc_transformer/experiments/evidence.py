@@ -50,7 +50,7 @@ def look(
 ) -> tuple[Float[Tensor, "B T D"], Keys]:
     """What columns read from themselves and the settled columns before them; and what they would
     show themselves."""
-    q, own = attention.look(x)
+    q, own = attention.project(x)
     out, lse = alone(attention, q, own)
     if past is not None and past.v.shape[2] > 0:
         j = torch.arange(past.v.shape[2], device=x.device)
@@ -163,7 +163,7 @@ def memory_stream(
     s, found = embedding(tokens), []
     for l, f in enumerate(layers):
         s = s if errors is None else (s + errors[l]).to(s.dtype)
-        if isinstance(f, AttentionLayer): found.append(f.attention.look(f.norm(s))[1])
+        if isinstance(f, AttentionLayer): found.append(f.attention.project(f.norm(s))[1])
         s = f(s)
     return found
 
@@ -434,7 +434,7 @@ class EvidenceSettler:
 
     Several sampled pasts are draws of equation (2) with their weights, resampled when half their
     worth is lost: weighted means tend to the posterior's as their number grows, for any number of
-    steps. A single one has nothing to be weighed against and is no draw from the posterior: each
+    steps. A single one has nothing to be batch_energy against and is no draw from the posterior: each
     column, given those before it, lies between its prior and its own posterior, nearer to the
     latter with more steps, and no token speaks about columns before its own. The newest column
     predicts without errors in either case. Noise is drawn for the whole batch: with a temperature,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STANDS', 'Arm', 'grid', 'arm_name', 'Job', 'train_and_measure', 'report', 'Study', 'study', 'Planned', 'settings',
-           'planned', 'plan', 'begin', 'perform', 'run', 'said', 'studies_in', 'own_modules', 'module_of',
+           'planned', 'plan', 'begin', 'run_arm', 'run', 'said', 'studies_in', 'own_modules', 'module_of',
            'known_studies', 'find']
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #8543b53b
@@ -165,7 +165,7 @@ def begin(of: Study, first: RunConfig, command: str, device: torch.device) -> Re
     return Results(of.name, of.question, about, usual, task.baselines() if task else {}, [])
 
 
-def perform(of: Study, p: Planned, device: torch.device, out: Path) -> dict[str, Any]:
+def run_arm(of: Study, p: Planned, device: torch.device, out: Path) -> dict[str, Any]:
     "Make one run: its numbers. A task's vocabulary, where none was set, is the model's."
     task = of.task(p.config) if of.task else None
     config = p.config
@@ -198,7 +198,7 @@ def run(
     for p in runs:
         if p.is_in(stored().runs): continue
         try:
-            made = perform(of, p, on, out)
+            made = run_arm(of, p, on, out)
         except Interrupted as stop:
             raise Interrupted(f"{stop}, and of {p.arm}, seed {p.seed}, nothing was kept") from None
         found = stored()                         # read again: another process may have added to it

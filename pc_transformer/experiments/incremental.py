@@ -30,7 +30,7 @@ class IncrementalPC(Learner):
     def __post_init__(self):
         check_types(self)
 
-    def looking(self, model: nn.Module) -> "IncrementalPC":
+    def copy_for(self, model: nn.Module) -> "IncrementalPC":
         "For a look at `model`: an `apply` of its own, which only clears gradients."
         return replace(self, apply=model.zero_grad)
 

@@ -32,7 +32,7 @@ from ..energies.categorical import Categorical
 from ..learning.learners import Report, accumulate
 from ..settling.chain import Chain, SettlingError, check_batch, output_energy
 from ..settling.errors import ErrorSettling, descend
-from ..settling.free_energy import FreeEnergy, Weighed, in_reach, no_errors
+from ..settling.free_energy import FreeEnergy, BatchEnergy, in_reach, no_errors
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #3f7d21f6
@@ -150,14 +150,14 @@ class Node:
     above: Wire                               # to node l+1
     parent: Wire
     count: float = 1.0                        # n, predicted tokens in the batch
-    energy: FreeEnergy = FreeEnergy()         # how its error is weighed
+    energy: FreeEnergy = FreeEnergy()         # how its error is batch_energy
     reach: Tensor | None = None               # positions that count, `(B, T)`; `None`: all
     mu: Tensor = field(init=False)            # `mu_l (B, T, D)`, with the graph of this layer
     read: Tensor = field(init=False)          # what it was predicted from
     error: Tensor = field(init=False)         # `eps_l` of the last accepted step
     trial: Tensor = field(init=False)         # `eps_l` of the present pass
     delta: Tensor = field(init=False)         # `delta_l`, the message from above
-    weighed: Weighed = field(init=False)      # this batch's energy, of this node alone
+    batch_energy: BatchEnergy = field(init=False)      # this batch's energy, of this node alone
     whole: Tensor = field(init=False)         # where the whole step leads
     eta: float = 1.0                          # the step size that leads there
 
@@ -172,17 +172,17 @@ class Node:
         self.mu = self.f(self.read)
         mu = self.mu.detach()
         if eta is None:
-            (self.trial,), self.weighed = no_errors([mu]), self.weigh(mu)
+            (self.trial,), self.batch_energy = no_errors([mu]), self.weigh(mu)
         elif again:
             self.trial = self.error.lerp(self.whole, eta / self.eta)
         else:
-            (self.whole,) = self.weighed.step([self.error], [self.delta], eta)
+            (self.whole,) = self.batch_energy.step([self.error], [self.delta], eta)
             self.trial, self.eta = self.whole, eta
         self.above.send("state", (mu + self.trial).to(mu.dtype))
         nothing = mu.new_zeros((), dtype=torch.float64)
-        self.parent.send("energy", self.weighed.moving([self.trial], nothing)[0])
+        self.parent.send("energy", self.batch_energy.changing_energy([self.trial], nothing)[0])
 
-    def weigh(self, state: Tensor) -> Weighed:
+    def weigh(self, state: Tensor) -> BatchEnergy:
         """This node's energy, equation (3) of `settling.free_energy`. Raises SettlingError,
         naming it."""
         try:
@@ -199,7 +199,7 @@ class Node:
     def gradients(self) -> None:
         "Fill `p.grad` from this node's own energy."
         parameters = [p for p in self.f.parameters() if p.requires_grad]
-        message = (-self.weighed.pull(0, self.trial) / self.count).to(self.mu.dtype)
+        message = (-self.batch_energy.pull(0, self.trial) / self.count).to(self.mu.dtype)
         accumulate(parameters, torch.autograd.grad(self.mu, parameters, message))
 
     def learn(self) -> None:
@@ -279,7 +279,7 @@ def obey(node: Node, word: str, number: float) -> None:
         if isinstance(node, Ends):
             node.tokens, node.targets = node.parent.expect("tokens"), node.parent.expect("targets")
         node.up()
-        node.parent.send("resting", node.weighed.resting([node.mu.detach()], node.reach)[0])
+        node.parent.send("resting", node.batch_energy.fixed_energy([node.mu.detach()], node.reach)[0])
     elif word in ("down", "again"):
         if word == "down":
             node.down()
@@ -419,7 +419,7 @@ class LayerProcesses:
                 try:
                     self.wires[l].end.send_bytes(birth)
                 except OSError:
-                    raise ProcessError(self.obituary(l)) from None
+                    raise ProcessError(self.why_it_ended(l)) from None
             self.gather("done", timeout=start_timeout)
 
     def __enter__(self) -> "LayerProcesses":
@@ -449,7 +449,7 @@ class LayerProcesses:
                 process.kill()
                 process.wait()
 
-    def obituary(self, l: int) -> str:
+    def why_it_ended(self, l: int) -> str:
         "How node l's process ended: in its own words, if it left any."
         with suppress(HungUp):
             while self.wires[l].end.poll():
@@ -468,7 +468,7 @@ class LayerProcesses:
             try:
                 self.wires[l].send(what, value)
             except HungUp:
-                raise ProcessError(self.obituary(l)) from None
+                raise ProcessError(self.why_it_ended(l)) from None
 
     def gather(
         self, what: str, to: Sequence[int] | None = None, timeout: float | None = None
@@ -498,7 +498,7 @@ class LayerProcesses:
         try:
             name, value = self.wires[l].receive()
         except HungUp:
-            raise ProcessError(self.obituary(l)) from None
+            raise ProcessError(self.why_it_ended(l)) from None
         if name == "error":
             raise ProcessError(stopped(l, value))
         if name != what:

@@ -82,7 +82,7 @@ def query_looks(
             [f for f in still.predictors if isinstance(f, AttentionLayer)], states[::2]
         ):
             a, x, best = f.attention, f.norm(s), torch.zeros(())
-            q, keys = a.look(x)
+            q, keys = a.project(x)
             for n in STEPS:
                 settled = a.settle(q, keys, a.mask(), n)
                 r = a.read(settled, keys, a.mask(), "responsibilities").responsibilities
@@ -102,7 +102,7 @@ def energies(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> Float[Tensor, 
     layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
     for f, s in zip(layers, node_states(model, tokens)[::2]):
         a = f.attention
-        q, keys = a.look(f.norm(s))
+        q, keys = a.project(f.norm(s))
         E = energy(q, keys, a.likelihood, Mask(is_causal=True, window=a.window))
         found.append(torch.stack([E.mean(1), (E + prior_mass(a, keys)).mean(1)]))
     return torch.stack(found).mean(0)

@@ -153,7 +153,7 @@ class Angles:
 
     def __call__(self, t: Trainer) -> None:
         if t.record[-1]["step"] == t.step:
-            batch = t.here(t.task.look(t.step))
+            batch = t.here(t.task.batch_for_measuring(t.step))
             self.found[t.step] = gradient_cosine(t.alone(), t.model, *batch)
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #5dae47d8

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..attention.checks import sound
+from ..attention.checks import valid_numbers
 from ..attention.scores import Mask
 from ..energies.elliptical import check_whole, shown
 from .cache import KVCache, LayerCache, Slots
@@ -139,7 +139,7 @@ def check_precision(cache: KVCache, before: Sequence[int]) -> None:
     what = f"the precision of {cache.model.config.attention} attention"
     for lam in (past.column["lam"] for past in cache.layers if past.column):
         for row, span in enumerate(zip(before, cache.lengths, strict=True)):
-            sound(lam[row, ..., slice(*span)], lam.dtype, True, what)
+            valid_numbers(lam[row, ..., slice(*span)], lam.dtype, True, what)
 
 # %% ../../nbs/3_inference/05_decode.ipynb #36fdd198
 def extend(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..attention.checks import sound
+from ..attention.checks import valid_numbers
 from ..attention.head import PCAttention, shown_precision
 from ..attention.kernels.near import NEAR
 from ..attention.scores import full_dtype, link_of, radial
@@ -88,9 +88,9 @@ def shared_prior(a: PCAttention, Lam: Tensor) -> Float[Tensor, "Hk M 1 1 1"]:
     "What is added to the scores of all keys of a component. Raises ValueError."
     kind, total = f"of {a.family} attention", torch.zeros_like(Lam[..., :1])
     if a.background is not None:
-        sound(a.background.detach(), Lam.dtype, False, f"the background {kind}")
+        valid_numbers(a.background.detach(), Lam.dtype, False, f"the background {kind}")
     if a.log_mix is not None:
-        log_mix = sound(a.log_mix.detach(), Lam.dtype, False, f"the log_mix {kind}")
+        log_mix = valid_numbers(a.log_mix.detach(), Lam.dtype, False, f"the log_mix {kind}")
         total = total + log_mix.log_softmax(1).to(total.dtype)[..., None, None]
     if a.precision_map is not None or a.family == "dot" or a.mixing == "norm": return total
     return total + Lam.log().expand(*Lam.shape[:-1], a.d).sum(-1, keepdim=True) / 2

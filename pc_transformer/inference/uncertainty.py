@@ -85,7 +85,7 @@ def head_energies(
     settle_steps: int = 0,                 # of the queries, before their energy is taken
 ) -> Float[Tensor, "B H T"]:               # nats
     "Equation (3) for every head of one layer. Raises ValueError for dot products."
-    (q, keys), mask = a.look(x), Mask(None, True, a.window)
+    (q, keys), mask = a.project(x), Mask(None, True, a.window)
     q = a.settle(q, keys, mask, settle_steps)
     return energy(q, keys, a.likelihood, mask) + prior_mass(a, keys)
 

@@ -57,7 +57,7 @@ class Whole(NamedTuple):
         except Reached as reached: return reached.value
         return getattr(found, "logits", found)
 
-    def hand_on(self, hidden: Tensor) -> Any:
+    def pass_hidden(self, hidden: Tensor) -> Any:
         "A state in the form in which a block gives it back."
         return (hidden, *[None] * (self.width - 1)) if self.width else hidden
 
@@ -96,7 +96,7 @@ class Last(nn.Module):
 
     def forward(self, top: Tensor) -> Tensor:
         def instead(l: int, hidden: Tensor, *others: Any, **named: Any) -> Any:
-            return self.whole.hand_on(top if l == self.last else hidden)
+            return self.whole.pass_hidden(top if l == self.last else hidden)
 
         return self.whole.walk(self.inputs, instead)
 
@@ -132,7 +132,7 @@ class Probe:
         self.whole = self.whole._replace(width=len(found) if isinstance(found, tuple) else 0)
         top = found[0] if isinstance(found, tuple) else found
         self.states += [hidden] * (not l) + [top.detach().requires_grad_()]
-        return self.whole.hand_on(self.states[-1])
+        return self.whole.pass_hidden(self.states[-1])
 
 # %% ../../nbs/4_practice/20_chains.ipynb #589e98fe
 @torch.enable_grad()
@@ -182,7 +182,7 @@ def calls_of(whole: Whole, inputs: Any, n: int) -> list[tuple[tuple[Any, ...], d
     def note(l: int, hidden: Tensor, *others: Any, **named: Any) -> Any:
         calls.append((others, named))
         if l == n - 1: raise Reached
-        return whole.hand_on(hidden)
+        return whole.pass_hidden(hidden)
 
     whole.walk(inputs, note)
     return calls

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['local_gradient', 'Report', 'Learner', 'Backprop', 'accumulate', 'trainable', 'learn', 'Solver', 'PredictiveCoding',
-           'nudged', 'rehearse', 'gradients', 'safe_ratio', 'compare_gradients', 'gradient_cosine', 'shared_solver',
+           'nudged', 'try_learner', 'gradients', 'safe_ratio', 'compare_gradients', 'gradient_cosine', 'shared_solver',
            'shared', 'for_parts']
 
 # %% ../../nbs/2_learning/05_learning.ipynb #15f42af5
@@ -71,7 +71,7 @@ class Learner(Protocol):
         "The learner at a part of training that is done, 0 to 1: where schedules live."
         return self
 
-    def looking(self, model: nn.Module) -> "Learner":
+    def copy_for(self, model: nn.Module) -> "Learner":
         "A copy to be tried on `model`: it shares no memory and moves no weights."
         return copy.deepcopy(self)
 
@@ -119,7 +119,7 @@ def learn(
         return
     grad = torch.autograd.grad
     if own := trainable(model.output):
-        energy = settled.up.output_graph() * (sign * settled.weighed.energy.nudge / count)
+        energy = settled.up.output_graph() * (sign * settled.batch_energy.energy.nudge / count)
         accumulate(own, grad(energy, own, allow_unused=True))
     for l in range(len(settled.errors) - 1, -1, -1):
         if own := trainable(model.predictors[l]):
@@ -190,12 +190,12 @@ def nudged(solver: Any, by: float) -> Any:
     return replace(solver, energy=replace(solver.energy, nudge=by * solver.energy.nudge))
 
 # %% ../../nbs/2_learning/05_learning.ipynb #84fe4ef4
-def rehearse(
+def try_learner(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
     "What a learner would report and put into `p.grad`; the model itself is not touched."
     own = view(model, tensor=leaf)
-    report = learner.looking(own).backward(own, tokens, targets, measure=measure)
+    report = learner.copy_for(own).backward(own, tokens, targets, measure=measure)
     zero = torch.zeros_like
     return report, {n: zero(p) if p.grad is None else p.grad for n, p in own.named_parameters()}
 
@@ -204,7 +204,7 @@ def gradients(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:     # by parameter name
     "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
-    return rehearse(learner, model, tokens, targets)[1]
+    return try_learner(learner, model, tokens, targets)[1]
 
 # %% ../../nbs/2_learning/05_learning.ipynb #c05compa
 def safe_ratio(a: float, b: float) -> float:

@@ -73,7 +73,7 @@ class Monitor:
     def measure(self, trainer: Trainer) -> Snapshot:
         "Measure now. A resumed run's snapshots replace those of the interrupted one."
         batch = trainer.here(self.batch or trainer.batch(0))
-        with trainer.surroundings():      # mixed precision, where the run has it
+        with trainer.precision_context():      # mixed precision, where the run has it
             learner, step = trainer.alone(), trainer.step
             found = take_snapshot(trainer.model, learner, *batch, step, self.products)
         self.history[:] = [s for s in self.history if s.step < found.step] + [found]

@@ -23,7 +23,7 @@ from ..model.layers import AttentionLayer, FeedForwardLayer
 from ..model.transformer import Chain
 from pc_transformer.monitoring.measures import (
     broken_node, certain_outputs, curvature, dead_units, in_words, node_names, outlier_ratio,
-    per_token, root_mean_square, saturated_rows, undisturbed,
+    per_token, root_mean_square, saturated_rows, evaluation_view,
 )
 from pc_transformer.settling.chain import (
     Pass, Pathway, SettlingError, errors_down, mean_energy, predict_up,
@@ -100,7 +100,7 @@ def rejected(asked: float | None, accepted: Sequence[float]) -> int:
 
 def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> dict[str, Any]:
     "What the settled states show, compared with the size of backprop's messages."
-    nudge = abs(settled.weighed.energy.nudge)
+    nudge = abs(settled.batch_energy.energy.nudge)
     received = [per_token(settled.message(l)) / nudge for l in range(len(settled.errors))]
     pairs = list(zip(settled.errors, settled.states, strict=True))
     asked, steps = getattr(solver, "step_size", None), len(settled.step_sizes)
@@ -114,7 +114,7 @@ def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> d
         "error": [per_token(e) for e, _ in pairs],
         "displacement": [safe_ratio(per_token(e), per_token(s)) for e, s in pairs],
         "signal": [safe_ratio(a, b) for a, b in zip(received, message, strict=True)],
-        "precision": [p.mean().item() for p in settled.weighed.precision],
+        "precision": [p.mean().item() for p in settled.batch_energy.precision],
     }
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #e69b240b
@@ -145,8 +145,8 @@ def take_snapshot(
     products: int = 8,            # Hessian products for the curvature; 0: not measured
 ) -> Snapshot:
     "Measure everything once. The model, `p.grad`, the learner and random states are not touched."
-    still = undisturbed(model)
-    learner = learner.looking(still)
+    still = evaluation_view(model)
+    learner = learner.copy_for(still)
     broken = broken_node(still, tokens)
     snapshot = Snapshot(step, node_names(still), learner=repr(learner), broken=broken)
     if broken is None:

@@ -21,7 +21,7 @@ from pc_transformer.settling.chain import (
     Chain, Pass, Pathway, SettlingError, check_batch, demand, errors_down, noise_seed, predict_up,
 )
 from pc_transformer.settling.free_energy import (
-    FreeEnergy, Weighed, in_reach, no_errors, relevant_positions,
+    FreeEnergy, BatchEnergy, in_reach, no_errors, relevant_positions,
 )
 
 # %% ../../nbs/2_learning/04_settling.ipynb #caeaa8f5
@@ -59,7 +59,7 @@ class Settled:
 
     up: Pass                    # the last upward pass, with each layer's own graph
     errors: list[Tensor]        # `eps_l (B, *)`
-    weighed: Weighed            # the energy that they were settled in
+    batch_energy: BatchEnergy            # the energy that they were settled in
     loss: float                 # of the feed-forward pass, nats per token
     node_energy: Float[Tensor, "steps nodes"]   # after 0..K steps, nats per token; last: output
     step_sizes: list[float] = field(default_factory=list)   # accepted, after halving
@@ -84,7 +84,7 @@ class Settled:
 
     def message(self, l: int) -> Tensor:
         "`dE_l / d mu_l = -w(u) Pi_l eps_l (B, *)`: what predictor l learns from."
-        return -self.weighed.pull(l, self.errors[l])
+        return -self.batch_energy.pull(l, self.errors[l])
 
     def __repr__(self) -> str:
         change = self.energy[-1].item() - self.energy[0].item()
@@ -97,14 +97,14 @@ class Trace:
     """What happens while states settle: energies, accepted steps, distances from equilibrium.
     Raises SettlingError when the energy is not finite at the feed-forward states."""
 
-    def __init__(self, weighed: Weighed, up: Pass, measures: bool = True):
-        self.weighed, self.measures = weighed, measures
+    def __init__(self, batch_energy: BatchEnergy, up: Pass, measures: bool = True):
+        self.batch_energy, self.measures = batch_energy, measures
         self.targets, self.dtype = up.targets, up.states[0].dtype
         output = up.output_energy.detach()
         pair = torch.stack([output, output.new_tensor(up.count)])
-        energy, self.count = weighed.total(pair).tolist()   # of the batch in all processes
+        energy, self.count = batch_energy.total(pair).tolist()   # of the batch in all processes
         self.loss = energy / self.count     # nats per token
-        self.energies = [weighed.moving(no_errors(up.states), output)]
+        self.energies = [batch_energy.changing_energy(no_errors(up.states), output)]
         self.step_sizes: list[float] = []
         self.norms: list[float] = []
         self.mask: Bool[Tensor, "B T"] | None = None     # positions that count; `None`: all
@@ -120,7 +120,7 @@ class Trace:
             self.mask = relevant_positions(self.targets, deltas)
         if not self.measures:
             return False
-        self.norms.append(self.weighed.norm(errors, deltas))
+        self.norms.append(self.batch_energy.norm(errors, deltas))
         return len(self.norms) > 1 and self.norms[-1] <= tolerance * self.norms[0]
 
     @property
@@ -142,10 +142,10 @@ class Trace:
 
     def settled(self, up: Pass, errors: list[Tensor], residual: float | None = None) -> Settled:
         "The present states as a result."
-        rest = self.weighed.resting(up.states, self.mask)
+        rest = self.batch_energy.fixed_energy(up.states, self.mask)
         energy = (torch.stack(self.energies) + rest).cpu() / self.count
         sizes = list(self.step_sizes)
-        return Settled(up, errors, self.weighed, self.loss, energy, sizes, residual)
+        return Settled(up, errors, self.batch_energy, self.loss, energy, sizes, residual)
 
 # %% ../../nbs/2_learning/04_settling.ipynb #6628147a
 def rounding(
@@ -222,9 +222,9 @@ class ErrorSettling:
             deltas = errors_down(up, stops, self.pathway, self.energy.nudge)
             if trace.measure(errors, deltas, self.tolerance):
                 break
-            full = trace.weighed.step(errors, deltas, self.step_size)
+            full = trace.batch_energy.step(errors, deltas, self.step_size)
             del up, deltas      # their memory is the next pass's
-            try_step = partial(part_way, again, trace.weighed, errors, full, self.step_size)
+            try_step = partial(part_way, again, trace.batch_energy, errors, full, self.step_size)
             up, errors = trace.descend(try_step, self.step_size, self.max_halvings, self.cure)
             del try_step
         else:
@@ -234,7 +234,7 @@ class ErrorSettling:
 
 # %% ../../nbs/2_learning/04_settling.ipynb #c04part1
 def part_way(
-    again: Callable[[list[Tensor]], Pass], weighed: Weighed,    # predictions up; the energy
+    again: Callable[[list[Tensor]], Pass], batch_energy: BatchEnergy,    # predictions up; the energy
     errors: list[Tensor], full: list[Tensor],   # from where, and where the full step leads
     eta: float, size: float,                    # the full step's size, and the one that is tried
 ) -> tuple[tuple[Pass, list[Tensor]], Tensor]:
@@ -242,4 +242,4 @@ def part_way(
     if size < eta:
         full = [e.lerp(f, size / eta) for e, f in zip(errors, full, strict=True)]
     up = again(full)
-    return (up, full), weighed.moving(full, up.output_energy)
+    return (up, full), batch_energy.changing_energy(full, up.output_energy)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Per', 'align', 'squared_distance', 'error_energy', 'position_mask', 'normaliser', 'stiffness', 'weight_at_zero',
-           'mean_square', 'relative_precisions', 'Weighed', 'FreeEnergy', 'no_errors', 'in_reach', 'relevant_positions',
-           'shared_mean', 'FixedPrecisions', 'pooled']
+           'mean_square', 'relative_precisions', 'BatchEnergy', 'FreeEnergy', 'no_errors', 'in_reach',
+           'relevant_positions', 'shared_mean', 'FixedPrecisions', 'pooled']
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #e9de1f52
 from collections.abc import Iterable, Sequence
@@ -126,7 +126,7 @@ def relative_precisions(
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #71956f92
 @dataclass(frozen=True)
-class Weighed:
+class BatchEnergy:
     "The free energy of one batch with its precisions fixed: what solvers lower."
 
     energy: "FreeEnergy"
@@ -136,14 +136,13 @@ class Weighed:
         "The sum over the processes that share the batch."
         return x if self.energy.reduce is None else self.energy.reduce(x)
 
-    def moving(self, errors: Sequence[Tensor], output: Tensor) -> Float[Tensor, " nodes"]:
+    def changing_energy(self, errors: Sequence[Tensor], output: Tensor) -> Float[Tensor, " nodes"]:
         "What settling changes: the cost of every node's error, then the output's energy; nats."
         pairs = zip(errors, self.precision, strict=True)
         nodes = [error_energy(e, p, self.energy.family) for e, p in pairs]
         return self.total(torch.stack([*nodes, self.energy.nudge * output.detach()]))
 
-    def resting(
-        self, states: Sequence[Tensor], mask: Tensor | None = None
+    def fixed_energy(self, states: Sequence[Tensor], mask: Tensor | None = None
     ) -> Float[Tensor, " nodes"]:
         "What it does not change: every node's normaliser, then a zero for the output; nats."
         pairs = zip(states, self.precision, strict=True)
@@ -196,9 +195,9 @@ class FreeEnergy:
         self,
         states: Sequence[Tensor],                    # feed-forward states `(B, *)`
         reach: Bool[Tensor, "..."] | None = None,    # rows or tokens that count; `None`: all
-    ) -> Weighed:
+    ) -> BatchEnergy:
         "The energy of one batch. Raises SettlingError, naming a node."
-        return Weighed(self, self.precisions(states, reach))
+        return BatchEnergy(self, self.precisions(states, reach))
 
     def precisions(self, states: Sequence[Tensor], reach: Tensor | None) -> list[Tensor]:
         "`Pi_l` by equation (3); a subclass may find them in another way."

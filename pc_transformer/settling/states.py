@@ -22,7 +22,7 @@ from pc_transformer.settling.chain import (
 )
 from .errors import Settled, Trace, begin_settling
 from pc_transformer.settling.free_energy import (
-    FreeEnergy, Weighed, align, no_errors, position_mask,
+    FreeEnergy, BatchEnergy, align, no_errors, position_mask,
 )
 
 # %% ../../nbs/2_learning/07_states.ipynb #625b0e3a
@@ -55,15 +55,15 @@ def errors_of(up: Pass, mask: Bool[Tensor, "B T"] | None = None) -> list[Tensor]
     return [within(s - mu, mask) for s, mu in zip(up.states, mus, strict=True)]
 
 # %% ../../nbs/2_learning/07_states.ipynb #a82ea2db
-def state_gradients(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> list[Tensor]:
+def state_gradients(up: Pass, errors: Sequence[Tensor], batch_energy: BatchEnergy) -> list[Tensor]:
     "Equation (1): the derivative of nF by every state, from its own error and the one above."
-    pulls, keep = [weighed.pull(l, e) for l, e in enumerate(errors)], not up.lean
+    pulls, keep = [batch_energy.pull(l, e) for l, e in enumerate(errors)], not up.lean
     from_above = [
         torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=keep)[0]
         for l in range(1, len(pulls))
     ]
     (top,) = torch.autograd.grad(up.output_graph(), up.inputs[-1], retain_graph=keep)
-    from_above.append(-weighed.energy.nudge * top)
+    from_above.append(-batch_energy.energy.nudge * top)
     return [own - above for own, above in zip(pulls, from_above, strict=True)]
 
 # %% ../../nbs/2_learning/07_states.ipynb #6042317c
@@ -186,7 +186,7 @@ class StateWalk:
         up = self.up
         up = predict_all(up.model, up.inputs[0], up.targets, states, up.noise, self.solver.lean)
         errors = errors_of(up, self.trace.mask)
-        return up, self.trace.weighed.moving(errors, up.output_energy)
+        return up, self.trace.batch_energy.changing_energy(errors, up.output_energy)
 
     def refresh(self) -> None:
         "A new pass at the present states, when the weights have moved."
@@ -196,7 +196,7 @@ class StateWalk:
     def step(self) -> None:
         "One accepted parallel update; halved until the energy does not rise (beyond rounding)."
         states, solver = self.up.states, self.solver
-        slopes = state_gradients(self.up, errors_of(self.up, self.trace.mask), self.trace.weighed)
+        slopes = state_gradients(self.up, errors_of(self.up, self.trace.mask), self.trace.batch_energy)
         full = [slope / bound for slope, bound in zip(slopes, self.bounds, strict=True)]
         attempt = lambda eta: self.at([s - eta * d for s, d in zip(states, full, strict=True)])
         cure = "lower step_size or allow more halvings"
@@ -216,11 +216,11 @@ class StateWalk:
 # %% ../../nbs/2_learning/07_states.ipynb #f004ffe0
 def bounds(up: Pass, trace: Trace) -> list[float]:
     "`H_l` of equation (2), node by node, at zero errors."
-    mask, weighed = trace.mask, trace.weighed
-    stiff = [weighed.stiffness(l, e) for l, e in enumerate(no_errors(up.states))]
+    mask, batch_energy = trace.mask, trace.batch_energy
+    stiff = [batch_energy.stiffness(l, e) for l, e in enumerate(no_errors(up.states))]
     whole = lambda w, s: mask is None or w.dim() < s.dim()     # not one number for each position
     own = [(w if whole(w, s) else w[mask]).max().item() for w, s in zip(stiff, up.states)]
-    above = [*own[1:], abs(weighed.energy.nudge)]
+    above = [*own[1:], abs(batch_energy.energy.nudge)]
     curves = curvatures(up, mask=mask)
     return [o + c * a for o, c, a in zip(own, curves, above, strict=True)]
 

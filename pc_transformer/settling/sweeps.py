@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import check_types
 from .chain import Chain, Pass, SettlingError, demand, errors_down
 from .errors import Settled, Trace, begin_settling
-from .free_energy import FreeEnergy, Weighed, no_errors
+from .free_energy import FreeEnergy, BatchEnergy, no_errors
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #287017f2
 def sweep_down(up: Pass) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
@@ -46,7 +46,7 @@ def one_step(trace: Trace, up: Pass, deltas: list[Tensor]) -> Settled:
     "Full errors from these messages, at the feed-forward predictions. Raises SettlingError."
     zero = no_errors(up.states)
     trace.measure(zero, deltas)
-    errors = trace.weighed.step(zero, deltas, 1.0)
+    errors = trace.batch_energy.step(zero, deltas, 1.0)
     good = torch.stack([e.sum() for e in errors]).isfinite()
     if not good.all():
         what = "its message overflowed, or its precision vanished"
@@ -97,11 +97,11 @@ def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
     return deltas
 
 
-def distance(up: Pass, errors: Sequence[Tensor], weighed: Weighed) -> float:
+def distance(up: Pass, errors: Sequence[Tensor], batch_energy: BatchEnergy) -> float:
     "How far errors are from those of an exact sweep, relative to zero errors: 1 to 0."
     exact = errors_down(up, keep_graph=True)
-    start = weighed.norm(no_errors(up.states), exact)
-    return weighed.norm(errors, exact) / start if start else 0.0
+    start = batch_energy.norm(no_errors(up.states), exact)
+    return batch_energy.norm(errors, exact) / start if start else 0.0
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #e12f5df1
 @dataclass(frozen=True)
@@ -127,5 +127,5 @@ class HighwaySettling:
         up, trace = begin_settling(self.energy, model, tokens, targets, self.lean, measures=False)
         settled = one_step(trace, up, rounds_down(up, self.steps))
         if measure_residual:
-            settled.residual = distance(up, settled.errors, settled.weighed)
+            settled.residual = distance(up, settled.errors, settled.batch_energy)
         return settled

@@ -24,7 +24,7 @@ from ..config import ConfigError, TrainConfig
 from ..data.tasks import Batch, Task, Text
 from ..data.batches import TextData
 from ..isolation import Draws, drawing, evaluating
-from ..learning.learners import Learner, for_parts, gradient_cosine, rehearse, shared
+from ..learning.learners import Learner, for_parts, gradient_cosine, try_learner, shared
 from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError, check_batch
 from .parallel import DataParallel, all_sum, sync_gradients
@@ -167,7 +167,7 @@ class TrainingRun:
         "The learner of this step; it waits for no other process."
         return self.learner.at(min(self.step / self.config.train.iters, 1.0))
 
-    def surroundings(self) -> AbstractContextManager[None]:
+    def precision_context(self) -> AbstractContextManager[None]:
         "Precision and random numbers of this step."
         return step_context(self.config.train, self.device, self.step, self.team.rank)
 
@@ -223,7 +223,7 @@ def naming_divergence(trainer: "Trainer") -> Iterator[None]:
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b21
 def sits(learner: Learner, model: PCTransformer, batch: Batch) -> dict[str, Any]:
     "A learner on a batch: cosine of its gradient to backprop's, residual, step sizes, energies."
-    report, _ = rehearse(learner, model, *batch, measure=True)
+    report, _ = try_learner(learner, model, *batch, measure=True)
     return {
         "cosine": gradient_cosine(learner, model, *batch)["all"],
         "residual": report.residual,
@@ -263,7 +263,7 @@ class Trainer(TrainingRun):
         "Find the gradient of this step's batch and move the weights; the loss before that."
         set_rate(self.optimizer, self.step, self.config.train)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.surroundings():
+        with self.precision_context():
             loss = self.backward()
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.step}"
@@ -285,8 +285,8 @@ class Trainer(TrainingRun):
         "Evaluate on the whole held-out split and look at the learner; appended to the record."
         # all of it, in every process of a team: they agree without asking
         with naming_divergence(self):
-            with self.surroundings():
-                where = sits(self.alone(), self.model, self.here(self.task.look(self.step)))
+            with self.precision_context():
+                where = sits(self.alone(), self.model, self.here(self.task.batch_for_measuring(self.step)))
             scores = self.task.evaluate(self.model)
         loss = {"step": self.step, "valid_loss": scores.pop("loss")}
         self.record.append(loss | scores | where)

@@ -640,5 +640,5 @@ def test_a_foreign_start_is_one_rule_that_ends():
     assert len(set(rule.values())) == 11 and any(i != j for i, j in rule.items())
     assert [rule[i] for i in y.flatten().tolist()] == b.flatten().tolist()
     assert all(map(torch.equal, foreign.batch(5), task.batch(5)))
-    assert torch.equal(foreign.look(5)[0], task.look(5)[0])
-    assert not torch.equal(foreign.look(4)[0], task.look(4)[0])
+    assert torch.equal(foreign.batch_for_measuring(5)[0], task.batch_for_measuring(5)[0])
+    assert not torch.equal(foreign.batch_for_measuring(4)[0], task.batch_for_measuring(4)[0])

@@ -97,7 +97,7 @@ def written_out(model: PCTransformer) -> torch.Tensor:
     layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
     for layer, state in zip(layers, node_states(model, TOKENS)[::2], strict=False):
         a = layer.attention
-        q, keys = a.look(layer.norm(state))
+        q, keys = a.project(layer.norm(state))
         keys, unseen = spread(keys, a.n_head), (ahead < 0) | (ahead >= (a.window or 10))
         joint, prior = [], []
         for k, Lam, log_mix in components(keys):

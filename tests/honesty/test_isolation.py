@@ -51,7 +51,7 @@ from pc_transformer.learning import (
     PredictiveCoding,
     gradient_cosine,
     gradients,
-    rehearse,
+    try_learner,
 )
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import FeedForwardLayer, PCTransformer
@@ -369,14 +369,14 @@ def test_ranks_and_parts_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainer(LearnerConfig(algorithm="backprop"))
     for masks.step, rank in enumerate((0, 1)):
         t.team = dataclasses.replace(t.team, rank=rank, size=2)
-        with t.surroundings():
+        with t.precision_context():
             t.learner.backward(t.model, *t.batch(0))
     for kind in ("states", "attention"):
         assert not set(masks.seen[kind, 0]) & set(masks.seen[kind, 1])
     masks.step = 2
     t = trainer(LearnerConfig(algorithm="backprop"))
     t.config = replace(t.config, **{"train.accumulate": 2})
-    with t.surroundings():
+    with t.precision_context():
         t.backward()
     assert len(set(masks.seen["states", 2])) == 10 and len(set(masks.seen["attention", 2])) == 4
 
@@ -601,7 +601,7 @@ def test_a_rehearsal_moves_no_weights() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
-    report, found = rehearse(
+    report, found = try_learner(
         IncrementalPC(StateSettling(FreeEnergy(30.0), steps=3), apply), model, X, Y, measure=True
     )
     assert same(dict(model.state_dict()), dict(before)) and all(

@@ -500,7 +500,7 @@ def test_a_foreign_start_is_over_in_time() -> None:
     changed_ = [not torch.equal(t.batch(i)[0], clean(t, i)[0]) for i in range(10)]
     assert changed_ == [True] * 3 + [False] * 7
     t.step = 5
-    assert torch.equal(t.task.look(t.step)[0], plain[0]), (
+    assert torch.equal(t.task.batch_for_measuring(t.step)[0], plain[0]), (
         "a late look reads an early batch as the run does by then"
     )
 

@@ -185,7 +185,7 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
         tokens = random_tokens(2, 10)
 
         def settling(self, x):
-            q, keys = self.look(x)
+            q, keys = self.project(x)
             tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
             with_M = lambda y: y if y is None or self.family == "mixture" else y.squeeze(2)
             out = attend(

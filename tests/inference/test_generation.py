@@ -526,13 +526,13 @@ def test_typical_is_the_smallest_set_nearest_to_the_entropy(z, p):
 @given(logits_1d, st.floats(0.1, 3), st.floats(-1, 1), st.floats(-1, 1))
 def test_penalties_are_the_formula(z, theta, frequency, presence):
     n = torch.arange(len(z), dtype=torch.float64) % 3
-    out = penalise(z, n, theta, frequency, presence)
+    out = penalise_repetition(z, n, theta, frequency, presence)
     for i in range(len(z)):
         x = z[i].item()
         if n[i] > 0:
             x = (x / theta if x > 0 else x * theta) - frequency * n[i].item() - presence
         assert abs(out[i].item() - x) < 1e-9
-    assert torch.equal(penalise(z, n), z)
+    assert torch.equal(penalise_repetition(z, n), z)
 
 
 class Fixed(nn.Module):

@@ -190,7 +190,7 @@ def test_attention_energy_from_the_attention_itself(family: str) -> None:
         states = node_states(model, TOKENS)
         for f, s in zip(list(model.predictors)[1::2], states[::2], strict=False):
             a, x = f.attention, f.norm(s)
-            q, keys = a.look(x)
+            q, keys = a.project(x)
             k, Lam, mix = keys.k[:, :, 0], keys.precision[:, :, 0, :, 0], keys.log_mix
             mix = torch.zeros(k.shape[:-1], dtype=k.dtype) if mix is None else mix[:, :, 0]
             Lam, mix = Lam.expand(k.shape[:-1]), mix.expand(k.shape[:-1])

@@ -666,7 +666,7 @@ def test_models_with_biases_settle_and_learn(kind: str) -> None:
     alone = [
         local_gradient(f, x, e, p, settled.count)
         for f, x, e, p in zip(
-            model.predictors, below, settled.errors, settled.weighed.precision, strict=False
+            model.predictors, below, settled.errors, settled.batch_energy.precision, strict=False
         )
     ]
     PredictiveCoding(ErrorSettling(FreeEnergy(10.0), steps=3)).backward(model, TOKENS, targets)

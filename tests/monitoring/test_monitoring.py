@@ -51,7 +51,7 @@ from pc_transformer.monitoring import (
     snapshot_cost,
     status_line,
     take_snapshot,
-    undisturbed,
+    evaluation_view,
 )
 from pc_transformer.settling import (
     ErrorSettling,
@@ -164,7 +164,7 @@ def test_a_learner_that_moves_weights_and_remembers_is_not_heard() -> None:
         assert torch.equal(a, b), name
     Backprop().backward(model, *batch())
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    still = undisturbed(model)
+    still = evaluation_view(model)
     still.memory.zero_()
     still.predictors[2].train()
     Backprop().backward(still, *batch())
@@ -298,7 +298,7 @@ def test_attention_rows_are_the_layers_own(family: str) -> None:
     layer: Any = build(**FAMILIES[family]).double().predictors[1]
     s = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r, seen = attention_rows(layer, s)
-    v = layer.attention.look(layer.norm(s))[1].v
+    v = layer.attention.project(layer.norm(s))[1].v
     torch.testing.assert_close(
         s + layer.attention.out((r @ v).transpose(1, 2).flatten(2)), layer(s), rtol=1e-9, atol=1e-12
     )
@@ -345,7 +345,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
     model = build(scale=2.0, n_layer=1, d_model=4, block_size=4, **FAMILIES[family]).double()
     tokens, targets = torch.randint(9, (2, 1, 4), generator=torch.Generator().manual_seed(1))
     settled = ErrorSettling(FreeEnergy(5.0), steps=2)(model, tokens, targets)
-    roots = [p.sqrt() for p in settled.weighed.precision]
+    roots = [p.sqrt() for p in settled.batch_energy.precision]
 
     def energy(x: Tensor) -> Tensor:
         parts = [t.view(1, 4, 4) / r for t, r in zip(x.split(16), roots, strict=True)]
@@ -421,7 +421,7 @@ def test_numbers_of_a_look_by_hand() -> None:
     assert look.error == pytest.approx([length(e) for e in settled.errors], rel=1e-4)
     wanted = [length(e) / length(s) for e, s in zip(settled.errors, settled.states, strict=True)]
     assert look.displacement == pytest.approx(wanted, rel=1e-4)
-    assert look.precision == pytest.approx([p.item() for p in settled.weighed.precision], rel=1e-5)
+    assert look.precision == pytest.approx([p.item() for p in settled.batch_energy.precision], rel=1e-5)
     assert (
         len({f"{p:.3g}" for p in look.precision})
         == len({f"{x:.3g}" for x in look.displacement})
@@ -431,7 +431,7 @@ def test_numbers_of_a_look_by_hand() -> None:
     deltas = torch.autograd.grad(loss, states)
     assert look.message == pytest.approx([length(d) for d in deltas], rel=1e-4)
     told = [
-        length(p * e) / 0.5 for p, e in zip(settled.weighed.precision, settled.errors, strict=True)
+        length(p * e) / 0.5 for p, e in zip(settled.batch_energy.precision, settled.errors, strict=True)
     ]
     assert look.signal == pytest.approx(
         [a / length(d) for a, d in zip(told, deltas, strict=True)], rel=1e-4

@@ -116,8 +116,8 @@ def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
             stated = (
-                settled.weighed.energy.family.energy(
-                    settled.states[l] - f(below), settled.weighed.precision[l]
+                settled.batch_energy.energy.family.energy(
+                    settled.states[l] - f(below), settled.batch_energy.precision[l]
                 ).sum()
                 / settled.count
             )
@@ -139,9 +139,9 @@ def test_learning_is_local(name: str) -> None:
             f,
             below,
             settled.errors[l],
-            settled.weighed.precision[l],
+            settled.batch_energy.precision[l],
             settled.count,
-            settled.weighed.energy.family,
+            settled.batch_energy.energy.family,
         )
         for key, g in local.items():
             if (l, key) != (0, "token.weight"):
@@ -764,8 +764,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
             stated = (
-                settled.weighed.energy.family.energy(
-                    settled.states[l] - f(below), settled.weighed.precision[l]
+                settled.batch_energy.energy.family.energy(
+                    settled.states[l] - f(below), settled.batch_energy.precision[l]
                 ).sum()
                 / settled.count
             )
@@ -823,7 +823,7 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
     ):
         model, tokens, targets = fed(dtype)
         settled = SOLVERS[name](model, tokens, targets)
-        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.weighed.precision))
+        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.batch_energy.precision))
         assert all(s.dtype == dtype for s in settled.states) and settled.energy.isfinite().all()
         found = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
         flat = [torch.cat([g[n].double().flatten() for n in full]) for g in (found, full)]
