@@ -11,10 +11,10 @@ from pc_transformer.attention import initial_precision
 from pc_transformer.config import replace, to_dict
 from pc_transformer.data import Batches, InOrder
 from pc_transformer.experiments import evidence_study, uncertainty
-from pc_transformer.experiments.costs import RATIOS, cost_table
+from pc_transformer.experiments.costs import RATIOS, cost_table, ratio
 from pc_transformer.experiments.families import arm, best_sharpness, damaged_loss, kind, sharpened
 from pc_transformer.experiments.harness import grid
-from pc_transformer.experiments.meters import ratio, spread
+from pc_transformer.experiments.meters import spread
 from pc_transformer.experiments.results import Results, Runs, verdict
 from pc_transformer.experiments.settled_reading import (
     EnergyTemperature,
