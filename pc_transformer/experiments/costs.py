@@ -178,7 +178,8 @@ def step_costs(
 
 # %% ../../nbs/6_experiments/05_costs.ipynb #02e8468a
 def cost_table(costs: dict[str, Any], runs: Runs | None = None) -> str:
-    "Ratios of step time and peak memory as Markdown; and of predictive coding's runs, where they sat."
+    """Ratios of step time and peak memory as Markdown; and of predictive coding's runs, where
+    they sat."""
     heads = ("ratio of", "step time", "peak memory of a step", "with parameters and optimiser")
     rows = [f"| {' | '.join(heads)} |", "|---|" + 3 * "---:|"]
     for a, b in RATIOS:

@@ -77,9 +77,11 @@ def check_evidence(
     whole = is_int(steps) and is_int(rounds) and steps >= 0 and rounds >= 0
     real = is_real(relative_precision) and is_real(step_size)
     if not (whole and real and relative_precision > 0 and 0 < step_size <= 1):
-        raise ValueError("evidence needs whole steps and rounds >= 0, finite relative_precision > 0 "
-                         f"and step_size in (0, 1], got {steps!r}, {rounds!r}, "
-                         f"{relative_precision!r} and {step_size!r}")
+        raise ValueError(
+            "evidence needs whole steps and rounds >= 0, finite relative_precision > 0 "
+            f"and step_size in (0, 1], got {steps!r}, {rounds!r}, "
+            f"{relative_precision!r} and {step_size!r}"
+        )
 
 # %% ../../nbs/6_experiments/11_evidence.ipynb #5377d6b7
 class EvidenceTransformer(nn.Module):
@@ -286,8 +288,8 @@ def check_settler(s: EvidenceSettler) -> None:
     seed = whole(s.seed, 0) and s.seed < 2**63
     if not (whole(s.steps, 0) and size and stiff and drawn and seed):
         raise ValueError(
-            "a settler needs whole steps >= 0, step_size in (0, 1], a finite relative_precision > 0, "
-            f"samples >= 1, temperature >= 0 and a whole seed, got {s}"
+            "a settler needs whole steps >= 0, step_size in (0, 1], a finite relative_precision >"
+            f" 0, samples >= 1, temperature >= 0 and a whole seed, got {s}"
         )
     if s.samples > 1 and not s.temperature:
         raise ValueError(f"a settler needs a temperature above 0 for several samples, got {s}")

@@ -47,8 +47,10 @@ def encode(
     axes = AXES.get(what, 0)
     if value.dim() != axes or not kinds[axes]:
         about = f"a {named(value.dtype)} tensor of shape {tuple(value.shape)}"
-        raise TypeError(f"{about} may not cross as {what!r}: only numbers, tokens (B, T) and states "
-                        f"and messages (B, T, {D}) may")
+        raise TypeError(
+            f"{about} may not cross as {what!r}: only numbers, tokens (B, T) and states "
+            f"and messages (B, T, {D}) may"
+        )
     header = json.dumps([what, named(value.dtype), list(value.shape)])
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return header.encode() + b"\n" + raw.tobytes()
