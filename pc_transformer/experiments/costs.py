@@ -44,7 +44,7 @@ class PlainBlock(nn.Module):
         s = s + self.out(a.transpose(1, 2).flatten(2))
         return s + self.down(F.gelu(self.up(self.ln2(s))))
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #5f6c444b
 class PlainGPT(nn.Module):
     "A GPT in plain PyTorch: the speed baseline."
 
@@ -81,7 +81,7 @@ def contender(model: PCTransformer, learner: Learner, batch: Pair) -> Callable[[
     "A training step of one of our models with one of our learners."
     return optimizer_step(model, lambda: learner.backward(model, *batch))
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #566b238d
 def plain_contender(model: PlainGPT, batch: Pair) -> Callable[[], None]:
     "A training step of the plain model with autograd."
     loss = lambda: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
@@ -102,7 +102,7 @@ def solver_contenders(
         for n, s in solvers.items()
     }
 
-
+# %% ../../nbs/6_experiments/05_costs.ipynb #744febae
 def compiled_contenders(
     model: ModelConfig, batch: Pair, learner: Learner, device: torch.device
 ) -> Contenders:

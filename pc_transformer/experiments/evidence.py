@@ -113,8 +113,7 @@ class EvidenceTransformer(nn.Module):
     ) -> tuple[list[Float[Tensor, "B T D"]] | None, list[Tensor]]:
         "Errors of every column (the last has none), and its energies in the last round."
         if self.training and self.config.dropout:
-            raise ValueError("settling on evidence needs dropout 0: the past would change at every "
-                             "look")
+            raise ValueError("settling on evidence needs dropout 0: the past would change")
         evidence = F.pad(tokens[:, 1:], (0, 1), value=-100)
         errors, trace = None, []
         for _ in range(self.rounds if rounds is None else rounds):
@@ -170,12 +169,11 @@ def read_token(
         memories, trace, log_weights = finish(evidence, past, token, settle)
         seen = torch.cat([past.tokens, token], 1)
     with torch.no_grad():
-        start = seen.shape[1] - 1
-        predictions, states, _ = climb(evidence.model, token, memories, start=start)
+        predictions, states, _ = climb(evidence.model, token, memories, start=seen.shape[1] - 1)
         logits = evidence.model.output(states[-1])[:, -1]
     return logits, Past(seen, memories, predictions, log_weights, trace)
 
-
+# %% ../../nbs/6_experiments/11_evidence.ipynb #43b0a1d9
 def read_in_order(
     evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T V"]:
@@ -249,7 +247,7 @@ class EvidenceSettler:
     def settle(self, *column: Any) -> Any:
         "What is done with a column."
         if not self.temperature: return at_the_mode(*column)
-        return sample_columns(*column, self.temperature, self.generator)
+        return sample_columns(*column, temperature=self.temperature, generator=self.generator)
 
     def log_probabilities(
         self, model: nn.Module, tokens: Int[Tensor, "B T"]

@@ -287,5 +287,6 @@ class LayerProcesses:
         for l, log in enumerate(found):
             beside = {"above": f"node {(l + 1) % L}", "below": f"node {(l - 1) % L}"}
             for who, to, what, dtype, shape, size, n in json.loads(bytes(log.tolist())):
-                told.append(Crossing(who, beside.get(to, to), what, dtype, tuple(shape), size, n))
+                to = beside.get(to, str(to))
+                told.append(Crossing(who, to, what, dtype, tuple(shape), size, n))
         return told

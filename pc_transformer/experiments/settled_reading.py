@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'FRACTIONS', 'DRIVERS', 'SLOPES', 'Tuned', 'SettledQueries', 'settled_losses', 'layer_look', 'query_looks',
            'energies', 'EnergyTemperature', 'Predictions', 'read_text', 'tune', 'best_of', 'paired_difference',
-           'judge_rule', 'curve_losses', 'cooled', 'texts_of', 'temperature_study', 'reading_run', 'STUDY']
+           'judge_rule', 'curve_losses', 'cooled', 'texts_of', 'temperature_study', 'reading_run', 'SETTLED_READING']
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #4c5cab2c
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def layer_look(layer: AttentionLayer, state: Float[Tensor, "N T D"]) -> dict[str
         }
     return found
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #55fd669c
 def query_looks(
     model: PCTransformer, tokens: Int[Tensor, "N T"]
 ) -> dict[str, dict[str, list[float]]]:
@@ -137,7 +137,7 @@ class Predictions:
         "Logits `(n, V)`, targets and driver `(n,)`."
         return self.logits.flatten(0, 1), self.targets.flatten(), self.drivers[driver].flatten()
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #fa05943f
 def read_text(
     model: PCTransformer, tokens: Int[Tensor, "N T"], targets: Int[Tensor, "N T"]
 ) -> Predictions:
@@ -188,7 +188,7 @@ def paired_difference(
     interval = bootstrap_interval(lambda x: x.mean().item(), by_window, draws=draws, seed=seed)
     return {"difference": by_window.mean().item(), "interval": interval}
 
-
+# %% ../../nbs/6_experiments/13_settled_reading.ipynb #69f01aa7
 def judge_rule(
     how: EnergyTemperature, fixed: EnergyTemperature, tests: dict[str, Predictions], driver: str,
     draws: int, seed: int,
@@ -275,4 +275,4 @@ def reading_run(job: Job, windows: int = 400, draws: int = 200) -> dict[str, Any
     "settled_reading", "Does it help to settle queries, or to set temperatures by the energy?",
     run=reading_run, base={"learner.algorithm": "backprop"},
 )
-def STUDY(base: RunConfig) -> list[Arm]: return [Arm("a model")]
+def SETTLED_READING(base: RunConfig) -> list[Arm]: return [Arm("a model")]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIKITEXT', 'DAMAGES', 'COMBINED', 'PARTS', 'foreign_tokens', 'even_windows', 'in_halves', 'shuffle_words', 'damage',
            'at_level', 'auroc', 'detector', 'judge', 'flat_predictions', 'calibrated', 'detection', 'study_ensemble',
-           'against', 'uncertainty_run', 'with_seed', 'STUDY']
+           'against', 'uncertainty_run', 'with_seed', 'UNCERTAINTY']
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #f6dcc1ff
 import dataclasses
@@ -191,8 +191,8 @@ def detection(
                 for w, text in zip(clean, foreign.chunk(2), strict=True)]
         sets = [(c, scores(w), where[:, 1:]) for c, (w, where) in zip(calm, hurt, strict=True)]
         levels = ("window", "token") if kind == "replaced characters" else ("window",)
-        at = lambda level, sets=sets: (at_level(*one, level) for one in sets)
-        out[kind] = {level: judge(*at(level), draws, seed) for level in levels}
+        fit, test = ({lv: at_level(*one, lv) for lv in levels} for one in sets)
+        out[kind] = {lv: judge(fit[lv], test[lv], draws, seed) for lv in levels}
     return out
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #0b2f8bd8
@@ -257,5 +257,5 @@ def with_seed(job: Job, seed: int) -> Job:
     "uncertainty", "Which score finds which kind of damaged text?", run=uncertainty_run,
     base={"learner.algorithm": "backprop"},
 )
-def STUDY(base: RunConfig) -> list[Arm]:
+def UNCERTAINTY(base: RunConfig) -> list[Arm]:
     return [Arm("a model"), Arm("three models together", {"members": [1, 2, 3]}, (0,))]

@@ -118,10 +118,10 @@ def calibration(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> dic
     correct = best == targets
     wide, even = (reliability(confidence, correct, equal_mass=mass) for mass in (False, True))
     risk = risk_coverage(confidence, (~correct).double())[1]
-    labels = list(range(p.shape[-1]))
+    how: dict[str, Any] = {"labels": list(range(p.shape[-1])), "scale_by_half": False}
     return {
         "nll": scaled_nll(logits, targets, 1.0),
-        "brier": float(brier_score_loss(targets, p, labels=labels, scale_by_half=False)),
+        "brier": float(brier_score_loss(targets, p, **how)),
         "ece_equal_width": wide.ece,
         "ece_equal_mass": even.ece,
         "accuracy": correct.double().mean().item(),

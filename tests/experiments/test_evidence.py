@@ -17,7 +17,8 @@ from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention import Keys
 from pc_transformer.config import replace
 from pc_transformer.data import CharTokenizer, Text, TextData
-from pc_transformer.experiments import evidence_study as study, harness
+from pc_transformer.experiments import evidence_study as study
+from pc_transformer.experiments import harness
 from pc_transformer.experiments.columns import (
     at_the_mode,
     column_energy,

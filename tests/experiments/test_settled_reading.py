@@ -137,9 +137,8 @@ def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTrans
     best = best_of(rules)
     assert all(rules[best.slope][1] <= loss for _, loss in rules.values())
     fixed = rules[0.0][0]
-    torch.testing.assert_close(
-        fixed.scaled(z, e).log_softmax(-1), SamplingConfig(temperature=fixed.temperature).choices(z).log()
-    )
+    plain = SamplingConfig(temperature=fixed.temperature).choices(z).log()
+    torch.testing.assert_close(fixed.scaled(z, e).log_softmax(-1), plain)
 
 
 def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:

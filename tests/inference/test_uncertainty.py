@@ -19,6 +19,7 @@ from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.data import CharTokenizer, TextData
+from pc_transformer.experiments.results import read
 from pc_transformer.experiments.uncertainty import (
     DAMAGES,
     auroc,
@@ -31,7 +32,6 @@ from pc_transformer.experiments.uncertainty import (
     shuffle_words,
     study_ensemble,
 )
-from pc_transformer.experiments.results import read
 from pc_transformer.inference import (
     SCORES,
     StateGaussians,

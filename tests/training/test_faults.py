@@ -1006,7 +1006,7 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
 
 @pytest.mark.parametrize(
     "between, name",
-    [(between, name) for between in ("read_tensors", "read_tokenizer") for name in ("evaluate", "sample")],
+    [(b, name) for b in ("read_tensors", "read_tokenizer") for name in ("evaluate", "sample")],
 )
 def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     between: str,
