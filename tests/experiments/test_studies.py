@@ -194,7 +194,7 @@ def test_the_cost_table_names_the_worst() -> None:
     }
     text = cost_table(costs, runs)
     assert (
-        "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
+        "Over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
     )
     for i, (a, b) in enumerate(RATIOS):
         assert f"| {a} / {b} | {i + 0.5:.2f} | 2.00 | 3.00 |" in text
