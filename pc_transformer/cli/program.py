@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from pc_transformer.cli.comparing import (
-    bench, bench_attention, bench_generation, evidence, run, settled_reading, studies, uncertainty,
+    bench, bench_attention, bench_generation, run, studies,
 )
 from .given import say
 from .verbs import data, evaluate, sample, train
@@ -35,7 +35,7 @@ from ..training import Interrupted, ProcessError
 # %% ../../nbs/4_practice/19_command_line.ipynb #76427aee
 USE: tuple[Callable[..., None], ...] = (train, evaluate, sample, data)
 RESEARCH: tuple[Callable[..., None], ...] = (
-    run, studies, bench, bench_attention, bench_generation, uncertainty, evidence, settled_reading,
+    run, studies, bench, bench_attention, bench_generation,
 )
 COMMANDS = {f.__name__.replace("_", "-"): f for f in (*USE, *RESEARCH)}
 

@@ -53,8 +53,6 @@ def test_verbs_for_users_come_before_those_for_research(capsys: pytest.CaptureFi
         (["run", "demo", "--changes", '{"train.iter": 3}'], "did you mean iters?"),
         (["run", "demo", "--seeds", "[]"], "--seeds must name at least one"),
         (["bench-attention", "--lengths", "[0]"], "lengths of at least 1"),
-        (["uncertainty", "[]"], "--models must name at least one"),
-        (["settled-reading", "[]"], "--models must name at least one"),
     ],
 )
 def test_a_mistake_is_one_sentence(
