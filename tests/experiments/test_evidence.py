@@ -451,7 +451,7 @@ def test_a_temperature_widens_prior_and_noise_alike() -> None:
 
 
 def test_a_step_leaves_the_prior_exactly_as_it_is() -> None:
-    "Without evidence every step of any size is taken, nothing is batch_energy, and the spread stays."
+    "Without evidence every step of any size is taken, nothing is weighed, and the spread stays."
     zero, variances = (
         torch.zeros(5000, 1, 4, dtype=torch.float64),
         [torch.full((5000, 1, 1), 0.5, dtype=torch.float64)],
