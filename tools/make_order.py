@@ -2,7 +2,8 @@
 """Write the order of reading wherever it is shown; `--check` only says what is stale.
 
 Folders and files are numbered, and that is the order (the index comes first). From it are made the
-sidebar in `_quarto.yml` and the last line of each notebook, `Next: [Title](path)`.
+sidebar in `_quarto.yml`, which also names the pages that the build makes, and the last line of each
+notebook, `Next: [Title](path)`.
 """
 
 from __future__ import annotations
@@ -13,42 +14,15 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
+import make_pages
+from book import notebooks, read, title
 from execnb.nbio import nb2str
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDEBAR = re.compile(r"(?<=\n    contents:\n)(?:      .*\n)*")
 NEXT = re.compile(r"^(?:\*\*)?Next(?::|\.\*\*|\*\*:).*$\n*", re.M)
 OURS = re.compile(r"^Next: \[[^]\n]*\]\([^)\s]*\)\.?$\n*", re.M)  # nothing but the link
-
-
-def notebooks(root: Path) -> list[Path]:
-    """Every notebook of the book, in the order of reading."""
-    found = [p.relative_to(root / "nbs") for p in root.glob("nbs/**/*.ipynb")]
-    found = sorted(p for p in found if not any(part[0] in "._" for part in p.parts))
-    return [root / "nbs" / p for p in sorted(found, key=lambda p: p.as_posix() != "index.ipynb")]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The notebook, each source one text."""
-    nb = json.loads(path.read_text(encoding="utf-8"))
-    for cell in nb["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return nb
-
-
-def title(path: Path) -> str:
-    """The heading that the notebook starts with."""
-    cells = read(path)["cells"]
-    found = (
-        re.match(r"# +(.+)", cells[0]["source"])
-        if cells and cells[0]["cell_type"] == "markdown"
-        else None
-    )
-    if not found:
-        raise SystemExit(f"{path} must start with a markdown cell whose first line is `# Title`")
-    return found[1].strip()
 
 
 def sidebar(root: Path, paths: list[Path]) -> str:
@@ -66,6 +40,12 @@ def sidebar(root: Path, paths: list[Path]) -> str:
             ]
         href, text = path.relative_to(root).as_posix(), json.dumps(title(path), ensure_ascii=False)
         lines.append(f"{'          ' if inside else '      '}- {{text: {text}, href: {href}}}")
+    made = make_pages.pages(root)
+    if made:
+        lines += ["      - section: Reference", "        contents:"]
+    for href, page in made.items():
+        text = json.dumps(make_pages.title(page), ensure_ascii=False)
+        lines.append(f"          - {{text: {text}, href: {href}}}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Write README.md from nbs/index.ipynb; `--check` only says whether it is in step.
 
-The index's table of chapters comes first: titles and promises of all notebooks, in order. Pictures
-go to README_files/, links to other notebooks get their folder in front, and formulas stay as TeX,
-which GitHub shows.
+First, in the index and the notebooks beside it: the table of chapters (titles and promises of all
+notebooks, in order), and the minutes at the end of each row of a table that begins with a chapter.
+Pictures go to README_files/, links to other notebooks get their folder in front, and formulas stay
+as TeX, which GitHub shows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import bibliography
 import nbformat
 from execnb.nbio import nb2str
 from nb_filter import filter_notebook
@@ -25,9 +27,9 @@ LINK = re.compile(r"(\]\()(?!https?:|#|/|mailto:|README_files/|data:)([^)\s]+)(\
 CAPTION = re.compile(r"^#\|\s*fig-(?:alt|cap):\s*(.+?)\s*$", re.M)
 SILENT = re.compile(r"^#\|\s*echo:\s*false", re.M)
 IMAGE = re.compile(r"!\[\w+\]\((README_files/README_(\d+)_\d+\.\w+)\)")
-TABLE = re.compile(
-    r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S
-)  # the table of chapters in the index
+TABLE = re.compile(r"^\| part \|.*?(?=^(?!\|)|\Z)", re.M | re.S)  # the table of chapters
+TIMED = re.compile(r"^(\| \[[^\]]*\]\(([^)]+\.ipynb)\) \|.*\| )\d+ \|$", re.M)  # ends in minutes
+UNSEEN = re.compile(r"^#\|\s*(?:hide|echo: false)", re.M)
 STYLE = re.compile(r"<style\b.*?</style>\s*", re.S)  # GitHub would print it
 
 
@@ -62,23 +64,43 @@ def chapters(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def index_in_step(root: Path) -> str | None:
-    """The index with its table of chapters in step, or None when it is."""
-    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
-    before = [cell.source for cell in nb.cells]
-    for cell in nb.cells:
-        if cell.cell_type == "markdown" and TABLE.search(cell.source):
-            cell.source = TABLE.sub(lambda _: chapters(root), cell.source + "\n").rstrip("\n")
-    return (
-        None
-        if [cell.source for cell in nb.cells] == before
-        else nb2str(json.loads(nbformat.writes(nb)))
-    )
+def minutes(path: Path) -> int:
+    """How long a chapter takes to read, to five: 150 words a minute, or 20 lines of code."""
+    cells = nbformat.read(path, as_version=4).cells
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    code = [c.source for c in cells if c.cell_type == "code" and not UNSEEN.search(c.source)]
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
+    return max(5, 5 * round((words / 150 + lines / 20) / 5))
+
+
+def in_step(root: Path, text: str) -> str:
+    """A text with its table of chapters, and the minutes of each chapter that is timed."""
+    text = TIMED.sub(lambda m: f"{m[1]}{minutes(root / 'nbs' / m[2])} |", text)
+    return TABLE.sub(lambda _: chapters(root), f"{text}\n")[:-1]
+
+
+def out_of_step(root: Path) -> dict[Path, str]:
+    """The index, and the notebooks beside it, that are not in step, as they should be."""
+    found: dict[Path, str] = {}
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        nb = nbformat.read(path, as_version=4)
+        before = [cell.source for cell in nb.cells]
+        for cell in nb.cells:
+            if cell.cell_type == "markdown":
+                cell.source = in_step(root, cell.source)
+        if [cell.source for cell in nb.cells] != before:
+            found[path] = nb2str(json.loads(nbformat.writes(nb)))
+    return found
 
 
 def render(root: Path) -> dict[str, bytes]:
     """README.md and its pictures, by path from the root."""
-    nb = filter_notebook(json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8")))
+    nb = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    entries = bibliography.read(root)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = bibliography.cite("".join(cell["source"]), entries, link=None)
+    nb = filter_notebook(nb, entries)
     nb["metadata"]["language_info"] = {"name": "python"}  # the code fences say so
     captions: dict[str, str] = {}
     for n, cell in enumerate(nb["cells"]):
@@ -134,14 +156,13 @@ def main() -> int:
     if not (args.root / "nbs/index.ipynb").is_file():
         print("nbs/index.ipynb is missing: README.md is made from it", file=sys.stderr)
         return 1
-    if (index := index_in_step(args.root)) is not None:
+    for path, text in out_of_step(args.root).items():
         if args.check:
-            print(
-                "nbs/index.ipynb: its table of chapters is out of step (run `make readme`)",
-                file=sys.stderr,
-            )
+            name = path.relative_to(args.root).as_posix()
+            advice = "its table of chapters is out of step (run `make readme`)"
+            print(f"{name}: {advice}", file=sys.stderr)
             return 1
-        (args.root / "nbs/index.ipynb").write_text(index, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     want, have = render(args.root), on_disk(args.root)
     stale = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if not args.check:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from api import undocumented
+
 ROOT = Path(__file__).resolve().parents[1]
 Places = dict[str, int]  # from where it is to how much it is
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -143,6 +145,19 @@ def lost_equations(root: Path) -> Places:
     return {at: n for at, n in found.items() if n}
 
 
+def without_caption(root: Path) -> Places:
+    """A picture has a caption in its cell, `#| fig-cap: what is seen`, its text for who sees
+    none."""
+    found = {}
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        if not any(part.startswith(".") for part in path.parts):
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+                pictures = sum("image/png" in o.get("data", {}) for o in cell.get("outputs", ()))
+                if pictures and "#| fig-" not in "".join(cell["source"]):
+                    found[f"{path.relative_to(root).as_posix()} {cell['id']}"] = pictures
+    return found
+
+
 RULES: list[Callable[[Path], Places]] = [
     long_functions,
     many_parameters,
@@ -151,6 +166,8 @@ RULES: list[Callable[[Path], Places]] = [
     shared_names,
     numbered_chapters,
     lost_equations,
+    undocumented,
+    without_caption,
 ]
 
 

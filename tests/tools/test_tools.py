@@ -1,6 +1,7 @@
 """The scripts in tools/: what they keep, what they skip, and how they fail."""
 
 import ast
+import base64
 import faulthandler
 import io
 import json
@@ -91,6 +92,43 @@ def test_filter_drops_and_keeps() -> None:
     assert sources[1] == "#| label: fig-x\n#| fig-cap:\n#|   - One: two\na = 1\nb = 2"
     assert sources[2:] == ["#| output: false\ninteract(f)", "long()"]
     assert out[2]["outputs"] == [] and out[3]["outputs"]
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("import os\nfrom a import b\nb.manual_seed(0)", "Imports"),
+        ("%matplotlib inline\nimport os", "Imports"),
+        ("import os\nx = 1", None),
+        ("torch.manual_seed(0)", None),
+        ("assert a\nrefused(f, 1)\ntorch.testing.assert_close(a, b)", "Check"),
+        ("for a in b:\n    assert a", "Check"),
+        ("a = 1\nassert a", None),
+        ("%magic", None),
+        ("a b", None),
+    ],
+)
+def test_filter_folds_what_only_imports_or_checks(code: str, word: str | None) -> None:
+    """Behind one word, and nothing else."""
+    done = tool("nb_filter.py", stdin=json.dumps(new_notebook(cells=[new_code_cell(code)])))
+    source = "".join(json.loads(done.stdout)["cells"][0]["source"])
+    fold = f"#| code-fold: true\n#| code-summary: {word}\n" if word else ""
+    assert source == fold + code
+
+
+def test_runner_stores_light_pictures(tmp_path: Path) -> None:
+    """A palette for lines, every colour for a picture of many; a second run changes nothing."""
+    draw = "import matplotlib.pyplot as plt, numpy as np\n"
+    lines = new_code_cell(draw + "plt.plot([1, 2], [3, 1]);")
+    blend = new_code_cell("plt.imshow(np.random.default_rng(0).random((200, 200, 3)));")
+    path = write(tmp_path / "a.ipynb", lines, blend)
+    assert process("run_notebooks.py", str(path)).returncode == 0
+    text = path.read_bytes()
+    cells = nbformat.read(path, 4).cells
+    pngs = [base64.b64decode(c.outputs[0].data["image/png"]) for c in cells]
+    assert [png[25] for png in pngs] == [3, 6], "a palette, and colours in full"
+    assert process("run_notebooks.py", str(path)).returncode == 0
+    assert path.read_bytes() == text
 
 
 def test_runner_skips_keeps_and_repeats(tmp_path: Path) -> None:
@@ -255,6 +293,21 @@ def test_readme_follows_the_index(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text + "edited", encoding="utf-8")
     done = tool("make_readme.py", "--check", *root)
     assert done.returncode == 1 and "README.md" in done.stderr
+
+
+def test_the_front_page_says_how_long_a_chapter_takes(tmp_path: Path) -> None:
+    """The number at the end of a row is made of the chapter's words and visible lines."""
+    row = "| [A](0_part/00_a.ipynb) | it | 5 |"
+    table = f"# T\n\n| chapter | for | minutes |\n|---|---|---:|\n{row}"
+    hidden = new_code_cell("#| hide\n" + "x = 1\n" * 999)
+    chapter = [new_markdown_cell("# A\n\n> Asks." + " word" * 1496), hidden, new_code_cell("1")]
+    (tmp_path / "nbs/0_part").mkdir(parents=True)
+    write(tmp_path / "nbs/0_part/00_a.ipynb", *chapter)
+    write(tmp_path / "nbs/index.ipynb", new_markdown_cell(table))
+    root = ("--root", str(tmp_path))
+    assert tool("make_readme.py", "--check", *root).returncode == 1
+    assert tool("make_readme.py", *root).returncode == 0
+    assert "| [A](nbs/0_part/00_a.ipynb) | it | 10 |" in (tmp_path / "README.md").read_text()
 
 
 def test_the_index_lists_every_chapter(tmp_path: Path) -> None:
