@@ -22,13 +22,13 @@ from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine,
 from pc_transformer.model import Chain
 from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import (
+    BatchEnergy,
     ErrorSettling,
     FreeEnergy,
     HighwaySettling,
     SettlingError,
     StateSettling,
     SweepSettling,
-    BatchEnergy,
 )
 
 transformers = pytest.importorskip("transformers")

@@ -142,7 +142,7 @@ class Module:
                     self.alone.add(line)
 
     @cached_property
-    def environment_number(self) -> dict[tuple[str, str], str]:
+    def told(self) -> dict[tuple[str, str], str]:
         """What is said once in the module of a name and a type."""
         found: dict[tuple[str, str], str] = {}
         for node in ast.walk(self.tree):

@@ -106,7 +106,8 @@ def enter(
     precision = valid_numbers(precision, full, True, f"the precision of {family} attention")
     if log_mix is not None: log_mix = valid_numbers(log_mix, full, False, "log_mix")
     if allowed is not None:
-        if allowed.dtype != torch.bool: allowed = valid_numbers(allowed, full, False, "attn_mask").to(full)
+        if allowed.dtype != torch.bool:
+            allowed = valid_numbers(allowed, full, False, "attn_mask").to(full)
         allowed = allowed.view(*[1] * (4 - allowed.dim()), *allowed.shape)
     likelihood = make_likelihood(family, q, given, own["coordinates"])
     mask = Mask(allowed, own["is_causal"], own["window"], own["dropout_p"])

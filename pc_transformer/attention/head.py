@@ -103,7 +103,9 @@ def shown_precision(heads: Heads, x: Float[Tensor, "B T D"]) -> Float[Tensor, "#
     log = heads.log_precision.reshape(1, heads.n_kv_head, heads.n_component, 1, -1)
     if heads.precision_map is not None:
         log = log + by_token(x, heads.precision_map)[:, :, None, :, None]
-    return valid_numbers(log.exp(), full, True, f"the precision of {heads.family} attention").to(full)
+    return valid_numbers(log.exp(), full, True, f"the precision of {heads.family} attention").to(
+        full
+    )
 
 # %% ../../nbs/1_model/13_head.ipynb #90734035
 def shown_prior(

@@ -23,7 +23,7 @@ from ..energies.elliptical import check_number, check_whole, shown
 from ..energies.families import Gaussian
 from ..model.layers import AttentionLayer
 from ..settling.free_energy import stiffness
-from ..settling.settled import descend
+from ..settling.errors import descend
 
 # %% ../../nbs/6_experiments/15_attention_node.ipynb #5ed4d631
 Downstream = Tensor | Callable[[Tensor], Tensor]

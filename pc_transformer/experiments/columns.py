@@ -113,7 +113,7 @@ def column_energy(
 
     return energy
 
-# %% ../../nbs/6_experiments/11_column.ipynb #fdf21226
+# %% ../../nbs/6_experiments/11_column.ipynb #fdf2122x
 def prior(errors: Sequence[Tensor], variances: Sequence[Tensor]) -> Float[Tensor, "B T"]:
     "Half of the squared errors in units of their variances: the first term of (1)."
     parts = zip(errors, variances, strict=True)

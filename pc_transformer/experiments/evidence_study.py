@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import replace
-from ..data.damage import damage
+from ..data.tasks import damage
 from ..data.tasks import Text
 from .evidence import EvidenceTransformer, read_in_order
 from .harness import Arm, Job, study, trained

@@ -131,7 +131,7 @@ class Node:
     above: Wire                               # to node l+1
     parent: Wire
     count: float = 1.0                        # n, predicted tokens in the batch
-    energy: FreeEnergy = FreeEnergy()         # how its error is batch_energy
+    energy: FreeEnergy = FreeEnergy()         # how its error is weighed
     reach: Tensor | None = None               # positions that count, `(B, T)`; `None`: all
     mu: Tensor = field(init=False)            # `mu_l (B, T, D)`, with the graph of this layer
     read: Tensor = field(init=False)          # what it was predicted from

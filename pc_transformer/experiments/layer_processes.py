@@ -30,7 +30,7 @@ from ..learning.learners import Report
 from ..settling.chain import Chain, SettlingError, check_batch
 from ..settling.errors import ErrorSettling
 from ..settling.free_energy import FreeEnergy, in_reach
-from ..settling.settled import descend
+from ..settling.errors import descend
 from ..training.parallel import ProcessError, check_seconds
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #9c674124

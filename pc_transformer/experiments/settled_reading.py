@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.attend import energy
 from ..attention.scores import Mask
-from ..data.damage import damage
+from ..data.tasks import damage
 from ..data.tasks import Text
 from .families import evaluate_damaged
 from .harness import Arm, Job, study, trained

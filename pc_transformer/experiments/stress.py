@@ -21,7 +21,7 @@ from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError
 from ..settling.errors import ErrorSettling
 from ..settling.free_energy import FreeEnergy
-from ..settling.settled import Settled
+from ..settling.errors import Settled
 from ..settling.states import StateSettling
 from ..settling.sweeps import HighwaySettling, SweepSettling
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..config import replace
 from ..data.corpora import Corpus, cache_folders, read_text, verify
-from ..data.damage import damage as replace_some
+from ..data.tasks import damage as replace_some
 from ..data.tasks import Text
-from ..data.text import TextData
+from ..data.batches import TextData
 from ..data.tokenizers import CharTokenizer
 from .harness import Arm, Job, study, trained
 from ..inference.calibration import bootstrap_interval, calibration, fit_temperature

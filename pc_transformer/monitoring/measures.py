@@ -99,7 +99,9 @@ def hessian_product(
     for sign in (h, -h):
         errors = [e + sign * d for e, d in zip(settled.errors, directions, strict=True)]
         deltas = errors_down(predict_up(model, tokens, targets, errors))
-        nudge, pulls = batch_energy.energy.nudge, [batch_energy.pull(l, e) for l, e in enumerate(errors)]
+        nudge, pulls = batch_energy.energy.nudge, [
+            batch_energy.pull(l, e) for l, e in enumerate(errors)
+        ]
         slopes.append([nudge * d + pull for d, pull in zip(deltas, pulls, strict=True)])
     return [(a - b) / (2 * h * r) for a, b, r in zip(*slopes, roots, strict=True)]
 

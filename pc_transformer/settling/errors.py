@@ -234,7 +234,7 @@ class ErrorSettling:
 
 # %% ../../nbs/2_learning/04_settling.ipynb #c04part1
 def part_way(
-    again: Callable[[list[Tensor]], Pass], batch_energy: BatchEnergy,    # predictions up; the energy
+    again: Callable[[list[Tensor]], Pass], batch_energy: BatchEnergy,   # predictions up; energy
     errors: list[Tensor], full: list[Tensor],   # from where, and where the full step leads
     eta: float, size: float,                    # the full step's size, and the one that is tried
 ) -> tuple[tuple[Pass, list[Tensor]], Tensor]:

@@ -196,7 +196,9 @@ class StateWalk:
     def step(self) -> None:
         "One accepted parallel update; halved until the energy does not rise (beyond rounding)."
         states, solver = self.up.states, self.solver
-        slopes = state_gradients(self.up, errors_of(self.up, self.trace.mask), self.trace.batch_energy)
+        slopes = state_gradients(
+            self.up, errors_of(self.up, self.trace.mask), self.trace.batch_energy
+        )
         full = [slope / bound for slope, bound in zip(slopes, self.bounds, strict=True)]
         attempt = lambda eta: self.at([s - eta * d for s, d in zip(states, full, strict=True)])
         cure = "lower step_size or allow more halvings"

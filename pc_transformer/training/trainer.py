@@ -24,7 +24,13 @@ from ..config import ConfigError, TrainConfig
 from ..data.tasks import Batch, Task, Text
 from ..data.batches import TextData
 from ..isolation import Draws, drawing, evaluating
-from ..learning.learners import Learner, for_parts, gradient_cosine, try_learner, shared
+from pc_transformer.learning.learners import (
+    Learner,
+    for_parts,
+    gradient_cosine,
+    try_learner,
+    shared,
+)
 from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError, check_batch
 from .parallel import DataParallel, all_sum, sync_gradients
@@ -286,7 +292,9 @@ class Trainer(TrainingRun):
         # all of it, in every process of a team: they agree without asking
         with naming_divergence(self):
             with self.precision_context():
-                where = sits(self.alone(), self.model, self.here(self.task.batch_for_measuring(self.step)))
+                where = sits(
+                    self.alone(), self.model, self.here(self.task.batch_for_measuring(self.step))
+                )
             scores = self.task.evaluate(self.model)
         loss = {"step": self.step, "valid_loss": scores.pop("loss")}
         self.record.append(loss | scores | where)

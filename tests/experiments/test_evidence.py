@@ -451,7 +451,7 @@ def test_a_temperature_widens_prior_and_noise_alike() -> None:
 
 
 def test_a_step_leaves_the_prior_exactly_as_it_is() -> None:
-    "Without evidence every step of any size is taken, nothing is batch_energy, and the spread stays."
+    "Without evidence every step of any size is taken, nothing is weighed, and the spread stays."
     zero, variances = (
         torch.zeros(5000, 1, 4, dtype=torch.float64),
         [torch.full((5000, 1, 1), 0.5, dtype=torch.float64)],
@@ -528,7 +528,7 @@ def test_without_weights_the_past_is_not_the_posterior() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sampled_pasts_predict_as_the_posterior_of_the_transformer(temperature: float) -> None:
     """The default of one step, against a hundred thousand whole pasts drawn from the prior and
-    batch_energy by all their tokens."""
+    weighed by all their tokens."""
     model = made(n_layer=1, seed=3, scale=20.0)
     tokens, beta, n = torch.tensor([[1, 4, 2, 2]]), 3.0, 100_000
     g, past, log_w = torch.Generator().manual_seed(0), None, torch.zeros(n, dtype=torch.float64)

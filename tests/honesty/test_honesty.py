@@ -46,10 +46,10 @@ from pc_transformer.learning import (
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import Chain
 from pc_transformer.settling import (
+    BatchEnergy,
     ErrorSettling,
     FreeEnergy,
     SettlingError,
-    BatchEnergy,
     errors_down,
     predict_up,
 )
@@ -1320,7 +1320,9 @@ class StepsBy(ErrorSettling):
         step = BatchEnergy.step
 
         def other(batch_energy: BatchEnergy, errors: Any, deltas: Any, eta: float) -> Any:
-            heard = [self.message(l, deltas, errors, batch_energy.precision) for l in range(len(deltas))]
+            heard = [
+                self.message(l, deltas, errors, batch_energy.precision) for l in range(len(deltas))
+            ]
             return step(batch_energy, errors, heard, eta)
 
         with patch.object(BatchEnergy, "step", other):
@@ -1376,7 +1378,10 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     assert len(energy) == solver.steps + 1 == len(settled.step_sizes) + 1
     D, N = model.config.d_model, tokens.numel()
     constants = (
-        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.batch_energy.precision)
+        sum(
+            D / 2 * N * (math.log(2 * math.pi) - P.log().item())
+            for P in settled.batch_energy.precision
+        )
         / settled.count
     )
     moving = energy[:-1] - constants
@@ -1388,7 +1393,9 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
         W, c = weights_of(model), model.config
         zero = [torch.zeros_like(e) for e in settled.errors]
         for k, errors in ((0, zero), (-1, settled.errors)):
-            parts, _ = energies_by_hand(W, c, tokens, targets, errors, settled.batch_energy.precision)
+            parts, _ = energies_by_hand(
+                W, c, tokens, targets, errors, settled.batch_energy.precision
+            )
             same(
                 energy[k],
                 torch.stack(parts).sum() / settled.count,
@@ -1831,9 +1838,7 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> Results:
     for variant, parameters in (("GPT, backprop", 804_096), ("ours, predictive coding", 804_112)):
         for s in range(1, n_seeds + 1):
             loss = 1.9 + draw.uniform(-0.05, 0.05)
-            runs.append(
-                {"arm": variant, "seed": s, "loss": loss, "bits_per_byte": bits(loss)}
-            )
+            runs.append({"arm": variant, "seed": s, "loss": loss, "bits_per_byte": bits(loss)})
             runs[-1] |= {
                 "tokens": 1_536_000,
                 "parameters": parameters,
@@ -1940,10 +1945,7 @@ def test_rule_12_catches(mutant: Callable[[str], str]) -> None:
 def test_rule_12_catches_the_best_seed() -> None:
     "Mutant: the best of three seeds instead of their mean."
     results = synthetic_results()
-    best = {
-        v: min(r["loss"] for r in results.runs if r["arm"] == v)
-        for v in ("GPT, backprop",)
-    }
+    best = {v: min(r["loss"] for r in results.runs if r["arm"] == v) for v in ("GPT, backprop",)}
     runs = [{**r, "loss": best.get(r["arm"], r["loss"])} for r in results.runs]
     flattering = dataclasses.replace(results, runs=runs)
     with pytest.raises(AssertionError, match="the mean is"):

@@ -23,7 +23,6 @@ from pc_transformer.inference import (
     generate_text,
     min_p_filter,
     pack,
-    penalise,
     sample,
     stream,
     temperature_scale,

@@ -35,6 +35,7 @@ from pc_transformer.monitoring import (
     curvature,
     dead_units,
     diagnose,
+    evaluation_view,
     extreme_eigenvalues,
     json_ready,
     plot_alignment,
@@ -51,7 +52,6 @@ from pc_transformer.monitoring import (
     snapshot_cost,
     status_line,
     take_snapshot,
-    evaluation_view,
 )
 from pc_transformer.settling import (
     ErrorSettling,
@@ -421,7 +421,9 @@ def test_numbers_of_a_look_by_hand() -> None:
     assert look.error == pytest.approx([length(e) for e in settled.errors], rel=1e-4)
     wanted = [length(e) / length(s) for e, s in zip(settled.errors, settled.states, strict=True)]
     assert look.displacement == pytest.approx(wanted, rel=1e-4)
-    assert look.precision == pytest.approx([p.item() for p in settled.batch_energy.precision], rel=1e-5)
+    assert look.precision == pytest.approx(
+        [p.item() for p in settled.batch_energy.precision], rel=1e-5
+    )
     assert (
         len({f"{p:.3g}" for p in look.precision})
         == len({f"{x:.3g}" for x in look.displacement})
@@ -431,7 +433,8 @@ def test_numbers_of_a_look_by_hand() -> None:
     deltas = torch.autograd.grad(loss, states)
     assert look.message == pytest.approx([length(d) for d in deltas], rel=1e-4)
     told = [
-        length(p * e) / 0.5 for p, e in zip(settled.batch_energy.precision, settled.errors, strict=True)
+        length(p * e) / 0.5
+        for p, e in zip(settled.batch_energy.precision, settled.errors, strict=True)
     ]
     assert look.signal == pytest.approx(
         [a / length(d) for a, d in zip(told, deltas, strict=True)], rel=1e-4
@@ -634,7 +637,9 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ("scale", Backprop(), explode, r"explode on the way up: from node 2 \(feed-forward\)"),
     ("outlier", Backprop(), one_large, r"One coordinate of node \d .* times the median one"),
     (
-        "dead", Backprop(), kill,
+        "dead",
+        Backprop(),
+        kill,
         r"Of the hidden units in node 2 \(feed-forward\) \d+% are never active",
     ),
     ("saturated", Backprop(), sharpen, r"Of the attention rows in node 1 \(attention\) 100%"),

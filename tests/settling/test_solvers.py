@@ -560,9 +560,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
     above, never another's."""
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
-    walk = StateWalk.begin(
-        StateSettling(FixedPrecisions(given=given)), model, tokens, targets
-    )
+    walk = StateWalk.begin(StateSettling(FixedPrecisions(given=given)), model, tokens, targets)
 
     def energy(states: list[Tensor]) -> Tensor:
         below = [tokens, *states[:-1]]
@@ -823,7 +821,9 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
     ):
         model, tokens, targets = fed(dtype)
         settled = SOLVERS[name](model, tokens, targets)
-        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.batch_energy.precision))
+        assert all(
+            x.dtype == torch.float32 for x in (*settled.errors, *settled.batch_energy.precision)
+        )
         assert all(s.dtype == dtype for s in settled.states) and settled.energy.isfinite().all()
         found = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
         flat = [torch.cat([g[n].double().flatten() for n in full]) for g in (found, full)]
