@@ -170,7 +170,7 @@ def test_a_stopped_process_is_late_and_is_ended(processes: LayerProcesses) -> No
     begun = time.monotonic()
     with pytest.raises(ProcessError, match="no answer from node"):
         processes.step(*batch())
-    assert time.monotonic() - begun < 30 and all(p.poll() is not None for p in processes.processes)
+    assert time.monotonic() - begun < 300 and all(p.poll() is not None for p in processes.processes)
 
 
 def test_a_settling_error_ends_all(processes: LayerProcesses) -> None:
