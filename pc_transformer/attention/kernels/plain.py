@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.attention.kernels.masks import (
-    Link, additive_mask, affine, and_masks, centre, check, first_order, first_row, four_axes,
+    Link, Near, additive_mask, affine, and_masks, centre, check, first_order, first_row, four_axes,
     log_key_prior, log_total, per_coordinate, responsibilities, split_prior, squares, window_mask,
 )
-from .near import Near
 from ...energies.elliptical import Elliptical, known, shape_tensors, with_shape
 from ...energies.families import Gaussian
 from ...isolation import dropout
