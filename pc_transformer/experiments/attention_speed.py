@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'KINDS', 'CASES', 'GPU_CASES', 'HEADS', 'WIDTH', 'TOKENS', 'clock', 'interleaved', 'one_thread', 'precisions',
-           'naive', 'mixture', 'triton', 'measure', 'about', 'bench_attention', 'picture']
+           'naive', 'mixture', 'measure', 'about', 'bench_attention', 'picture']
 
 # %% ../../nbs/5_speed/11_attention_speed.ipynb #a3ad4278
 import json
@@ -55,7 +55,7 @@ def interleaved(
             if turn: seconds[name].append(clock(device) - start)
     return seconds
 
-# %% ../../nbs/5_speed/11_attention_speed.ipynb #3432a723
+# %% ../../nbs/5_speed/11_attention_speed.ipynb #28ff2380
 @contextmanager
 def one_thread() -> Iterator[None]:
     "PyTorch's operations on one thread; as before afterwards."
@@ -84,7 +84,7 @@ def precisions(
 def naive(
     q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **_: Any
 ) -> tuple[Tensor, None]:
-    "Causal attention with a curved link as one would first write it."
+    "Causal attention with a curved `link` as one would first write it; one `precision` a head."
     squares = q.square().sum(-1, keepdim=True) + k.square().sum(-1)[..., None, :]
     u = (squares - 2 * q @ k.mT).clamp(min=0) * precision
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
@@ -94,13 +94,13 @@ def naive(
 def mixture(
     q: Tensor, k: Tensor, v: Tensor, link: Any, precision: Tensor, **kw: Any
 ) -> tuple[Tensor, Tensor | None]:
-    "Two components per key, as `attend` computes them."
+    "Two components per key, as `attend` computes them; arguments as of `kernels.plain`."
     keys = Keys(torch.stack([k, k + 0.5], 2), v, precision[:, :, None])
     need = kw.pop("need_lse", False)
     return posterior_mean(q, keys, link, Mask(kw.pop("mask", None), **kw), need)
 
 
-def triton(*args: Any, **kw: Any) -> Any:
+def _triton(*args: Any, **kw: Any) -> Any:
     "The GPU's kernel, imported when it is called."
     from pc_transformer.attention.kernels import triton as page
     return page.triton(*args, **kw)
@@ -123,15 +123,15 @@ CASES: dict[str, tuple[str, Any, Any, str]] = {  # name: backend, function, link
     "student_t mixture of 2": ("auto", mixture, StudentT(), "head"),
     "student_t, naive": ("naive", naive, StudentT(), "head"),
 }
-GPU_CASES: dict[str, tuple[str, Any, Any, str]] = {
-    f"{name}, triton": ("triton", triton, link, kind) for name, (link, kind) in KINDS.items()
+GPU_CASES: dict[str, tuple[str, Any, Any, str]] = {  # the same, where there is a GPU
+    f"{name}, triton": ("triton", _triton, link, kind) for name, (link, kind) in KINDS.items()
 }
 
 # %% ../../nbs/5_speed/11_attention_speed.ipynb #3ca54234
 def measure(
     shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype, memory: bool = True
 ) -> list[dict[str, Any]]:              # one row per case
-    "Time and peak memory of all cases, causal, beside `scaled_dot_product_attention`."
+    "Time, and with `memory` its peak, of all cases, causal, beside PyTorch's kernel."
     generator = torch.Generator(device).manual_seed(0)
     normal = lambda: torch.randn(shape, device=device, dtype=dtype, generator=generator)
     q, k, v = (normal().requires_grad_() for _ in range(3))
@@ -201,7 +201,7 @@ def bench_attention(
     lengths: list[int] | None = None,
     rounds: int | None = None,       # `None`: 5, or 3 if quick
     device: str = "auto",            # "auto": a GPU where there is one, and the CPU
-    memory: bool = True,
+    memory: bool = True,             # whether peak memory is measured, too
 ) -> dict[str, Any]:                 # what was written to `results.json`
     """Measure all families and backends against `scaled_dot_product_attention`; write results.json
     and speed.png. Raises ValueError without a length or a round."""
@@ -234,8 +234,8 @@ def _run(
 
 # %% ../../nbs/5_speed/11_attention_speed.ipynb #a27e0f6e
 def picture(results: dict[str, Any], run: int = 0, fig: Any = None) -> Any:
-    """Time of a training step and peak memory of all but the plain lines, over PyTorch's kernel,
-    against the number of tokens."""
+    """Time of a training step and peak memory, over PyTorch's kernel, against the number of tokens:
+    all but the plain lines of one `run` of `results`, drawn into `fig`."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9.2, 3.8), layout="constrained") if fig is None else fig

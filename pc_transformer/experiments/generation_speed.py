@@ -29,10 +29,11 @@ from ..model.transformer import PCTransformer
 from ..training.files import write_text
 
 # %% ../../nbs/5_speed/12_generation_speed.ipynb #fefd799a
-BABY = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
+BABY = ModelConfig(  # six layers of width 384
+    vocab_size=65, block_size=256, n_layer=6, n_head=6, d_model=384, attention="dot")
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {  # name: what the configuration changes
     "dot": {},
     "gaussian": {"attention": "gaussian"},
     "gaussian, per key": {"attention": "gaussian", "precision": "key"},
@@ -58,7 +59,8 @@ def gpt2(config: ModelConfig) -> Any:
 def contenders(
     config: ModelConfig, batch: int, new: int, no_cache: bool
 ) -> dict[str, Callable[[], Any]]:
-    "What takes turns: every family with packed weights, one without, one without a cache, GPT-2."
+    """What takes turns, `batch` rows at once: every family with packed weights, one without, one
+    without a cache (if `no_cache`), GPT-2."""
     prompt, few = torch.zeros(batch, 1, dtype=torch.int64), min(40, config.vocab_size)
     run = lambda m, **kw: lambda: generate(m, prompt, new, top_k=few, seed=0, **kw)
     models = {n: PCTransformer(replace(config, **own)).eval() for n, own in FAMILIES.items()}
@@ -75,7 +77,8 @@ def contenders(
 def measure(
     config: ModelConfig, batch: int, new: int, rounds: int, no_cache: bool = True
 ) -> list[dict[str, Any]]:
-    "Milliseconds a step of each contender, and its ratio to cached `dot`: medians over rounds."
+    """Milliseconds a step of each contender for `batch` rows, and its ratio to cached `dot`:
+    medians over `rounds` in turn; `no_cache` adds the slow one."""
     seconds = interleaved(contenders(config, batch, new, no_cache), rounds)
     ratio = lambda t: statistics.median(a / b for a, b in zip(t, seconds["dot"], strict=True))
     return [
@@ -88,7 +91,7 @@ def measure(
 def by_position(
     config: ModelConfig, length: int, rounds: int, bins: int = 16
 ) -> list[dict[str, Any]]:
-    "Milliseconds of a decode step in each of `bins` groups of positions; medians over rounds."
+    "Milliseconds of a decode step in each of `bins` groups of positions; medians over `rounds`."
     out, width, token = [], length // bins, torch.zeros(1, 1, dtype=torch.int64)
     device = torch.device("cpu")
     for name in ("dot", "gaussian", "student_t"):
@@ -117,8 +120,8 @@ def products(config: ModelConfig) -> dict[str, tuple[int, int, int]]:  # in, out
 
 # %% ../../nbs/5_speed/12_generation_speed.ipynb #c8e741be
 def by_layout(config: ModelConfig, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Microseconds of each product with its weight read from memory in each order; medians over
-    rounds in turn."""
+    """Microseconds of each product of `batch` rows with its weight read from memory in each order;
+    medians over `rounds` in turn."""
     out = []
     for name, (i, o, times) in products(config).items():
         many = min(1000, 2 + 2**24 // (i * o))   # 64 MB: no cache holds them
@@ -136,14 +139,14 @@ def by_layout(config: ModelConfig, batch: int, rounds: int) -> list[dict[str, An
 
 
 def bandwidth(rounds: int, size: int = 2**26) -> float:  # GB/s
-    "How fast one thread reads numbers that no cache holds: their sum."
+    "How fast one thread sums `size` numbers, more than a cache holds; median over `rounds`."
     x = torch.ones(size)
     return 4 * size / 1e9 / statistics.median(interleaved({"sum": x.sum}, rounds)["sum"])
 
 # %% ../../nbs/5_speed/12_generation_speed.ipynb #5b9a249c
 def compiled(config: ModelConfig, rounds: int, backend: str = "inductor") -> dict[str, Any]:
     """Milliseconds of a step of one row at half the context, as it is and through
-    `torch.compile`, and seconds until the latter is ready."""
+    `torch.compile`, medians over `rounds`, and seconds until the latter is ready."""
     cache, half = KVCache.allocate(pack(PCTransformer(config).eval())), config.block_size // 2
     token, at = torch.zeros(1, 1, dtype=torch.int64), Places(slice(half, half + 1), None, 0, half)
     def eager() -> torch.Tensor: return cache.model.output(read_new(cache, token, at))
@@ -160,7 +163,7 @@ def compiled(config: ModelConfig, rounds: int, backend: str = "inductor") -> dic
 # %% ../../nbs/5_speed/12_generation_speed.ipynb #a8c7812a
 def bench_generation(
     out_dir: str | Path = "results/generation",
-    rounds: int = 3,
+    rounds: int = 3,             # how often each contender takes its turn
     new: int = 255,              # tokens; context 256
     batches: list[int] | None = None,  # rows written at once; `None`: 1 and 16
     length: int = 1024,          # of the measurement by position

@@ -28,7 +28,7 @@ class Blocks:
     elements: int = 1 << 18        # scores in a block, about
 
     def groups(self, B: int, H: int, Tq: int, Tk: int, M: int = 1) -> Iterator[tuple[slice, slice]]:
-        "Whole batches, or some heads of one, whose blocks (of M components) have that size."
+        "Whole batches, or some heads of one, whose blocks (of `M` components) have that size."
         reach = Tk if self.window is None else min(Tk, 2 * self.window + self.rows)
         heads = max(1, self.elements // (min(self.rows, Tq) * reach * M))
         batches, heads = max(1, heads // H), min(heads, H)
@@ -48,7 +48,7 @@ class Blocks:
         "Pairs of a query and a key in the largest block."
         return max((i.stop - i.start) * (j.stop - j.start) for i, j in self.cut(Tq, Tk))
 
-# %% ../../../nbs/5_speed/05_blocks.ipynb #9bf1b334
+# %% ../../../nbs/5_speed/05_blocks.ipynb #6bbc6789
 def forbid(
     s: Float[Tensor, "n I M J"], blocks: Blocks, i: slice, j: slice, mask: Tensor | None
 ) -> Float[Tensor, "n I M J"]:
@@ -74,12 +74,12 @@ def posterior(s: Float[Tensor, "n I M J"], blind: bool) -> Float[Tensor, "n I M 
 
 # %% ../../../nbs/5_speed/05_blocks.ipynb #00a4ae8e
 def pick(x: Tensor, b: slice, h: slice) -> Tensor:
-    "The batches and heads of a group, as a view; an axis of length one is shared."
+    "The batches and heads of a group of `x`, as a view; an axis of length one is shared."
     return x[b if x.shape[0] > 1 else slice(None), h if x.shape[1] > 1 else slice(None)]
 
 
 def heads_of(x: Tensor | None, b: slice, h: slice, dtype: torch.dtype | None = None) -> Any:
-    "The heads of a group along one axis, or one for all of them: `(n or 1, ...)`."
+    "A group's heads of `x` along one axis, or one for all of them: `(n or 1, ...)`."
     if x is None: return None
     x = pick(x, b, h)
     if x.shape[:2] != (1, 1): x = x.expand(b.stop - b.start, h.stop - h.start, *x.shape[2:])
@@ -87,6 +87,6 @@ def heads_of(x: Tensor | None, b: slice, h: slice, dtype: torch.dtype | None = N
 
 
 def collect(total: Tensor, part: Tensor, b: slice, h: slice) -> None:
-    "Add a group's part to a gradient; sums over whatever `total` shares."
+    "Add `part`, a group's gradient, to `total`; sums over whatever that shares."
     view = pick(total, b, h)
     view.add_(part.unflatten(0, (-1, h.stop - h.start)).sum_to_size(view.shape))

@@ -29,7 +29,8 @@ def choose(
     log_mix: Tensor | None = None, mask: Tensor | None = None, is_causal: bool = False,
     window: int | None = None, dropout_p: float = 0.0, need_lse: bool = False,
 ) -> tuple[str, str]:            # name of a backend, and why
-    "The backend for these arguments, which are those of every backend, and the reason."
+    """The backend for these arguments and the reason. They are those of every backend: see
+    `plain` for `precision`, `log_mix`, `mask`, `window` and `need_lse`."""
     if q.device.type == "cuda":
         bare = log_mix is None and window is None and not need_lse
         found = _choose_gpu(q, link, mask, dropout_p, bare)

@@ -37,7 +37,7 @@ class Plan:
     log_det: bool = False          # whether half the log-determinant is part of a key's score
     dropout_p: float = 0.0
     seed: int = 0
-    need_lse: bool = True
+    need_lse: bool = True          # whether lse is wanted
 
     @property
     def straight(self) -> bool:
@@ -49,7 +49,7 @@ class Plan:
         return torch.Generator(device).manual_seed(self.seed) if self.dropout_p else None
 
     def kept(self, p: Tensor, draw: torch.Generator | None) -> Tensor:
-        "0 for a dropped weight, 1/(1 - dropout_p) for a kept one."
+        "For each weight of `p`: 0 if it is dropped, 1/(1 - dropout_p) if it is kept."
         stays = 1 - self.dropout_p
         return torch.empty_like(p).bernoulli_(stays, generator=draw).div_(stays)
 
@@ -183,7 +183,7 @@ class _Pull:
         if self.row is not None: self.row[:, i] = g.sum(-1)
         if group.kappa is not None: self.column[..., j] += g.sum(1)
 
-# %% ../../../nbs/5_speed/06_chunked.ipynb #54d65ccb
+# %% ../../../nbs/5_speed/06_chunked.ipynb #47176014
 def _finish(pull: _Pull) -> None:
     "Queries, keys and what they share, once all blocks are done."
     total, at, Lam = pull.total, pull.group.at, pull.group.Lam
@@ -227,7 +227,7 @@ def _of_distances(pull: _Pull) -> Tensor | None:
     if not (wanted and euler): return dLam
     return (_dot(group.q, dq) + _dot(group.k, dk)).view(-1, 1, 1, 1) / (2 * Lam)
 
-
+# %% ../../../nbs/5_speed/06_chunked.ipynb #19c9d094
 def _of_precision(pull: _Pull, spread: Tensor | None) -> Tensor:
     "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
     group, d = pull.group, pull.d
@@ -246,8 +246,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #40726d71
 class _Chunked(torch.autograd.Function):
-    """Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients
-    through both."""
+    "Output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients through both."
 
     @staticmethod
     def forward(ctx, plan, q, k, v, Lam, shift, prior, mask, *shape):  # type: ignore[override]
@@ -285,8 +284,7 @@ class _Chunked(torch.autograd.Function):
         total = _zeros(tensors, shape, ctx.needs_input_grad[1:], out.dtype)
         buffers, draw = None, plan.draw(out.device)
         for at in blocks.groups(B, H, Tq, Tk, M):
-            group, o = _Group(plan, at, tensors, shape), heads_of(out, *at)
-            do = heads_of(dout, *at)
+            group, o, do = _Group(plan, at, tensors, shape), heads_of(out, *at), heads_of(dout, *at)
             delta = (do * o).sum(-1, keepdim=True)  # equation (3)
             if dlse is not None:
                 own = heads_of(dlse, *at)[..., None]
@@ -314,7 +312,7 @@ def _zeros(
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #2289b7a6
 def with_components(x: Tensor) -> Float[Tensor, "B H M T d"]:
-    "A tensor of keys with an axis for components."
+    "`x`, a tensor of keys, with an axis for components."
     return x if x.dim() == 5 else x[:, :, None]
 
 
@@ -353,12 +351,12 @@ def chunked(
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
-    need_lse: bool = True,
+    need_lse: bool = True,            # whether lse is wanted
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention with any link, a few rows of scores at a time; equations (1), (2) and (4).
 
     Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow
-    with `Tq x Tk`.
+    with `Tq x Tk`. Raises TypeError and ValueError as `check` does.
     """
     check(q, k if k.dim() == 4 else k[:, :, 0], v, link, precision, is_causal, window)
     Tq, Tk, full = q.shape[-2], k.shape[-2], torch.promote_types(q.dtype, torch.float32)

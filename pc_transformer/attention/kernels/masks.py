@@ -46,7 +46,7 @@ def log_key_prior(
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #fdccbfd0
 def four_axes(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "#B #H #Tq #Tk"]:
-    "A mask with all its axes; one that is added to scores in their dtype."
+    "`mask` (bool, or float to be added) with four axes; a float one in the dtype of the scores."
     mask = mask if mask.dtype == torch.bool else mask.to(dtype)
     return mask.view(*[1] * (4 - mask.dim()), *mask.shape)
 
@@ -145,7 +145,7 @@ def centre(k: Float[Tensor, "B H Tk d"]) -> Float[Tensor, "B H 1 d"] | None:
     return shift[..., None, :].to(k.dtype)
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #33542497
-NEAR = 1e-3
+NEAR = 1e-3  # a distance below this share of the terms that cancelled is computed directly
 
 
 @dataclasses.dataclass
@@ -173,8 +173,8 @@ class Near:
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #d6971acc
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A hand-written backward pass that is asked for a graph (`create_graph=True`) raises
-    RuntimeError, and keeps none otherwise."""
+    """`backward`, written by hand, that raises RuntimeError when it is asked for a graph
+    (`create_graph=True`), and keeps none otherwise."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
@@ -209,7 +209,7 @@ def first_row(
 
 
 def log_total(s: Tensor) -> Tensor:
-    "`logsumexp` over the last axis; minus infinity, without a gradient, where all entries are."
+    "`logsumexp` of `s` over the last axis; minus infinity, without a gradient, where all are."
     blind = (s == -math.inf).all(-1, keepdim=True)
     return s.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
 
@@ -221,7 +221,8 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, link: Link, precision: Tensor, is_causal: bool,
     window: int | None,
 ) -> None:
-    "Raise one sentence for arguments that no backend can mean; `attend` looks at the numbers."
+    """Raise TypeError or ValueError, one sentence, for arguments that no backend can mean, such as
+    a `window` below one; `attend` looks at the numbers."""
     for what, x in (("q", q), ("k", k), ("v", v), ("precision", precision)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
     if link != "dot" and not isinstance(link, Elliptical):

@@ -131,10 +131,10 @@ def plain(
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
-    need_lse: bool = True,
+    need_lse: bool = True,            # whether lse is wanted
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention with any link, all scores at once; differentiable in everything that is a tensor,
-    twice for dot products and Gaussians."""
+    twice for dot products and Gaussians. Raises TypeError and ValueError as `check` does."""
     check(q, k, v, link, precision, is_causal, window)
     (B, H, Tq, d), Tk, dtype = q.shape, k.shape[2], q.dtype
     q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))

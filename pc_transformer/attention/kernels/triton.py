@@ -48,7 +48,7 @@ def available(
     return True, f"Triton {_tr.__version__} on {torch.cuda.get_device_name(device)}"
 
 # %% ../../../nbs/5_speed/10_triton.ipynb #b5137e37
-SHAPES: dict[str, tuple[str, ...]] = {
+SHAPES: dict[str, tuple[str, ...]] = {  # a family's parameters, in the order of `a` and `b`
     "dot": (), "gaussian": (), "student_t": ("nu",), "laplace": ("eps",), "huber": ("delta",),
     "generalized_gaussian": ("p",), "logistic": (), "contaminated": ("share", "ratio"),
 }
@@ -67,13 +67,13 @@ def read_link(link: str | Elliptical) -> tuple[str, list[float | Tensor]]:
 @dataclass(frozen=True)
 class Blocks:
     "How a kernel cuts the scores, and what it asks of the GPU."
-    queries: int
-    keys: int
-    warps: int = 8
-    stages: int = 2
+    queries: int       # rows of a block
+    keys: int          # columns of a block
+    warps: int = 8     # groups of 32 threads for a block
+    stages: int = 2    # blocks that are loaded ahead
 
 
-KERNELS = ("forward", "query", "key")
+KERNELS = ("forward", "query", "key")  # of the read-out, of queries' gradients, of keys'
 
 
 TABLE = {  # (bytes per number, width at most): forward, query, key
@@ -87,23 +87,24 @@ TABLE = {  # (bytes per number, width at most): forward, query, key
 
 
 def power_of_two(n: int) -> int:
-    "The next power of two, 16 at least: tiles have such widths."
+    "The next power of two from `n` on, 16 at least: tiles have such widths."
     return max(16, 1 << (n - 1).bit_length())
 
 # %% ../../../nbs/5_speed/10_triton.ipynb #652d7eb9
 @dataclass(frozen=True)
 class Plan:
     "What a launch needs beside its tensors."
-    link: str
+    link: str                 # "dot" or the name of a family
     back: int | None = None   # equation (3); `None`: no limit
-    ahead: int | None = None
+    ahead: int | None = None  # the same to the other side
     blocks: tuple[tuple[str, Blocks], ...] = ()  # instead of the table's, by kernel
     split: bool = True        # bfloat16 and a diagonal precision: q^2 in two parts
 
 
 def settings(plan: Plan, kernel: str, D: int, DV: int, dtype: torch.dtype, diagonal: bool,
              device: str) -> tuple[Blocks, dict]:
-    "Block sizes, and the compile-time constants of a kernel with its launch options."
+    """Block sizes, and what a `kernel` is compiled with: `D` and `DV` are the widths of keys and
+    values, `diagonal` means a precision per coordinate, `device` is "cuda" or "cpu"."""
     half, width = dtype != torch.float32, max(64, power_of_two(max(D, DV) * (1 + diagonal)))
     usual = (Blocks(64, 64),) * 3 if device == "cpu" else TABLE[2 if half else 4, width]
     blocks = dict(plan.blocks).get(kernel) or usual[KERNELS.index(kernel)]
@@ -122,7 +123,7 @@ def settings(plan: Plan, kernel: str, D: int, DV: int, dtype: torch.dtype, diago
 def check_gpu(
     q: Tensor, k: Tensor, v: Tensor, precision: Tensor, mask: Tensor | None, dropout_p: float
 ) -> None:
-    "Raise one sentence for what other backends take and the GPU kernels do not."
+    "Raise TypeError or ValueError for what other backends take and the GPU kernels do not."
     ok, why = available(q.device)
     if not ok: raise ValueError(why)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (
@@ -144,8 +145,8 @@ def check_gpu(
 # %% ../../../nbs/5_speed/10_triton.ipynb #831496a4
 def prepare(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log_mix: Tensor | None,
             key_mask: Tensor | None) -> tuple[Tensor, Tensor, str, Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, family, lambda `(B, H, Tk)` or Lambda `(B, H, Tk, d)`, bias `(B, H, Tk)`,
-    shapes `(B, H)`."""
+    """Queries, keys, family, lambda `(B, H, Tk)` or Lambda `(B, H, Tk, d)`, bias `(B, H, Tk)` with
+    `key_mask`, shapes `(B, H)`."""
     (B, H, _, d), Tk = q.shape, k.shape[2]
     name, shape = read_link(link)
     precision = precision.float()
@@ -165,12 +166,12 @@ def prepare(q: Tensor, k: Tensor, link: str | Elliptical, precision: Tensor, log
 
 # %% ../../../nbs/5_speed/10_triton.ipynb #d1439f1c
 def strides(*tensors: Tensor) -> list[int]:
-    "Strides of the first three axes; the last one has stride 1."
+    "Strides of the first three axes of all `tensors`; the last one has stride 1."
     return [s for x in tensors for s in x.stride()[:3]]
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    "Row-wise dot products `(B, H, T)` in float32, by `row_dots`."
+    "Row-wise dot products of `x` and `y`, `(B, H, T)`, in float32, by `row_dots`."
     B, H, T, d = x.shape
     out = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
     row_dots[-(-T // 64), B * H](
@@ -254,7 +255,7 @@ def triton(
     # only the last `window` keys; without `is_causal` also the next
     window: int | None = None,
     dropout_p: float = 0.0,           # not served
-    need_lse: bool = True,
+    need_lse: bool = True,            # whether lse is wanted
     # instead of the table's: {"forward": ..., "query": ..., "key": ...}
     blocks: dict[str, Blocks] | None = None,
     # bfloat16, precision per key and coordinate: q^2 in two parts, one product more
