@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .masks import additive_mask, check, first_order
+from .masks import Link, additive_mask, check, first_order
 from pc_transformer.attention.kernels.triton_code import (
     _tr, forward_kernel, key_kernel, query_kernel, row_dots,
 )
@@ -246,7 +246,7 @@ def triton(
     k: Float[Tensor, "B H Tk d"],
     v: Float[Tensor, "B H Tk dv"],
     # "dot" or a family of `energies.families`; its shapes: floats or tensors to `(B, H, 1, 1)`
-    link: str | Elliptical,
+    link: Link,
     precision: Tensor,                # four axes, broadcastable to `(B, H, Tk, d)`, positive
     log_mix: Tensor | None = None,    # broadcastable to `(B, H, Tk)`
     # over keys: broadcastable to `(B, H, 1, Tk)`, bool (True: may attend) or float (added)
