@@ -14,7 +14,7 @@ from pc_transformer.theory.linear_chain import (
     learn_precisions,
     learning_parts,
     log_evidence,
-    per_coordinate,
+    coordinate_precisions,
     second_moment,
     settle,
     simulate,
@@ -49,8 +49,8 @@ FEATURES, ERRORS = torch.randn(50, 2, generator=draw(1)), torch.randn(50, 4, gen
         (lambda: LinearChain([torch.ones(3, 3), torch.ones(2, 4)], [0]), ValueError, "W_1 reads 4"),
         (lambda: LinearChain(CHAIN.weights, [3]), ValueError, "at least one of the nodes"),
         (lambda: LinearChain(CHAIN.weights, []), ValueError, "at least one of the nodes"),
-        (lambda: per_coordinate(CHAIN, [1.0]), ValueError, "7 parts, got 1"),
-        (lambda: per_coordinate(CHAIN, [1.0, 1.0, -1.0, *[1.0] * 4]), ValueError, "part 2"),
+        (lambda: coordinate_precisions(CHAIN, [1.0]), ValueError, "7 parts, got 1"),
+        (lambda: coordinate_precisions(CHAIN, [1.0, 1.0, -1.0, *[1.0] * 4]), ValueError, "part 2"),
         (lambda: second_moment(CHAIN, torch.ones(5, 3), []), ValueError, "shapes [(5, 3), (5, 4)"),
         (lambda: learning_parts(CHAIN, [True]), ValueError, "each of 7 parts"),
         (lambda: learning_parts(LinearChain(CHAIN.weights, [1]), None), ValueError, "node 2"),
@@ -70,7 +70,7 @@ def test_the_evidence_is_the_laplace_formula_at_the_settled_states() -> None:
     reads = simulate(CHAIN, precision, x, draw(2))[1]
     errors, A = settle(CHAIN, precision, x, reads), design(CHAIN)
     F = sum(Gaussian().energy(e, q).mean() for e, q in zip(errors, precision, strict=True))
-    curvature = torch.logdet(A.T @ (per_coordinate(CHAIN, precision)[:, None] * A))
+    curvature = torch.logdet(A.T @ (coordinate_precisions(CHAIN, precision)[:, None] * A))
     found = log_evidence(CHAIN, precision, second_moment(CHAIN, x, reads))
     want = -F - (curvature - A.shape[1] * math.log(2 * math.pi)) / 2
     assert math.isclose(found, float(want), rel_tol=1e-10)
@@ -100,7 +100,7 @@ def test_standard_errors_are_the_spread_of_many_experiments() -> None:
     chain = LinearChain([torch.tensor([[w]]).double() for w in (1.0, 0.8, 1.2)], [0, 1, 2])
     truth = [4.0, 1.0, 10.0, 5.0, 5.0, 5.0]
     found = [
-        learn_precisions(chain, moment(chain, truth, 2000, 100 + i), truth, steps=200).precision[:3]
+        learn_precisions(chain, moment(chain, truth, 2000, 100 + i), truth, steps=60).precision[:3]
         for i in range(80)
     ]
     expected = torch.stack(standard_errors(chain, truth, 2000)[:3])
