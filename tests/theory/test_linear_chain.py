@@ -9,12 +9,12 @@ import torch
 from pc_transformer.energies import Gaussian
 from pc_transformer.theory.linear_chain import (
     LinearChain,
+    coordinate_precisions,
     design,
     fit_predicted_precision,
     learn_precisions,
     learning_parts,
     log_evidence,
-    coordinate_precisions,
     second_moment,
     settle,
     simulate,
