@@ -77,5 +77,5 @@ hooks: $(STAMP) ## git merges notebooks cell by cell, and JupyterLab saves them 
 	$(BIN)/nbdev_install_hooks
 
 clean: ## remove what was built, but neither .venv nor runs/
-	rm -rf _docs _proc build dist .nbpy .pytest_cache .hypothesis .ruff_cache *.egg-info
+	rm -rf _docs _proc reference build dist .nbpy .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find pc_transformer nbs tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -22,13 +22,13 @@ from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine,
 from pc_transformer.model import Chain
 from pc_transformer.monitoring import take_snapshot
 from pc_transformer.settling import (
+    BatchEnergy,
     ErrorSettling,
     FreeEnergy,
     HighwaySettling,
     SettlingError,
     StateSettling,
     SweepSettling,
-    Weighed,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -194,11 +194,11 @@ def test_the_energy_falls_at_every_step(name: str, kind: str) -> None:
 class Uphill(FreeEnergy):
     "A mutant: errors are sent where the energy rises."
 
-    def at(self, *args: Any) -> Weighed:
+    def at(self, *args: Any) -> BatchEnergy:
         return Away(self, super().at(*args).precision)
 
 
-class Away(Weighed):
+class Away(BatchEnergy):
     def step(self, errors: Any, deltas: Any, eta: float) -> list[Tensor]:
         return super().step(errors, [-d for d in deltas], eta)
 
@@ -302,7 +302,7 @@ def elsewhere() -> dict[str, list[dict[str, Tensor]]]:
         case = make(name)
         (layers, first), settled = alone(case), SOLVER(case.chain, case.inputs, case.targets)
         below = [first, *settled.states[:-1]]
-        own = zip(layers, below, settled.errors, settled.weighed.precision, strict=True)
+        own = zip(layers, below, settled.errors, settled.batch_energy.precision, strict=True)
         saved[name] = [
             (f, sum(p.numel() for p in f.parameters()), below, error, precision, settled.count)
             for f, below, error, precision in own
@@ -330,7 +330,7 @@ def check_local(name: str, learner: Any) -> None:
             assert p.grad is not None
             got = p.grad
             if id(p) in ends:  # tied: the output's own share is taken away
-                own = settled.up.judge() * (1 / settled.count)
+                own = settled.up.output_graph() * (1 / settled.count)
                 got = got - torch.autograd.grad(own, p, retain_graph=True)[0]
             assert (got - local).abs().max() <= 1e-9 * p.grad.abs().max(), f"layer {l} is not local"
 

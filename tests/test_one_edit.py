@@ -115,7 +115,7 @@ SOLVER = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pc_transformer.settling import FreeEnergy, begin, errors_down, no_errors
+from pc_transformer.settling import FreeEnergy, begin_settling, errors_down, no_errors
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class PartStep:
     reads_feed_forward: ClassVar[bool] = True
 
     def __call__(self, model, tokens, targets, measure_residual=True):
-        up, trace = begin(self.energy, model, tokens, targets, measures=measure_residual)
+        up, trace = begin_settling(self.energy, model, tokens, targets, measures=measure_residual)
         start, down = no_errors(up.states), errors_down(up, keep_graph=True)
-        trace.near(start, down)
-        errors = trace.weighed.step(start, down, self.part)
+        trace.measure(start, down)
+        errors = trace.batch_energy.step(start, down, self.part)
         trace.step_sizes.append(self.part)
-        trace.near(errors, down)
+        trace.measure(errors, down)
         return trace.settled(up, errors, trace.residual)
 '''
 

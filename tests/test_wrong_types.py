@@ -33,14 +33,14 @@ def model() -> PCTransformer:
 
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "save a word": (lambda: save(model(), "never", tokenizer=NO), TypeError, "to_dict"),
+    "save a word": (lambda: save(model(), "never", tokenizer=NO), AttributeError, "to_dict"),
     # pyright: ignore[reportArgumentType]
-    "save to a number": (lambda: save(model(), 5), TypeError, "path"),
+    "save to a number": (lambda: save(model(), 5), TypeError, "PathLike"),
     "save to the root": (lambda: save(model(), "/"), OSError, "root"),
     "save nothing": (lambda: save(BAD, "never"), ValueError, "NoneType"),
-    "load nothing": (lambda: load(BAD), TypeError, "path"),
-    "nanoGPT": (lambda: from_nanogpt(BAD), TypeError, "path"),
-    "from Hugging Face": (lambda: from_huggingface(BAD), TypeError, "path"),
+    "load nothing": (lambda: load(BAD), TypeError, "PathLike"),
+    "nanoGPT": (lambda: from_nanogpt(BAD), TypeError, "PathLike"),
+    "from Hugging Face": (lambda: from_huggingface(BAD), TypeError, "PathLike"),
     "to Hugging Face": (lambda: to_huggingface(BAD, "never"), ValueError, "NoneType"),
     "learn nothing": (lambda: PredictiveCoding().backward(BAD, X, X), TypeError, "predictors"),
     "learn a map": (lambda: PredictiveCoding().backward(LINEAR, X, X), TypeError, "Linear"),

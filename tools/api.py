@@ -328,10 +328,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", nargs="?", default="", help="part of a module's path")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this)")
     args = parser.parse_args()
-    house = Book(ROOT)
+    root = args.root.resolve()
+    house = Book(root)
     for module in house.modules:
-        if args.path in module.path.relative_to(ROOT).as_posix():
+        if args.path in module.path.relative_to(root).as_posix():
             for line in (line for e in module.entries for line in house.gaps(e)):
                 print(f"{module.name}: {line}")
 

@@ -117,7 +117,7 @@ def imported(root: Path, house: dict[str, list[Module]]) -> list[str]:
 
 def front(root: Path, house: dict[str, list[Module]]) -> str:
     """The first page: every public name."""
-    lines = ["---", "title: Reference", "---", "", *imported(root, house)]
+    lines = ["---", "title: All names", "---", "", *imported(root, house)]
     lines += ["Below is every public name, by the package that it stands in.", ""]
     for name, inside in house.items():
         lines += [f"## [{name}]({name.replace(' ', '_')}.md)", ""]

@@ -26,6 +26,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbdev.clean import clean_nb
 from nbformat import NotebookNode
 from PIL import Image, ImageChops, ImageStat
+from PIL.Image import open as read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
@@ -62,7 +63,7 @@ class Runner(NotebookClient):
 
 def lighter(text: str) -> str:
     """A picture, base64 of PNG, with a palette of 256 colours unless one would be seen to lack."""
-    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    image = read_image(io.BytesIO(base64.b64decode(text)))
     plain = image.convert("RGB")
     opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     if image.mode == "P" or not opaque:

@@ -20,7 +20,7 @@ from ..attention.sharpness import TAILS, initial_precision
 from ..config import ConfigError, replace
 from ..training.run import RunConfig
 from ..data.batches import windows
-from ..data.damage import damage
+from ..data.tasks import damage
 from ..data.tasks import Damaged, Text, held_out
 from .harness import Arm, Job, report, study
 from .results import Results, Runs

@@ -34,28 +34,18 @@ from ..training.trainer import Trainer
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #ac276d26
 @dataclass(frozen=True)
 class RobustBackprop(Learner):
-    """Backprop through a loss that is made for wrong targets.
+    "Backprop through one of three losses for wrong targets. Raises ValueError for several."
 
-    Label smoothing (Szegedy et al. 2016), generalised cross-entropy (Zhang & Sabuncu 2018) and the
-    forward correction, which is told the share of wrong targets (Patrini et al. 2017). Raises
-    ValueError for more than one of them.
-    """
-
-    label_smoothing: float = 0.0    # part of the target that all tokens share, in [0, 1)
-    generalised: float = 0.0        # q of `(1 - p^q) / q`, in [0, 1]; 0 is the cross-entropy
-    # share of targets known to be replaced by any other token, in [0, 1)
-    corrected: float = 0.0
+    label_smoothing: float = 0.0    # part of the target that all tokens share (Szegedy et al. 2016)
+    generalised: float = 0.0        # q of `(1 - p^q) / q`, 0: cross-entropy (Zhang & Sabuncu 2018)
+    corrected: float = 0.0          # share of targets known to be wrong (Patrini et al. 2017)
 
     def __post_init__(self):
         used = [x for x in (self.label_smoothing, self.generalised, self.corrected) if x]
-        if (
-            len(used) > 1
-            or not all(0 <= x <= 1 for x in used)
-            or 1 in (self.label_smoothing, self.corrected)
-        ):
-            raise ValueError(
-                f"one of label_smoothing < 1, generalised <= 1 or corrected < 1, got {self}"
-            )
+        whole = 1 in (self.label_smoothing, self.corrected)
+        if len(used) > 1 or not all(0 <= x <= 1 for x in used) or whole:
+            raise ValueError(f"one of label_smoothing < 1, generalised <= 1 or corrected < 1, got "
+                             f"{self}")
 
     def loss(self, logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Tensor:
         "Mean over the targets."
@@ -68,10 +58,7 @@ class RobustBackprop(Learner):
         return -((1 - self.corrected) * p + wrong * (1 - p)).log().mean()
 
     def backward(
-        self,
-        model: PCTransformer,
-        tokens: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
+        self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,
     ) -> Report:
         "Adds to `p.grad`; the loss reported is the cross-entropy, as every learner's."
@@ -153,7 +140,7 @@ class Angles:
 
     def __call__(self, t: Trainer) -> None:
         if t.record[-1]["step"] == t.step:
-            batch = t.here(t.task.look(t.step))
+            batch = t.here(t.task.batch_for_measuring(t.step))
             self.found[t.step] = gradient_cosine(t.alone(), t.model, *batch)
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #5dae47d8

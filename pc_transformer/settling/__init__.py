@@ -2,7 +2,6 @@
 
 from .chain import *
 from .free_energy import *
-from .settled import *
 from .errors import *
 from .sweeps import *
 from .states import *

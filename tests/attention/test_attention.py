@@ -18,7 +18,6 @@ from pc_transformer.attention import (
     as_keys,
     attend,
     attention_energy,
-    floats_per_key,
     initial_precision,
     scores,
     settle_query,
@@ -478,16 +477,6 @@ def test_a_gaussian_with_a_flat_prior_is_no_conversion() -> None:
 def test_generalized_gaussian_with_power_two_is_the_gaussian() -> None:
     u = torch.linspace(0, 50, 11, dtype=torch.float64)
     close(GeneralizedGaussian(2.0).link(u, 4), Gaussian().link(u, 4))
-
-
-def test_floats_per_key() -> None:
-    assert [floats_per_key(8, p) for p in ("head", "diagonal", "key", "key and coordinate")] == [
-        16,
-        16,
-        17,
-        24,
-    ]
-    assert floats_per_key(8, "key", True, 3) == 8 + 3 * 10
 
 
 def test_gradients_of_blind_rows_are_zero() -> None:
@@ -960,12 +949,3 @@ def test_an_attention_node_refuses_what_is_no_number() -> None:
             AttentionNode(**options)
     with pytest.raises(TypeError, match="the message must be a tensor or a function"):
         AttentionNode().settle(scores_, values, None)
-    for bad in (
-        {"precision": math.nan},
-        {"precision": torch.tensor(-1.0)},
-        {"log_mix": torch.full((3,), math.nan)},
-    ):
-        with pytest.raises(ValueError, match="positive and finite|minus infinity or lie within"):
-            AttentionNode().local_gradient(
-                scores_, scores_, values, scores_.softmax(-1), values, **bad
-            )

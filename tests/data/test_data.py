@@ -20,7 +20,9 @@ from pc_transformer.data import (
     CORPORA,
     Batches,
     CharTokenizer,
+    Copying,
     Corpus,
+    Damaged,
     HashMismatch,
     WittenBell,
     baselines,
@@ -134,7 +136,10 @@ def test_source_is_logged(place, site, monkeypatch, caplog):
     with caplog.at_level("INFO", logger="pc_transformer.data"):
         locate("toy")
         locate("toy")
-    assert f"toy: from {site}/whole" in caplog.text and "toy: from cache" in caplog.text
+    assert (
+        f"toy/input.txt: from {site}/whole" in caplog.text
+        and "toy/input.txt: from cache" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("page", ["other", "cut-silently"])
@@ -613,3 +618,27 @@ def test_anchors():
     table = baselines(*split(load("tinyshakespeare")))
     values = {name: round(row["nats_per_char"], 3) for name, row in table.items()}
     assert values == {"uniform": 4.174, "unigram": 3.347, "5-gram": 1.669}
+
+
+# ---- damage
+
+
+def test_damage_is_a_function_of_the_step_and_leaves_what_predicts_nothing():
+    task = Copying(10, 4, 64)
+    damaged = Damaged(task, seed=1, label_noise=0.9, input_noise=0.5)
+    (x, y), (a, b) = task.batch(3), damaged.batch(3)
+    assert (b[:, :3] == -100).all() and 0.3 < (a != x).float().mean() < 0.7
+    assert 0.7 < (b != y)[:, 3:].float().mean() < 1
+    assert torch.equal(damaged.batch(3)[1], b) and not torch.equal(damaged.batch(4)[1], b)
+
+
+def test_a_foreign_start_is_one_rule_that_ends():
+    task = Copying(10, 4, 64)
+    foreign = Damaged(task, seed=1, foreign_steps=5)
+    (x, y), (a, b) = task.batch(4), foreign.batch(4)
+    rule = dict(zip(x.flatten().tolist(), a.flatten().tolist(), strict=True)) | {-100: -100}
+    assert len(set(rule.values())) == 11 and any(i != j for i, j in rule.items())
+    assert [rule[i] for i in y.flatten().tolist()] == b.flatten().tolist()
+    assert all(map(torch.equal, foreign.batch(5), task.batch(5)))
+    assert torch.equal(foreign.batch_for_measuring(5)[0], task.batch_for_measuring(5)[0])
+    assert not torch.equal(foreign.batch_for_measuring(4)[0], task.batch_for_measuring(4)[0])

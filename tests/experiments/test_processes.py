@@ -119,7 +119,7 @@ def test_a_process_that_cannot_go_on_says_why_and_all_end(processes: LayerProces
 def test_the_start_has_a_time_of_its_own() -> None:
     "Importing PyTorch takes longer than this time-out, everywhere."
     with LayerProcesses(PCTransformer(CONFIG, seed=1), RULE, timeout=0.01) as made:
-        made.timeout = 60.0
+        made.ring.timeout = 60.0
         assert made.step(*batch()).loss > 0
     with pytest.raises(ProcessError, match="no answer from nodes 0, 1, 2 within 0.01 s"):
         LayerProcesses(PCTransformer(CONFIG, seed=1), RULE, start_timeout=0.01)
@@ -160,7 +160,7 @@ def test_wrong_types_are_said_before_anything_starts() -> None:
     with pytest.raises(TypeError, match="needs a model with predictors and output, not a Linear"):
         LayerProcesses(torch.nn.Linear(2, 2), RULE)  # pyright: ignore[reportArgumentType]
     for rank, size in ((0.0, 2), ("0", 1), (True, 2), (0, 0)):
-        with pytest.raises(ValueError, match="rank and size must be whole numbers"):
+        with pytest.raises(ValueError, match="rank must be a whole number"):
             DataParallel(rank, size)  # pyright: ignore[reportArgumentType]
 
 

@@ -10,18 +10,17 @@ import pytest
 import torch
 from common import stir
 
-from pc_transformer import ModelConfig, PCTransformer, save
+from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention.scores import components, spread
 from pc_transformer.cli import main
-from pc_transformer.data import TextData
+from pc_transformer.experiments.results import read
 from pc_transformer.experiments.settled_reading import (
     DRIVERS,
     STEPS,
     EnergyTemperature,
-    Settled,
+    SettledQueries,
     best_of,
     energies,
-    log_choices,
     query_looks,
     read_text,
     temperature_study,
@@ -63,14 +62,14 @@ def model(request: pytest.FixtureRequest) -> PCTransformer:
 
 def test_no_step_is_the_model_and_no_step_looks_ahead(model: PCTransformer) -> None:
     with torch.no_grad():
-        assert torch.equal(Settled(model, 0)(TOKENS), model(TOKENS))
+        assert torch.equal(SettledQueries(model, 0)(TOKENS), model(TOKENS))
     later = TOKENS.clone()
     later[:, 6:] = (later[:, 6:] + 1) % 13
     before = [p.clone() for p in model.parameters()]
     for n in STEPS:
-        z = Settled(model, n)(TOKENS)
-        assert z.isfinite().all() and torch.equal(Settled(model, n)(later)[:, :6], z[:, :6])
-        assert n == 0 or not torch.equal(z, Settled(model, 0)(TOKENS))
+        z = SettledQueries(model, n)(TOKENS)
+        assert z.isfinite().all() and torch.equal(SettledQueries(model, n)(later)[:, :6], z[:, :6])
+        assert n == 0 or not torch.equal(z, SettledQueries(model, 0)(TOKENS))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
@@ -97,7 +96,7 @@ def written_out(model: PCTransformer) -> torch.Tensor:
     layers = [f for f in model.predictors if isinstance(f, AttentionLayer)]
     for layer, state in zip(layers, node_states(model, TOKENS)[::2], strict=False):
         a = layer.attention
-        q, keys = a.look(layer.norm(state))
+        q, keys = a.project(layer.norm(state))
         keys, unseen = spread(keys, a.n_head), (ahead < 0) | (ahead >= (a.window or 10))
         joint, prior = [], []
         for k, Lam, log_mix in components(keys):
@@ -138,9 +137,8 @@ def test_tune_is_no_worse_than_one_temperature_where_it_is_chosen(model: PCTrans
     best = best_of(rules)
     assert all(rules[best.slope][1] <= loss for _, loss in rules.values())
     fixed = rules[0.0][0]
-    torch.testing.assert_close(
-        log_choices(fixed, z, e), SamplingConfig(temperature=fixed.temperature).choices(z).log()
-    )
+    plain = SamplingConfig(temperature=fixed.temperature).choices(z).log()
+    torch.testing.assert_close(fixed.scaled(z, e).log_softmax(-1), plain)
 
 
 def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:
@@ -174,37 +172,19 @@ def test_rules_are_chosen_on_other_text_than_they_are_judged_on() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "the quick brown fox jumps over the lazy dog, and back again.\n" * 60
-    (tmp_path / "text.txt").write_text(text)
-    data = TextData.of(text)
-    for seed in (1, 2):
-        net = PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16), seed=seed)
-        save(net, tmp_path / f"seed-{seed}", data.tokenizer)
-    options = [
-        "--data",
-        tmp_path / "text.txt",
-        "--windows",
-        8,
-        "--draws",
-        10,
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    ]
-    args = ["settled-reading", f"[{tmp_path / 'seed-1'},{tmp_path / 'seed-2'}]", *map(str, options)]
-    assert main(args) == 0, capsys.readouterr().err
-    assert "after entropy" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"date", "device", "versions", "seed", "windows", "baselines"} <= results.keys() and len(
-        results["models"]
-    ) == 2
-    for m in results["models"]:
-        assert set(m["loss"]) == {"0.0", "0.1"} and set(m["loss"]["0.0"]) == {str(n) for n in STEPS}
-        fixed = m["temperature"]["rules"]["one temperature"]
-        assert fixed["clean"]["against one temperature"]["difference"] == 0
-        for rule in m["temperature"]["rules"].values():
-            assert rule["clean"]["nll"] > 0 and 0 <= rule["10 % replaced"]["ece_equal_width"] <= 1
-    assert main(["settled-reading", "[]", *map(str, options)]) == 1
-    said = capsys.readouterr().err
-    assert "must name at least one" in said and "Traceback" not in said
+    "A model of dot products, which is read as the Gaussian that it equals."
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
+    small = {
+        "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16, "model.block_size": 12,
+        "model.attention": "dot", "train.iters": 2, "train.eval_interval": 2,
+        "windows": 8, "draws": 10, "data": str(tmp_path / "text.txt"),
+    }
+    args = ["run", "settled_reading", f"--out={tmp_path}", "--changes", json.dumps(small)]
+    assert main([*args, "--seeds=[1]"]) == 0, capsys.readouterr().err
+    (run,) = read(tmp_path / "results.json").runs
+    assert set(run["losses"]) == {"0.0", "0.1"}
+    assert set(run["losses"]["0.0"]) == {str(n) for n in STEPS}
+    fixed = run["temperature"]["rules"]["one temperature"]
+    assert fixed["clean"]["against one temperature"]["difference"] == 0
+    for rule in run["temperature"]["rules"].values():
+        assert rule["clean"]["nll"] > 0 and 0 <= rule["10 % replaced"]["ece_equal_width"] <= 1

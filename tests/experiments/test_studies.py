@@ -11,10 +11,10 @@ from pc_transformer.attention import initial_precision
 from pc_transformer.config import replace, to_dict
 from pc_transformer.data import Batches, InOrder
 from pc_transformer.experiments import evidence_study, uncertainty
-from pc_transformer.experiments.costs import RATIOS, cost_table
+from pc_transformer.experiments.costs import RATIOS, cost_table, ratio
 from pc_transformer.experiments.families import arm, best_sharpness, damaged_loss, kind, sharpened
 from pc_transformer.experiments.harness import grid
-from pc_transformer.experiments.meters import ratio, spread
+from pc_transformer.experiments.meters import spread
 from pc_transformer.experiments.results import Results, Runs, verdict
 from pc_transformer.experiments.settled_reading import (
     EnergyTemperature,
@@ -26,7 +26,6 @@ from pc_transformer.experiments.settled_reading import (
 )
 from pc_transformer.experiments.settling import part_step, with_part_steps
 from pc_transformer.experiments.tinyshakespeare import variants
-from pc_transformer.inference import noisy_log_probs
 from pc_transformer.training.run import RunConfig
 
 
@@ -194,7 +193,7 @@ def test_the_cost_table_names_the_worst() -> None:
     }
     text = cost_table(costs, runs)
     assert (
-        "over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
+        "Over 3 evaluations" in text and "backprop is 0.90000" in text and "residual 0.700" in text
     )
     for i, (a, b) in enumerate(RATIOS):
         assert f"| {a} / {b} | {i + 0.5:.2f} | 2.00 | 3.00 |" in text
@@ -245,29 +244,6 @@ def test_a_rule_is_judged_against_the_fixed_one() -> None:
     assert worse["nll"] != same["nll"]
 
 
-def test_a_summary_is_of_every_model() -> None:
-    def model(x: float) -> dict[str, Any]:
-        numbers = {n: x for n in ("nll", "brier", "ece_equal_width", "ece_equal_mass", "aurc")}
-        found = {
-            n: {"auroc": x} for n in (*uncertainty.SCORES, "combination", "gain over surprisal")
-        } | {"weights": {}}
-        return {
-            "before": numbers,
-            "after": {n: 2 * v for n, v in numbers.items()},
-            "temperature": x,
-            "detection": {"replaced characters": {"window": found, "token": found}},
-        }
-
-    found = uncertainty.summary([model(x) for x in (1.0, 2.0, 6.0)])
-    assert found["temperature"] == found["before"]["nll"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
-    assert found["after"]["aurc"] == {"mean": 6.0, "min": 2.0, "max": 12.0}
-    assert found["auroc"]["replaced characters, token"]["combination"] == {
-        "mean": 3.0,
-        "min": 1.0,
-        "max": 6.0,
-    }
-
-
 def test_calibration_by_hand() -> None:
     "Five predictions of two symbols, sure in this order; the surest and the third are wrong."
     p = torch.tensor([0.99, 0.95, 0.8, 0.7, 0.6], dtype=torch.float64)
@@ -283,9 +259,7 @@ def test_calibration_by_hand() -> None:
         and found["predictions"] == 5
     )
     by_size = [1.0, 1 / 2, 2 / 3, 2 / 4, 2 / 5]
-    assert found["aurc"] == pytest.approx(sum(by_size) / 5) and found[
-        "risk_at_half_coverage"
-    ] == pytest.approx(2 / 3)
+    assert found["aurc"] == pytest.approx(sum(by_size) / 5)
     wide = [[i for i in range(5) if int(p[i] * 15) == g] for g in sorted({int(x * 15) for x in p})]
     gap = lambda group: abs(right[group].mean().item() - p[group].mean().item()) * len(group) / 5
     assert found["ece_equal_width"] == pytest.approx(sum(map(gap, wide)))
@@ -324,36 +298,12 @@ def test_a_detector_has_likelihood_and_both_energies() -> None:
     assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
 
 
-def test_intervals_know_their_level_and_noise_its_seed() -> None:
+def test_intervals_know_their_seed() -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
-    interval = lambda level, seed=0: uncertainty.bootstrap_interval(
-        lambda a: a.mean().item(), x, level=level, seed=seed
+    interval = lambda seed: uncertainty.bootstrap_interval(
+        lambda a: a.mean().item(), x, seed=seed
     )
-    (a, b), (c, d) = interval(0.5), interval(0.95)
-    assert c < a < b < d and (d - c) / (b - a) == pytest.approx(1.96 / 0.674, rel=0.25)
-    assert interval(0.95, 1) != interval(0.95)
-    model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0)
-    tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
-    noisy = lambda sigma, seed=0: noisy_log_probs(model, tokens, sigma, 2, seed)
-    assert torch.equal(noisy(0.1), noisy(0.1)) and not torch.equal(noisy(0.1), noisy(0.1, 1))
-    assert not torch.equal(*noisy(0.1)) and torch.equal(*noisy(0.0))
-
-
-def test_noise_is_in_units_of_a_nodes_size() -> None:
-    """States a hundred times as large, behind a norm that takes their size away: the same
-    predictions."""
-    model = PCTransformer(ModelConfig(13, 10, 1, 2, 16), seed=0).double()
-    tokens = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
-    before = noisy_log_probs(model, tokens, 0.5, 2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("attention.out.weight", "down.weight", "position.weight")):
-                p.mul_(100)
-        model.output.weight = torch.nn.Parameter(
-            model.output.weight.clone()
-        )  # the head keeps its size
-        model.predictors[0].token.weight.mul_(100)
-    torch.testing.assert_close(noisy_log_probs(model, tokens, 0.5, 2), before, rtol=1e-2, atol=1e-2)
+    assert interval(1) != interval(0) == interval(0)
 
 
 def test_windows_of_validation_text_are_spread_over_all_of_it() -> None:

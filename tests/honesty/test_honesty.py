@@ -46,10 +46,10 @@ from pc_transformer.learning import (
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import Chain
 from pc_transformer.settling import (
+    BatchEnergy,
     ErrorSettling,
     FreeEnergy,
     SettlingError,
-    Weighed,
     errors_down,
     predict_up,
 )
@@ -1265,7 +1265,7 @@ class LearnsBy(PredictiveCoding):
     ) -> Report:
         settled = self.solver(model, tokens, targets, measure)
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
-            push = self.push(l, settled.errors, settled.weighed.precision) / settled.count
+            push = self.push(l, settled.errors, settled.batch_energy.precision) / settled.count
             parameters = list(f.parameters())
             accumulate(parameters, torch.autograd.grad(mu, parameters, push))
         parameters = list(model.output.parameters())
@@ -1317,13 +1317,15 @@ class StepsBy(ErrorSettling):
     def __call__(
         self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
-        step = Weighed.step
+        step = BatchEnergy.step
 
-        def other(weighed: Weighed, errors: Any, deltas: Any, eta: float) -> Any:
-            heard = [self.message(l, deltas, errors, weighed.precision) for l in range(len(deltas))]
-            return step(weighed, errors, heard, eta)
+        def other(batch_energy: BatchEnergy, errors: Any, deltas: Any, eta: float) -> Any:
+            heard = [
+                self.message(l, deltas, errors, batch_energy.precision) for l in range(len(deltas))
+            ]
+            return step(batch_energy, errors, heard, eta)
 
-        with patch.object(Weighed, "step", other):
+        with patch.object(BatchEnergy, "step", other):
             return super().__call__(model, tokens, targets, measure_residual)
 
 
@@ -1376,7 +1378,10 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
     assert len(energy) == solver.steps + 1 == len(settled.step_sizes) + 1
     D, N = model.config.d_model, tokens.numel()
     constants = (
-        sum(D / 2 * N * (math.log(2 * math.pi) - P.log().item()) for P in settled.weighed.precision)
+        sum(
+            D / 2 * N * (math.log(2 * math.pi) - P.log().item())
+            for P in settled.batch_energy.precision
+        )
         / settled.count
     )
     moving = energy[:-1] - constants
@@ -1388,7 +1393,9 @@ def check_rule_8(model: PCTransformer, solver: ErrorSettling, seed: int = 0) -> 
         W, c = weights_of(model), model.config
         zero = [torch.zeros_like(e) for e in settled.errors]
         for k, errors in ((0, zero), (-1, settled.errors)):
-            parts, _ = energies_by_hand(W, c, tokens, targets, errors, settled.weighed.precision)
+            parts, _ = energies_by_hand(
+                W, c, tokens, targets, errors, settled.batch_energy.precision
+            )
             same(
                 energy[k],
                 torch.stack(parts).sum() / settled.count,
@@ -1522,7 +1529,7 @@ class NeverRejects(ErrorSettling):
         self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
         accept = lambda look, before, eta, *_: (*look(eta), eta)
-        with patch("pc_transformer.settling.settled.descend", accept):
+        with patch("pc_transformer.settling.errors.descend", accept):
             return super().__call__(model, tokens, targets, measure_residual)
 
 
@@ -1549,7 +1556,7 @@ class ReportsTheWrongEnergy(ErrorSettling):
     ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
         D = settled.errors[0].shape[-1]
-        for l, P in enumerate(settled.weighed.precision):
+        for l, P in enumerate(settled.batch_energy.precision):
             settled.node_energy[:, l] += D / 2 * P.log() * tokens.numel() / settled.count
         return settled
 
@@ -1831,9 +1838,7 @@ def synthetic_results(n_seeds: int = 3, seed: int = 0) -> Results:
     for variant, parameters in (("GPT, backprop", 804_096), ("ours, predictive coding", 804_112)):
         for s in range(1, n_seeds + 1):
             loss = 1.9 + draw.uniform(-0.05, 0.05)
-            runs.append(
-                {"arm": variant, "seed": s, "loss": loss, "bits_per_byte": bits(loss)}
-            )
+            runs.append({"arm": variant, "seed": s, "loss": loss, "bits_per_byte": bits(loss)})
             runs[-1] |= {
                 "tokens": 1_536_000,
                 "parameters": parameters,
@@ -1940,10 +1945,7 @@ def test_rule_12_catches(mutant: Callable[[str], str]) -> None:
 def test_rule_12_catches_the_best_seed() -> None:
     "Mutant: the best of three seeds instead of their mean."
     results = synthetic_results()
-    best = {
-        v: min(r["loss"] for r in results.runs if r["arm"] == v)
-        for v in ("GPT, backprop",)
-    }
+    best = {v: min(r["loss"] for r in results.runs if r["arm"] == v) for v in ("GPT, backprop",)}
     runs = [{**r, "loss": best.get(r["arm"], r["loss"])} for r in results.runs]
     flattering = dataclasses.replace(results, runs=runs)
     with pytest.raises(AssertionError, match="the mean is"):

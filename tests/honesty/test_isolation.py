@@ -31,7 +31,6 @@ from pc_transformer.inference import (
     Still,
     ensemble_log_probs,
     generate,
-    noisy_log_probs,
     stream,
     token_scores,
 )
@@ -52,7 +51,7 @@ from pc_transformer.learning import (
     PredictiveCoding,
     gradient_cosine,
     gradients,
-    rehearse,
+    try_learner,
 )
 from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import FeedForwardLayer, PCTransformer
@@ -130,7 +129,6 @@ def readers(model: PCTransformer, t: Trainer) -> dict[str, Callable[[], Any]]:
         "measure": lambda: {k: v for k, v in t.measure().items() if k != "step"},
         "construct": lambda: PCTransformer(CONFIG, seed=5).state_dict(),
         "ensemble": lambda: ensemble_log_probs([model], X),
-        "noisy": lambda: noisy_log_probs(model, X, 0.1, 2),
         "scores": lambda: token_scores(model, X, known),
         "predictions": lambda: flat_predictions(model, X)[0],
     }
@@ -285,7 +283,6 @@ def test_evaluation_drops_nothing() -> None:
         ),
         "snapshot": lambda m: take_snapshot(m, PredictiveCoding(), X, Y, products=2).curvature,
         "ensemble": lambda m: ensemble_log_probs([m], X),
-        "noisy": lambda m: noisy_log_probs(m, X, 0.1, 2),
         "known": lambda m: StateGaussians.fit(m, X).mean[1],
         "scores": lambda m: token_scores(m, X, known),
         "predictions": lambda m: flat_predictions(m, X)[0],
@@ -372,14 +369,14 @@ def test_ranks_and_parts_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainer(LearnerConfig(algorithm="backprop"))
     for masks.step, rank in enumerate((0, 1)):
         t.team = dataclasses.replace(t.team, rank=rank, size=2)
-        with t.surroundings():
+        with t.precision_context():
             t.learner.backward(t.model, *t.batch(0))
     for kind in ("states", "attention"):
         assert not set(masks.seen[kind, 0]) & set(masks.seen[kind, 1])
     masks.step = 2
     t = trainer(LearnerConfig(algorithm="backprop"))
     t.config = replace(t.config, **{"train.accumulate": 2})
-    with t.surroundings():
+    with t.precision_context():
         t.backward()
     assert len(set(masks.seen["states", 2])) == 10 and len(set(masks.seen["attention", 2])) == 4
 
@@ -604,7 +601,7 @@ def test_a_rehearsal_moves_no_weights() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
-    report, found = rehearse(
+    report, found = try_learner(
         IncrementalPC(StateSettling(FreeEnergy(30.0), steps=3), apply), model, X, Y, measure=True
     )
     assert same(dict(model.state_dict()), dict(before)) and all(

@@ -102,11 +102,11 @@ def write_layers(
         what |= {
             "below": below[l],
             "error": settled.errors[l],
-            "precision": settled.weighed.precision[l],
+            "precision": settled.batch_energy.precision[l],
         }
         what["count"] = torch.tensor(settled.count)
         files.append(folder / f"layer-{l}.safetensors")
-        about = {"layer": constructor(model, l), "family": repr(settled.weighed.energy.family)}
+        about = {"layer": constructor(model, l), "family": repr(settled.batch_energy.energy.family)}
         save_file({n: t.contiguous() for n, t in what.items()}, files[-1], about)
     return files
 
@@ -210,7 +210,7 @@ class NotLocal(PredictiveCoding):
     def backward(self, model: Any, tokens: Tensor, targets: Tensor, measure: bool = False) -> Any:
         settled = self.solver(model, tokens, targets, measure)
         for l, (f, mu) in enumerate(zip(model.predictors, settled.predictions, strict=True)):
-            push = -settled.weighed.precision[l] * settled.errors[l] / settled.count
+            push = -settled.batch_energy.precision[l] * settled.errors[l] / settled.count
             parameters = list(f.parameters())
             accumulate(
                 parameters,
@@ -226,7 +226,7 @@ EXTRAS: dict[str, Callable[[int, Settled, Any], Tensor | float]] = {
     # the error of the layer above, as in rules that are backprop under another name
     "the error above": lambda l, s, m: 1e-3 * s.errors[min(l + 1, len(s.errors) - 1)],
     # a global signal: the loss scales every layer's update
-    "the loss": lambda l, s, m: -1e-6 * s.loss * s.weighed.precision[l] * s.errors[l],
+    "the loss": lambda l, s, m: -1e-6 * s.loss * s.batch_energy.precision[l] * s.errors[l],
     # another layer's weights
     "other weights": lambda l, s, m: 1e-9 * next(m.predictors[-1].parameters()).sum().item(),
 }

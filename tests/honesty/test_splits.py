@@ -30,8 +30,7 @@ from pc_transformer.experiments import (
     uncertainty,
 )
 from pc_transformer.experiments.evidence import EvidenceTransformer
-from pc_transformer.experiments.evidence_study import EvidenceTrainer
-from pc_transformer.inference import noisy_log_probs
+from pc_transformer.experiments.evidence_study import EvidenceBackprop
 from pc_transformer.learning import Backprop, PredictiveCoding, gradient_cosine
 from pc_transformer.monitoring import Monitor
 from pc_transformer.training import (
@@ -167,9 +166,10 @@ def test_the_sentinels_themselves() -> None:
 # Trainers: they learn from the training text, and are measured on the validation text
 
 
-def evidence_trainer(c: RunConfig, data: TextData) -> EvidenceTrainer:
-    t = EvidenceTrainer(c, Text.of(data, c), torch.device("cpu"))
-    t.settle_on_evidence(10.0, 0.1)
+def evidence_trainer(c: RunConfig, data: TextData) -> Trainer:
+    t = Trainer(c, Text.of(data, c), torch.device("cpu"))
+    evidence = EvidenceTransformer(t.model, 10.0)
+    t.learner = EvidenceBackprop(evidence, torch.optim.Adam([evidence.log_beta], lr=0.1))
     return t
 
 
@@ -225,7 +225,8 @@ def test_learning_reads_the_training_text_and_nothing_else(
     assert set(spy.learned) == {"train"} and set(spy.looked) <= {"train"}
     with Spy() as spy:
         entry = t.measure()
-    assert set(spy.learned) == {"train"} and set(spy.looked) == HELD_OUT
+    # a past that settles is read without gradients too
+    assert set(spy.learned) == {"train"} and set(spy.looked) - {"train"} == HELD_OUT
     first = t.batch(0)[0]
     assert all((row == first).all(1).any() for row in spy.rows), (
         "where the learner sits is measured on the first batch"
@@ -335,8 +336,8 @@ def test_other_looks_are_without_dropout() -> None:
         uncertainty.flat_predictions(drops, windows)[0],
         uncertainty.flat_predictions(still, windows)[0],
     )
-    for look in (uncertainty.ensemble_log_probs, lambda m, x: noisy_log_probs(m[0], x, 0.1, 2)):
-        assert torch.equal(look([drops], windows), look([still], windows))
+    look = uncertainty.ensemble_log_probs
+    assert torch.equal(look([drops], windows), look([still], windows))
     known = [uncertainty.StateGaussians.fit(m, windows) for m in (drops, still)]
     assert all(
         torch.equal(p, q) for p, q in zip(known[0].precision, known[1].precision, strict=True)
@@ -369,7 +370,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
         watch = Monitor(interval=3, products=1)
         t = train(start(config(**PC), data, "cpu"))
         with Spy() as spy:
-            looks.append(watch.look(t))
+            looks.append(watch.measure(t))
         assert set(spy.learned + spy.looked) == {"train"}
         assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), (
             "every look is at the same, first batch"
@@ -377,7 +378,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
     assert looks[0] == looks[1]
     batch = DATA.valid_ids[: 2 * T].view(2, T), DATA.valid_ids[1 : 2 * T + 1].view(2, T)
     with Spy() as spy:
-        Monitor(products=0, batch=batch).look(start(config(**PC), DATA, "cpu"))
+        Monitor(products=0, batch=batch).measure(start(config(**PC), DATA, "cpu"))
     assert set(spy.learned + spy.looked) == {"choose"}, (
         "a batch that is given is the batch that is looked at"
     )
@@ -501,7 +502,7 @@ def test_a_foreign_start_is_over_in_time() -> None:
     changed_ = [not torch.equal(t.batch(i)[0], clean(t, i)[0]) for i in range(10)]
     assert changed_ == [True] * 3 + [False] * 7
     t.step = 5
-    assert torch.equal(t.task.look(t.step)[0], plain[0]), (
+    assert torch.equal(t.task.batch_for_measuring(t.step)[0], plain[0]), (
         "a late look reads an early batch as the run does by then"
     )
 
@@ -652,8 +653,7 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
         "states": [],
     }
     old = {
-        n: getattr(uncertainty, n)
-        for n in ("fit_temperature", "calibration", "fit_logistic", "judge")
+        n: getattr(uncertainty, n) for n in ("fit_temperature", "calibration", "detector", "judge")
     }
 
     def fit_temperature(z: Tensor, t: Tensor) -> float:
@@ -664,9 +664,9 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
         heard["calibration"].append((z, t))
         return old["calibration"](z, t)
 
-    def fit_logistic(x: Tensor, y: Tensor) -> Any:
+    def detector(x: Tensor, y: Tensor) -> Any:
         heard["fit"].append(bands(x))
-        return old["fit_logistic"](x, y)
+        return old["detector"](x, y)
 
     def judge(fit: Any, test: Any, *rest: Any) -> Any:
         heard["judged"].append(bands(test[0]))
@@ -678,7 +678,7 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
         "fit",
         lambda m, x: heard["states"].append(x) or fit_states(m, x),
     )
-    for f in (fit_temperature, calibration, fit_logistic, judge):
+    for f in (fit_temperature, calibration, detector, judge):
         monkeypatch.setattr(uncertainty, f.__name__, f)
     monkeypatch.setattr(
         uncertainty, "token_scores", lambda model, tokens, known: sentinel_scores(tokens, known)
@@ -687,7 +687,9 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
         uncertainty, "DAMAGES", ("replaced characters", "shuffled words", "foreign text")
     )
     model = lively().eval()
-    found = uncertainty.study_one(model, DATA, DATA.tokenizer.encode(FOREIGN), 10, 5, 0)
+    foreign = DATA.tokenizer.encode(FOREIGN)
+    found = uncertainty.calibrated(model, DATA.valid_ids)
+    found["detection"] = uncertainty.detection(model, DATA, foreign, 10, 5, 0)
     (chosen,) = heard["temperature"]
     only(chosen, "choose")
     for _, t in heard["calibration"]:
@@ -705,14 +707,12 @@ def test_uncertainty_is_fitted_on_one_half_and_judged_on_the_other(
     assert only_ == [{"train"}], "what states look like is learned from the training text"
     assert heard["fit"] == [{"choose"}] * 3 + [{"choose", "foreign, first"}]
     assert heard["judged"] == [{"judge"}] * 3 + [{"judge", "foreign, second"}]
-    assert set(found["detection"]["replaced characters"]) == set(uncertainty.LEVELS)
+    assert set(found["detection"]["replaced characters"]) == {"window", "token"}
 
 
 def test_a_study_of_uncertainty_is_a_function_of_its_seed() -> None:
     text, model = DATA.tokenizer.encode(FOREIGN), lively().eval()
-    found = [
-        uncertainty.study_one(model, DATA, text, 10, 5, seed)["detection"] for seed in (0, 0, 1)
-    ]
+    found = [uncertainty.detection(model, DATA, text, 10, 5, seed) for seed in (0, 0, 1)]
     assert found[0] == found[1]
     for kind in ("replaced characters", "shuffled words", "random characters"):
         numbers = [f[kind]["window"]["surprisal"]["auroc"] for f in found] + [
@@ -838,12 +838,11 @@ def test_evidence_goes_on_with_the_training_text(tmp_path: Path) -> None:
         found = []
         for data in (DATA, OTHER_DATA):
             with Spy() as spy:
-                saved = load(tmp_path / "model")
-                net, about = evidence_study.go_on(
-                    config(**{"train.iters": 2}), data, saved, beta, torch.device("cpu")
-                )
+                c = config(**{"train.iters": 2})
+                net, t = evidence_study.go_on(c, Text.of(data, c), load(tmp_path / "model"), beta)
             assert set(spy.learned) == {"train"} and set(spy.looked) <= {"train"}
-            found.append([*net.model.parameters(), torch.tensor(about["beta"] or [0.0])])
+            assert net.model is t.model and (beta is None or net.log_beta[0].exp() != beta)
+            found.append([*net.parameters()])
         assert all(torch.equal(p, q) for p, q in zip(*found, strict=True)), (
             "the validation text has taught"
         )
@@ -854,10 +853,7 @@ def test_evidence_goes_on_with_the_training_text(tmp_path: Path) -> None:
         assert any(moved)
 
 
-def test_evidence_reads_the_validation_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(lively(), tmp_path / "model", DATA.tokenizer)
+def test_evidence_reads_the_validation_text(monkeypatch: pytest.MonkeyPatch) -> None:
     read, gains = [], evidence_study.gains
 
     def reading(model: Any, x: Tensor, y: Tensor, steps: Any) -> Any:
@@ -866,10 +862,10 @@ def test_evidence_reads_the_validation_text(
 
     monkeypatch.setattr(evidence_study, "gains", reading)
     monkeypatch.setattr(evidence_study, "UNTRAINED", (10.0,))
-    c = config(**{"train.iters": 1})
-    found = evidence_study.evidence_study(
-        c, DATA, tmp_path, [tmp_path / "model"], steps=(1,), windows=20, device="cpu"
-    )
+    for beta in (None, 10.0):
+        found = evidence_study.evidence_run(job(**{"train.iters": 1}), beta, 20, 1)
+        for reads in found["readings"].values():
+            assert reads["clean"]["0"]["loss"] != reads["10 % replaced"]["0"]["loss"]
     rows = DATA.valid_ids.unfold(0, T, 1)
     for (x, y), (hurt, z) in zip(read[::2], read[1::2], strict=True):
         assert (
@@ -877,8 +873,6 @@ def test_evidence_reads_the_validation_text(
         )
         assert all((rows == w).all(1).any() for w in torch.cat([x, y]))
         assert 0.05 < (hurt != x).double().mean() < 0.15 and len(x) == 20
-    for run in found["runs"]:
-        assert run["clean"]["0"]["loss"] != run["10 % replaced"]["0"]["loss"]
 
 
 # ----------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """The KV cache: cached logits equal full recomputation for every family and option (rules 2
 to 5)."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -187,7 +185,7 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
         tokens = random_tokens(2, 10)
 
         def settling(self, x):
-            q, keys = self.look(x)
+            q, keys = self.project(x)
             tail = {} if self.log_tail is None else {TAILS[self.family][0]: self.log_tail.exp()}
             with_M = lambda y: y if y is None or self.family == "mixture" else y.squeeze(2)
             out = attend(
@@ -241,6 +239,13 @@ def test_rule_4_a_cache_only_reads_and_mode_and_seed_do_not_matter():
 # ---- memory
 
 
+def tensors(cache: KVCache) -> list[torch.Tensor]:
+    """All that is allocated."""
+    stores = [s for x in cache.layers for s in (x.k, x.v)]
+    own = [y for s in stores for y in (s.numbers, s.scales) if y is not None]
+    return own + [c for x in cache.layers for c in x.column.values()]
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes(family, dtype):
@@ -257,8 +262,9 @@ def test_bytes(family, dtype):
         for own in (torch.float32, torch.float64):
             name = str(own).removeprefix("torch.")
             cache = KVCache.allocate(PCTransformer(config).to(own), 3, 17, dtype)
-            assert cache.nbytes == cache_bytes(config, 3, 17, dtype or name, name)
-            assert tuple(cache.column) == columns(
+            found = sum(x.nbytes for x in tensors(cache))
+            assert found == cache_bytes(config, 3, 17, dtype or name, name)
+            assert tuple(cache.layers[0].column) == columns(
                 family, config.precision, config.mixing, config.coordinates
             )
 
@@ -291,7 +297,7 @@ def test_short_storage_is_near(family):
         cache = KVCache.allocate(model, 2, dtype=dtype)
         found = torch.cat([extend(model, t, cache) for t in tokens.split(1, 1)], 1).log_softmax(-1)
         error[dtype] = (found - full).abs().max().item()
-        assert cache.k.numbers.dtype == DTYPES[dtype]
+        assert cache.layers[0].k.numbers.dtype == DTYPES[dtype]
     assert error["float32"] < 1e-4 and error["bfloat16"] < 0.2 and error["int8"] < 0.4
     assert error["float32"] < error["bfloat16"] and error["float32"] < error["int8"]
 
@@ -300,37 +306,15 @@ def test_short_storage_is_near(family):
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_trim_select_expand(dtype):
+def test_select(dtype):
     model, tokens = make(replace(SMALL, attention="mixture", precision="key")), random_tokens(3, 12)
     cache = KVCache.allocate(model, 3, dtype=dtype)
     extend(model, tokens[:, :8], cache)
+    picked, twin = cache.select([2, 0]), cache.select([0, 1, 2])
     expected = extend(model, tokens[:, 8:9], cache)
-    cache.trim(8)
-    assert cache.lengths == [8, 8, 8]
-    picked, wide = cache.select([2, 0]), cache.expand(2)
-    assert picked.batch == 2 and wide.batch == 6 and wide.nbytes == 2 * cache.nbytes
+    assert picked.batch == 2
     close(extend(model, tokens[[2, 0], 8:9], picked), expected[[2, 0]])
-    close(
-        extend(model, tokens[:, 8:9].repeat_interleave(2, 0), wide),
-        expected.repeat_interleave(2, 0),
-    )
-    close(extend(model, tokens[:, 8:9], cache), expected)  # copies share nothing with the original
-
-
-def test_trim_takes_from_long_rows_only():
-    model, tokens = make(replace(SMALL, attention="student_t")), random_tokens(3, 10)
-    cache = KVCache.allocate(model, 3)
-    extend(model, tokens[:, :8], cache, counts=[8, 3, 5])
-    cache.trim(5)
-    assert cache.lengths == [5, 3, 5] and cache.length == 5
-    expected = [
-        extend(model, torch.cat([tokens[i, :n], tokens[i, 8:9]])[None], KVCache.allocate(model))[
-            :, -1:
-        ]
-        for i, n in enumerate(cache.lengths)
-    ]
-    close(extend(model, tokens[:, 8:9], cache), torch.cat(expected))
-    assert cache.lengths == [6, 4, 6]
+    close(extend(model, tokens[:, 8:9], twin), expected)  # copies share nothing with the original
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -342,13 +326,10 @@ def test_columns_are_of_the_keys_as_they_are_stored(option, dtype, ragged):
     cache = KVCache.allocate(model, 2, dtype=dtype)
     extend(model, tokens[:, :4], cache, counts=[4, 2] if ragged else None)
     extend(model, tokens[:, 4:], cache)
-    for layer, reader in enumerate(cache.readers):
-        stored, n = cache.keys(layer, cache.length), min(cache.lengths)
-        lam = cache.column["lam"][layer][..., : cache.length] if reader.own else None
-        kappa = square(reader, stored, lam)
-        torch.testing.assert_close(
-            cache.column["kappa"][layer][..., :n], kappa[..., :n], rtol=1e-5, atol=0
-        )
+    for past in cache.layers:
+        stored, _, column = past.read(0, n := min(cache.lengths))
+        kappa = square(past.reader, stored, column.get("lam"))
+        torch.testing.assert_close(column["kappa"], kappa, rtol=1e-5, atol=0)
 
 
 def test_read_keys_equal_attend():
@@ -357,16 +338,10 @@ def test_read_keys_equal_attend():
     cache, a = KVCache.allocate(model), model.predictors[1].attention
     extend(model, tokens, cache)
     q = torch.randn(1, 4, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    s = cached_scores(cache.readers[0], q, cache.keys(0, 6), cache.columns(0, 6))
-    expected = attend(
-        q,
-        cache.keys(0, 6),
-        cache.values(0, 6),
-        "student_t",
-        a.log_precision.exp(),
-        nu=a.log_tail.exp(),
-    )
-    torch.testing.assert_close(read_out(cache.readers[0], s, cache.values(0, 6))[0], expected)
+    (k, v, column), reader = cache.layers[0].read(0, 6), cache.layers[0].reader
+    s = cached_scores(reader, q, k, column)
+    expected = attend(q, k, v, "student_t", a.log_precision.exp(), nu=a.log_tail.exp())
+    torch.testing.assert_close(read_out(reader, s, v)[0], expected)
 
 
 # ---- bad input, one sentence each
@@ -397,9 +372,6 @@ def test_errors():
     )
     assert "settle_steps" in says(extend, model, tokens[:, :1], cache, settle_steps=-1)
     assert cache.lengths == [4, 4]
-    assert "cannot trim a cache of 4 tokens to 5" in says(cache.trim, 5)
-    assert "rows must lie in 0..1" in says(cache.select, [2])
-    assert "the number of copies must be at least 1, got 0" in says(cache.expand, 0)
     assert "batch must be at least 1, got 0" in says(KVCache.allocate, model, 0, 6)
     assert "length must be at least 1, got 0" in says(KVCache.allocate, model, 1, 0)
     assert "longer than the context of 32" in says(KVCache.allocate, model, 1, 33)
@@ -485,7 +457,7 @@ def wide(**changes) -> PCTransformer:
 @pytest.mark.parametrize("option", ["plain", "GPT-2", "grouped", "everything"])
 @pytest.mark.parametrize("family", ["dot", "gaussian", "student_t", "laplace", "mixture"])
 def test_rule_5_with_packed_weights(family, option, rows, monkeypatch):
-    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     model, tokens = make(configs(family, option)), random_tokens(rows, 14)
     quick = pack(model, rows)
     assert any(isinstance(m, Packed) for m in quick.modules())
@@ -609,39 +581,7 @@ def test_blocks_need_both_operations(monkeypatch):
     assert not has_blocks() and fast_product(torch.nn.Linear(384, 1536), 4) is not None
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_a_pickled_cache_goes_on(dtype):
-    model, tokens = wide(precision="head", mixing="key"), random_tokens(4, 8)
-    cache = KVCache.allocate(model, 4, dtype=dtype)
-    extend(model, tokens[:, :5], cache)
-    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
-        assert other.lengths == cache.lengths and other.nbytes == cache.nbytes
-        twin = cache.select(range(4))
-        for t in tokens[:, 5:].split(1, 1):
-            close(extend(other.model, t, other), extend(model, t, twin))
-    with torch.no_grad():
-        model.output.weight.mul_(2)
-    with pytest.raises(ValueError, match="weights have changed"):
-        pickle.dumps(cache)
-
-
 # ---- numbers that are none, types, and what a stored key is
-
-
-def test_trim_only_shortens():
-    """Rows that are shorter than the new length stay as they are, and go on as if nothing had
-    been."""
-    model, tokens = make(replace(SMALL, attention="student_t")), random_tokens(2, 12)
-    with torch.no_grad():
-        full = model(tokens)
-    for length in (9, 5, 3, 2, 0):
-        cache = KVCache.allocate(model, 2)
-        extend(model, tokens[:, :9], cache, counts=[3, 9])
-        cache.trim(length)
-        assert cache.lengths == [min(3, length), min(9, length)] and cache.length == min(9, length)
-        new = torch.stack([tokens[r, n : n + 2] for r, n in enumerate(cache.lengths)])
-        expected = torch.stack([full[r, n : n + 2] for r, n in enumerate(cache.lengths)])
-        close(extend(model, new, cache), expected)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
@@ -655,17 +595,17 @@ def test_columns_describe_the_stored_keys(family, option, dtype):
     extend(model, tokens[:, :6], cache)
     for t in tokens[:, 6:].split(1, 1):
         extend(model, t, cache)
-    reader = cache.readers[0]
-    lam = cache.column["lam"][0][..., :9] if reader.own else reader.Lam[:, :, 0]
+    (k, _, column), reader = cache.layers[0].read(0, 9), cache.layers[0].reader
     shift = 0 if reader.shift is None else reader.shift[:, :, :, 0]
-    squares = (cache.keys(0, 9)[:, :, None] + shift).square()
+    lam = column["lam"][:, :, :, 0, 0] if reader.own else reader.Lam[:, :, 0]
+    squares = (k[:, :, None] + shift).square()
     kappa = lam * squares.sum(-1) if reader.own else (lam * squares).sum(-1)
     near = {"rtol": 1e-9, "atol": 1e-9}
-    if "kappa" in cache.column:
-        torch.testing.assert_close(cache.column["kappa"][0][..., :9], kappa, **near)
-    elif "bias" in cache.column and config.mixing == "equal":
+    if "kappa" in column:
+        torch.testing.assert_close(column["kappa"][:, :, :, 0, 0], kappa, **near)
+    elif "bias" in column and config.mixing == "equal":
         prior = lam.log() * (reader.d / 2) if reader.own else 0
-        torch.testing.assert_close(cache.column["bias"][0][..., :9], prior - kappa / 2, **near)
+        torch.testing.assert_close(column["bias"][:, :, :, 0, 0], prior - kappa / 2, **near)
 
 
 def test_a_cache_holds_as_many_tokens_as_it_says():
@@ -678,9 +618,6 @@ def test_a_cache_holds_as_many_tokens_as_it_says():
         assert "the cache is full: it holds 8 of 8 tokens, and 1 more do not fit" in says(
             extend, model, tokens[:, :1], cache
         )
-        cache.trim(8), cache.trim(7)
-        extend(model, tokens[:, 7:], cache)
-        assert cache.lengths == [8, 8]
 
 
 @pytest.mark.parametrize("name", ["log_precision", "log_tail", "log_mix", "background"])
@@ -739,9 +676,6 @@ def test_types_are_looked_at_first():
     for value in (1.5, True, "2", None):
         for call in (
             lambda x: KVCache.allocate(model, x),
-            cache.trim,
-            cache.expand,
-            lambda x: cache.select([x]),
             lambda x: extend(model, tokens, cache, counts=[x, 1]),
             lambda x: extend(model, tokens, cache, settle_steps=x),
         ):

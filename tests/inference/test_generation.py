@@ -23,7 +23,6 @@ from pc_transformer.inference import (
     generate_text,
     min_p_filter,
     pack,
-    penalise,
     sample,
     stream,
     temperature_scale,
@@ -526,13 +525,13 @@ def test_typical_is_the_smallest_set_nearest_to_the_entropy(z, p):
 @given(logits_1d, st.floats(0.1, 3), st.floats(-1, 1), st.floats(-1, 1))
 def test_penalties_are_the_formula(z, theta, frequency, presence):
     n = torch.arange(len(z), dtype=torch.float64) % 3
-    out = penalise(z, n, theta, frequency, presence)
+    out = penalise_repetition(z, n, theta, frequency, presence)
     for i in range(len(z)):
         x = z[i].item()
         if n[i] > 0:
             x = (x / theta if x > 0 else x * theta) - frequency * n[i].item() - presence
         assert abs(out[i].item() - x) < 1e-9
-    assert torch.equal(penalise(z, n), z)
+    assert torch.equal(penalise_repetition(z, n), z)
 
 
 class Fixed(nn.Module):
@@ -647,7 +646,7 @@ def test_rule_4_a_stream_that_is_left_half_way(model):
 
 @pytest.mark.parametrize("options", STRATEGIES)
 def test_text_with_and_without_packed_weights_is_the_same(model, options, monkeypatch):
-    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
         a, b = (
             generate(m, prompt, 16, seed=5, **options)
@@ -722,7 +721,7 @@ def test_stop_strings(model):
 def test_a_stream_is_of_frozen_weights(model, quick, monkeypatch):
     """With a cache a change under way is refused at the next token; without one, the next token is
     of the weights as they are."""
-    monkeypatch.setattr("pc_transformer.inference.packed.SMALL", 0)
+    monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     read = pack(model, 2) if quick else model
     steps, free = (stream(read, PROMPT, 6, seed=0, cache=c) for c in (True, False))
     for s in (steps, free):

@@ -19,34 +19,30 @@ from pc_transformer import ModelConfig, PCTransformer, save
 from pc_transformer.attention import attend
 from pc_transformer.cli import main
 from pc_transformer.data import CharTokenizer, TextData
+from pc_transformer.experiments.results import read
 from pc_transformer.experiments.uncertainty import (
     DAMAGES,
+    auroc,
+    calibrated,
     damage,
+    detection,
+    detector,
     even_windows,
     foreign_tokens,
-    replace_characters,
     shuffle_words,
     study_ensemble,
-    study_one,
-    uncertainty_study,
 )
 from pc_transformer.inference import (
     SCORES,
     StateGaussians,
-    aurc,
-    auroc,
     bootstrap_interval,
-    brier,
-    confidence_and_correct,
+    calibration,
     decompose,
     ensemble_log_probs,
     entropy,
-    fit_logistic,
     fit_temperature,
     head_energies,
-    midranks,
     node_states,
-    noisy_log_probs,
     reliability,
     risk_coverage,
     scaled_nll,
@@ -126,15 +122,8 @@ def test_samples_must_be_distributions(bad: Tensor) -> None:
 def test_samples_leave_the_model_alone() -> None:
     model = build("gaussian").train()
     before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
-    noisy = noisy_log_probs(model, TOKENS, 0.3, 3, seed=4)
-    assert torch.equal(noisy, noisy_log_probs(model, TOKENS, 0.3, 3, seed=4))
-    assert not torch.equal(noisy[0], noisy[1])
-    torch.testing.assert_close(
-        noisy_log_probs(model, TOKENS, 0.0, 1)[0],
-        ensemble_log_probs([model], TOKENS)[0],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    samples = ensemble_log_probs([model], TOKENS)
+    assert torch.equal(samples, ensemble_log_probs([model], TOKENS))
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -198,7 +187,7 @@ def test_attention_energy_from_the_attention_itself(family: str) -> None:
         states = node_states(model, TOKENS)
         for f, s in zip(list(model.predictors)[1::2], states[::2], strict=False):
             a, x = f.attention, f.norm(s)
-            q, keys = a.look(x)
+            q, keys = a.project(x)
             k, Lam, mix = keys.k[:, :, 0], keys.precision[:, :, 0, :, 0], keys.log_mix
             mix = torch.zeros(k.shape[:-1], dtype=k.dtype) if mix is None else mix[:, :, 0]
             Lam, mix = Lam.expand(k.shape[:-1]), mix.expand(k.shape[:-1])
@@ -263,25 +252,6 @@ def test_auroc_counts_pairs(seed: int, n: int, values: int) -> None:
     pairs = [(a > b) + (a == b) / 2 for a in x[y].tolist() for b in x[~y].tolist()]
     assert auroc(x, y) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
     assert auroc(-x, y) == pytest.approx(1 - auroc(x, y), abs=1e-12)
-    ranks = midranks(x)
-    assert ranks.sum() == pytest.approx(n * (n + 1) / 2)
-    assert all(ranks[i] == ((x < x[i]).sum() + (x <= x[i]).sum() + 1) / 2 for i in range(n))
-
-
-def test_auroc_and_bootstrap_errors() -> None:
-    x, y = torch.arange(4.0), torch.tensor([True, False, True, False])
-    for a, b in (
-        (x, torch.ones(4, dtype=torch.bool)),
-        (x[:3], y),
-        (x, torch.zeros(4, dtype=torch.bool)),
-    ):
-        with pytest.raises(ValueError, match="both classes"):
-            auroc(a, b)
-    with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
-        auroc(torch.tensor([0, 1, math.nan, 2]), y)
-    for bad in ((x[:1],), (x, y[:3])):
-        with pytest.raises(ValueError, match="bootstrap needs"):
-            bootstrap_interval(lambda *a: 0.0, *bad)
 
 
 def test_bootstrap_of_a_mean_is_that_of_theory() -> None:
@@ -371,18 +341,16 @@ def test_temperature_errors_and_nothing_to_do() -> None:
 
 @few
 @given(seeds, st.integers(1, 30), st.integers(2, 6))
-def test_brier_and_confidence(seed: int, n: int, V: int) -> None:
+def test_brier(seed: int, n: int, V: int) -> None:
     z, y = (
         3 * normal(seed, n, V),
         torch.randint(V, (n,), generator=torch.Generator().manual_seed(seed)),
     )
-    p = z.softmax(-1)
-    assert brier(z, y) == pytest.approx(
-        (p - F.one_hot(y, V)).square().sum(-1).mean().item(), abs=1e-12
-    )
-    c, right = confidence_and_correct(z, y)
-    assert torch.equal(right, z.argmax(-1) == y) and (c >= 1 / V - 1e-12).all()
-    assert torch.equal(confidence_and_correct(z / 3, y)[1], right)
+    found, p = calibration(z, y), z.softmax(-1)
+    squares = (p - F.one_hot(y, V)).square().sum(-1).mean().item()
+    assert found["brier"] == pytest.approx(squares, abs=1e-12)
+    assert found["accuracy"] == pytest.approx((z.argmax(-1) == y).double().mean().item())
+    assert calibration(z / 3, y)["accuracy"] == found["accuracy"]
 
 
 @few
@@ -394,7 +362,8 @@ def test_risk_coverage(seed: int, n: int, values: int) -> None:
     c, loss = torch.randint(values, (n,), generator=g).double(), torch.rand(n, generator=g).double()
     coverage, risk = risk_coverage(c, loss)
     assert coverage[-1] == 1 and risk[-1] == pytest.approx(loss.mean().item())
-    assert aurc(-loss, loss) <= aurc(c, loss) + 1e-12 and aurc(c, loss) <= aurc(loss, loss) + 1e-12
+    best, worst = (risk_coverage(x, loss)[1].mean() for x in (-loss, loss))
+    assert best <= risk.mean() + 1e-12 and risk.mean() <= worst + 1e-12
     orders = []
     for _ in range(200):
         shuffle = torch.randperm(n, generator=g)
@@ -412,10 +381,8 @@ def test_logistic_finds_the_weights_that_made_the_data() -> None:
         torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         < odds.sigmoid()
     )
-    fitted = fit_logistic(x, y)
-    torch.testing.assert_close(fitted(x), odds, rtol=0.1, atol=0.25)
-    with pytest.raises(ValueError, match="score 1 of 2 never varies"):
-        fit_logistic(torch.cat([x[:, :1], torch.ones(20_000, 1)], 1), y)
+    found = torch.from_numpy(detector(x, y).decision_function(x.numpy()))
+    torch.testing.assert_close(found, odds, rtol=0.1, atol=0.25)
 
 
 # ---- damage, and the study
@@ -444,11 +411,10 @@ def test_damage() -> None:
             and 0 <= first[0].min()
             and first[0].max() < 9
         )
-    new, where = replace_characters(clean, 9, 1.0, torch.Generator().manual_seed(0))
-    assert (new != clean).all() and where.all() and len(new.unique()) == 9
-    with pytest.raises(ValueError, match="unknown damage"):
-        damage("fire", clean, tokenizer, foreign, torch.Generator())
-    with pytest.raises(ValueError, match="too few for 50 windows"):
+    draw = torch.Generator().manual_seed(0)
+    new, where = damage("replaced characters", clean, tokenizer, foreign, draw)
+    assert torch.equal(where, new != clean) and 0.05 < where.double().mean() < 0.15
+    with pytest.raises(ValueError, match="100 characters of foreign text are too few"):
         damage("foreign text", clean, tokenizer, foreign[:100], torch.Generator())
     with pytest.raises(ValueError, match="at least two windows"):
         even_windows(torch.arange(10), 6, 5)
@@ -482,63 +448,41 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextData]:
     return folder, data
 
 
+SMALL = {
+    "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16, "model.block_size": 12,
+    "train.iters": 3, "train.eval_interval": 3, "windows": 10, "draws": 10,
+}
+
+
 def test_the_study_from_the_command_line(
-    world: tuple[Path, TextData], capsys: pytest.CaptureFixture[str]
+    world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, data = world
-    args = [
-        "uncertainty",
-        f"[{folder / 'seed-1'},{folder / 'seed-2'}]",
-        "--out",
-        str(folder / "out"),
-        "--data",
-        str(folder / "text.txt"),
-        "--foreign",
-        str(folder / "other.txt"),
-        "--windows",
-        "10",
-        "--draws",
-        "10",
-        "--device",
-        "cpu",
-    ]
-    assert main(args) == 0, capsys.readouterr().err
-    assert "AUROC" in capsys.readouterr().out
-    results = json.loads((folder / "out" / "results.json").read_text())
-    assert {"date", "device", "versions", "seed", "summary", "ensemble"} <= results.keys() and len(
-        results["models"]
-    ) == 2
-    for m in results["models"]:
-        assert set(m["detection"]) == set(DAMAGES) and 0 <= m["before"]["ece_equal_width"] <= 1
-        assert m["before"]["accuracy"] == m["after"]["accuracy"], "a temperature changes no answer"
-        assert sum(m["before"]["reliability"]["count"]) == m["before"]["predictions"]
-        for levels in m["detection"].values():
-            for found in levels.values():
-                gain = found["combination"]["auroc"] - found["surprisal"]["auroc"]
-                assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
-    folders = [folder / "seed-1", folder / "seed-2"]
-    again = uncertainty_study(
-        folders, data, folder / "again", folder / "other.txt", 10, 10, device="cpu"
-    )
-    assert json.loads(json.dumps(again["models"])) == results["models"]
+    "One model by seed and three together; a file of results like all others."
+    folder, _ = world
+    own = {"data": str(folder / "text.txt"), "foreign": str(folder / "other.txt")}
+    args = ["run", "uncertainty", f"--out={tmp_path}", "--seeds=[1]"]
+    assert main([*args, "--changes", json.dumps(SMALL | own)]) == 0, capsys.readouterr().err
+    one, together = sorted(read(tmp_path / "results.json").runs, key=lambda r: r["arm"])
+    assert set(together["ensemble"]) >= set(DAMAGES)
+    assert set(one["detection"]) == set(DAMAGES) and 0 <= one["before"]["ece_equal_width"] <= 1
+    assert one["before"]["accuracy"] == one["after"]["accuracy"], "a temperature changes no answer"
+    assert sum(one["before"]["reliability"]["count"]) == one["before"]["predictions"]
+    for levels in one["detection"].values():
+        for found in levels.values():
+            gain = found["combination"]["auroc"] - found["surprisal"]["auroc"]
+            assert found["gain over surprisal"]["auroc"] == pytest.approx(gain)
+    wrong = json.dumps(SMALL | own | {"foreign": str(tmp_path / "none.txt")})
+    assert main([*args[:2], f"--out={tmp_path / 'no'}", "--changes", wrong]) == 1
+    assert "no text file" in capsys.readouterr().err
 
 
 def test_what_makes_no_sense_is_one_sentence() -> None:
     net = PCTransformer(ModelConfig(**SIZES), seed=0)
-    nets, row = [net], torch.rand(9)
+    nets = [net]
     for call, words in (
         (lambda: ensemble_log_probs([], TOKENS), "one model or more"),
         (lambda: ensemble_log_probs(nets, TOKENS + 13), "must lie in 0..12"),
-        (lambda: noisy_log_probs(net, TOKENS, math.nan, 2), "noise must be"),
-        (lambda: noisy_log_probs(net, TOKENS, -0.1, 2), "noise must be"),
-        (lambda: noisy_log_probs(net, TOKENS, 0.1, 0), "samples a whole number"),
-        (lambda: noisy_log_probs(net, TOKENS, 0.1, 2, seed=2**70), "a seed must lie"),
-        (lambda: noisy_log_probs(net, [1, 2], 0.1, 2), "must be an int64 tensor"),  # type: ignore[arg-type]
         (lambda: node_states(net, TOKENS.float()), "tokens must be int64"),
-        (lambda: bootstrap_interval(lambda x: 0.0, row, draws="9"), "two draws"),  # type: ignore[arg-type]
-        (lambda: bootstrap_interval(lambda x: 0.0, row, seed=1.5), "whole number"),  # type: ignore[arg-type]
-        (lambda: reliability(row, row > 0, bins=1.5), "bins must be"),  # type: ignore[arg-type]
-        (lambda: even_windows(torch.arange(99), 0, 3), "whole length >= 1"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             call()
@@ -593,9 +537,9 @@ def test_what_is_fitted_is_judged_on_other_text(
             len(data.tokenizer.vocabulary) - 12, (600,), generator=torch.Generator().manual_seed(0)
         )
         text = replace(data, train_ids=train, valid_ids=sentinel_halves(fit, test))
-        return study_one(model, text, foreign, 12, 4, 0), study_ensemble(
-            [model, model], text, foreign, 12, 4, 0
-        )
+        found = calibrated(model, text.valid_ids)
+        found["detection"] = detection(model, text, foreign, 12, 4, 0)
+        return found, study_ensemble([model, model], text, foreign, 12, 4, 0)
 
     (base, group), (other_test, _), (other_fit, same_group) = study(1, 2), study(1, 3), study(4, 2)
     assert all(y.max() < 6 for y in seen["temperature"]) and len(seen["temperature"]) == 3
@@ -614,41 +558,6 @@ def test_what_is_fitted_is_judged_on_other_text(
     scores = [[m["detection"][drawn]["window"][n] for n in SCORES] for m in (base, other_fit)]
     assert scores[0] == scores[1]
     assert group == same_group
-
-
-def test_the_study_refuses(
-    world: tuple[Path, TextData], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, data = world
-    one = folder / "seed-1"
-    own = {
-        "--data": str(folder / "text.txt"),
-        "--foreign": str(folder / "other.txt"),
-        "--windows": "10",
-    }
-    own["--out"] = str(tmp_path / "out")
-    save(PCTransformer(ModelConfig(3, 12, 1, 2, 16)), tmp_path / "abc", CharTokenizer("abc"))
-    save(
-        PCTransformer(ModelConfig(data.tokenizer.vocab_size, 8, 1, 2, 16)),
-        tmp_path / "short",
-        data.tokenizer,
-    )
-    save(PCTransformer(ModelConfig(data.tokenizer.vocab_size, 12, 1, 2, 16)), tmp_path / "silent")
-    for models, changes, says in (
-        ("[]", {}, "must name at least one"),
-        (f"[{folder / 'nowhere'}]", {}, "no saved model"),
-        (f"[{tmp_path / 'abc'}]", {}, "another vocabulary"),
-        (f"[{tmp_path / 'silent'}]", {}, "without a tokenizer"),
-        (f"[{one},{tmp_path / 'short'}]", {}, "context of 8"),
-        (f"[{one}]", {"--windows": "1"}, "at least two windows"),
-        (f"[{one}]", {"--foreign": str(tmp_path / "none.txt")}, "no text file"),
-        (f"[{one}]", {"--draws": "1"}, "bootstrap needs"),
-    ):
-        options = [x for pair in (own | changes).items() for x in pair]
-        assert main(["uncertainty", models, *options]) == 1, says
-        said = capsys.readouterr().err
-        assert says in said and "Traceback" not in said, said
-    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_foreign_text_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

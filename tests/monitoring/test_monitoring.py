@@ -23,37 +23,35 @@ from pc_transformer.config import TrainConfig, replace
 from pc_transformer.data import Text
 from pc_transformer.energies import StudentT
 from pc_transformer.experiments.incremental import IncrementalPC
-from pc_transformer.learning import Backprop, Learner, PredictiveCoding
+from pc_transformer.learning import Backprop, Learner, PredictiveCoding, compare_gradients
 from pc_transformer.monitoring import (
     Diagnosis,
     Monitor,
     Snapshot,
     Thresholds,
+    apply_rules,
     attention_rows,
     certain_outputs,
-    compare_gradients,
     curvature,
     dead_units,
     diagnose,
-    encode,
+    evaluation_view,
     extreme_eigenvalues,
-    judge,
-    look_cost,
+    json_ready,
     plot_alignment,
     plot_curvature,
     plot_energy,
     plot_heat,
     plot_loss,
     plot_monitor,
-    plot_node_energy,
     plot_steps,
     read_snapshot,
     rejected,
     saturated_rows,
     scalars,
+    snapshot_cost,
     status_line,
     take_snapshot,
-    undisturbed,
 )
 from pc_transformer.settling import (
     ErrorSettling,
@@ -166,7 +164,7 @@ def test_a_learner_that_moves_weights_and_remembers_is_not_heard() -> None:
         assert torch.equal(a, b), name
     Backprop().backward(model, *batch())
     kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    still = undisturbed(model)
+    still = evaluation_view(model)
     still.memory.zero_()
     still.predictors[2].train()
     Backprop().backward(still, *batch())
@@ -183,9 +181,9 @@ def test_a_look_survives_json(learner: str) -> None:
     """What was measured and what was not, and every kind of number, come back."""
     look = take_snapshot(build(), LEARNERS[learner], *batch())
     assert (look.signal == []) == (learner == "backprop") and look.broken is None
-    assert read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False))) == look
+    assert read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False))) == look
     look.residual, look.signal, look.cosine = -math.inf, [math.inf, math.nan], {"all": math.nan}
-    again = read_snapshot(json.loads(json.dumps(encode(asdict(look)), allow_nan=False)))
+    again = read_snapshot(json.loads(json.dumps(json_ready(asdict(look)), allow_nan=False)))
     assert again.residual == -math.inf and again.signal[0] == math.inf
     assert math.isnan(again.signal[1]) and math.isnan(again.cosine["all"])
 
@@ -254,7 +252,7 @@ def test_scalars(learner: str) -> None:
     look = take_snapshot(build(), LEARNERS[learner], *batch(), step=7)
     live, late = Notes(), Notes()
     monitor = Monitor(writer=live, products=1)
-    monitor.look(make())
+    monitor.measure(make())
     monitor.to_tensorboard(late)
     assert live == late and live and all(isinstance(v, float) and k == 0 for _, v, k in live)
     found = scalars(look)
@@ -300,7 +298,7 @@ def test_attention_rows_are_the_layers_own(family: str) -> None:
     layer: Any = build(**FAMILIES[family]).double().predictors[1]
     s = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r, seen = attention_rows(layer, s)
-    v = layer.attention.look(layer.norm(s))[1].v
+    v = layer.attention.project(layer.norm(s))[1].v
     torch.testing.assert_close(
         s + layer.attention.out((r @ v).transpose(1, 2).flatten(2)), layer(s), rtol=1e-9, atol=1e-12
     )
@@ -347,7 +345,7 @@ def test_curvature_is_that_of_the_energy(family: str) -> None:
     model = build(scale=2.0, n_layer=1, d_model=4, block_size=4, **FAMILIES[family]).double()
     tokens, targets = torch.randint(9, (2, 1, 4), generator=torch.Generator().manual_seed(1))
     settled = ErrorSettling(FreeEnergy(5.0), steps=2)(model, tokens, targets)
-    roots = [p.sqrt() for p in settled.weighed.precision]
+    roots = [p.sqrt() for p in settled.batch_energy.precision]
 
     def energy(x: Tensor) -> Tensor:
         parts = [t.view(1, 4, 4) / r for t, r in zip(x.split(16), roots, strict=True)]
@@ -396,7 +394,7 @@ def test_stiff_solvers_keep_the_whole_message(solver: str) -> None:
         1, rel=0.05
     )
     assert look.curvature is not None and 0.5 < look.curvature[0] <= look.curvature[1] < 1.5
-    assert not judge(look).problems
+    assert not apply_rules(look).problems
 
 
 def test_numbers_of_a_look_by_hand() -> None:
@@ -423,7 +421,9 @@ def test_numbers_of_a_look_by_hand() -> None:
     assert look.error == pytest.approx([length(e) for e in settled.errors], rel=1e-4)
     wanted = [length(e) / length(s) for e, s in zip(settled.errors, settled.states, strict=True)]
     assert look.displacement == pytest.approx(wanted, rel=1e-4)
-    assert look.precision == pytest.approx([p.item() for p in settled.weighed.precision], rel=1e-5)
+    assert look.precision == pytest.approx(
+        [p.item() for p in settled.batch_energy.precision], rel=1e-5
+    )
     assert (
         len({f"{p:.3g}" for p in look.precision})
         == len({f"{x:.3g}" for x in look.displacement})
@@ -433,7 +433,8 @@ def test_numbers_of_a_look_by_hand() -> None:
     deltas = torch.autograd.grad(loss, states)
     assert look.message == pytest.approx([length(d) for d in deltas], rel=1e-4)
     told = [
-        length(p * e) / 0.5 for p, e in zip(settled.weighed.precision, settled.errors, strict=True)
+        length(p * e) / 0.5
+        for p, e in zip(settled.batch_energy.precision, settled.errors, strict=True)
     ]
     assert look.signal == pytest.approx(
         [a / length(d) for a, d in zip(told, deltas, strict=True)], rel=1e-4
@@ -635,7 +636,12 @@ CASES: list[tuple[str, Learner, Any, str]] = [
     ("ratio", solver(steps=1, step_size=0.05), None, "0.05 times as long as backprop's"),
     ("scale", Backprop(), explode, r"explode on the way up: from node 2 \(feed-forward\)"),
     ("outlier", Backprop(), one_large, r"One coordinate of node \d .* times the median one"),
-    ("dead", Backprop(), kill, r"Of the hidden units in node 2 \(feed-forward\) \d+% never speak"),
+    (
+        "dead",
+        Backprop(),
+        kill,
+        r"Of the hidden units in node 2 \(feed-forward\) \d+% are never active",
+    ),
     ("saturated", Backprop(), sharpen, r"Of the attention rows in node 1 \(attention\) 100%"),
     ("wrong", Backprop(), shout, "certain and wrong"),
     ("chance", Backprop(), shout, "worse than knowing nothing"),
@@ -667,7 +673,7 @@ def test_the_healthy_are_left_alone(learner: str) -> None:
 def test_thresholds_and_numbers_that_are_not_finite() -> None:
     """Limits are the reader's; a NaN that was measured is never taken for healthy."""
     look = take_snapshot(build(scale=1.0), PredictiveCoding(), *batch(), products=1)
-    assert judge(look, Thresholds(displacement=0.0)).rules == ["displacement"]
+    assert apply_rules(look, Thresholds(displacement=0.0)).rules == ["displacement"]
     for name, value in (
         ("residual", math.nan),
         ("signal", [math.nan] * 5),
@@ -675,7 +681,7 @@ def test_thresholds_and_numbers_that_are_not_finite() -> None:
     ):
         odd = copy.deepcopy(look)
         setattr(odd, name, value)
-        found = judge(odd)
+        found = apply_rules(odd)
         assert isinstance(found, Diagnosis) and "finite" in found.rules and f"{name}" in str(found)
 
 
@@ -693,14 +699,13 @@ def test_every_picture_can_be_drawn(history: str) -> None:
     looks: list[Snapshot] = {"none": [], "broken": [good, bad, bad]}.get(history, [good])
     for draw in (plot_energy, plot_alignment, plot_curvature, plot_steps, plot_loss, plot_heat):
         assert draw(looks) is not None
-    plot_node_energy(bad if history == "broken" else good)
     plot_monitor(looks).canvas.draw()
     plt.close("all")
 
 
 def test_the_cost_that_is_stated() -> None:
     """Equation (7) in numbers: more steps and more products cost more, linearly."""
-    assert look_cost(1, 0) == pytest.approx(17 / 3) and look_cost(2, 1) - look_cost(
+    assert snapshot_cost(1, 0) == pytest.approx(16 / 3) and snapshot_cost(2, 1) - snapshot_cost(
         1, 1
     ) == pytest.approx(4 / 3)
-    assert look_cost(1, 3) - look_cost(1, 2) == pytest.approx(4 / 3)
+    assert snapshot_cost(1, 3) - snapshot_cost(1, 2) == pytest.approx(4 / 3)

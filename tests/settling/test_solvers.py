@@ -35,8 +35,8 @@ from pc_transformer.learning.config import LearnerConfig
 from pc_transformer.model import Chain
 from pc_transformer.settling import (
     ErrorSettling,
+    FixedPrecisions,
     FreeEnergy,
-    GivenPrecisions,
     HighwaySettling,
     Pathway,
     SettlingError,
@@ -47,8 +47,8 @@ from pc_transformer.settling import (
     curvatures,
     errors_down,
     predict_up,
+    relevant_positions,
     rounds_down,
-    that_matter,
 )
 from pc_transformer.training import DataParallel, Trainer, resume, save_checkpoint
 from pc_transformer.training.run import RunConfig
@@ -116,8 +116,8 @@ def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
             stated = (
-                settled.weighed.energy.family.energy(
-                    settled.states[l] - f(below), settled.weighed.precision[l]
+                settled.batch_energy.energy.family.energy(
+                    settled.states[l] - f(below), settled.batch_energy.precision[l]
                 ).sum()
                 / settled.count
             )
@@ -139,9 +139,9 @@ def test_learning_is_local(name: str) -> None:
             f,
             below,
             settled.errors[l],
-            settled.weighed.precision[l],
+            settled.batch_energy.precision[l],
             settled.count,
-            settled.weighed.energy.family,
+            settled.batch_energy.energy.family,
         )
         for key, g in local.items():
             if (l, key) != (0, "token.weight"):
@@ -236,7 +236,7 @@ def test_bounds_of_states_are_of_their_own_surroundings() -> None:
 def steepness(model: PCTransformer, tokens: Tensor, targets: Tensor) -> list[float]:
     "What power iteration finds around every node of a batch."
     up = predict_up(model, tokens, targets)
-    return curvatures(up, live=that_matter(targets, errors_down(up, keep_graph=True)))
+    return curvatures(up, mask=relevant_positions(targets, errors_down(up, keep_graph=True)))
 
 
 def test_bounds_do_not_jump() -> None:
@@ -560,9 +560,7 @@ def test_bounds_are_those_of_each_nodes_own_block() -> None:
     above, never another's."""
     model, (tokens, targets) = build(n_layer=1), batch(B=1)
     given = [torch.tensor(p).double() for p in (3.0, 500.0, 0.02)]
-    walk = StateWalk.begin(
-        StateSettling(GivenPrecisions(weigh=lambda *_: given)), model, tokens, targets
-    )
+    walk = StateWalk.begin(StateSettling(FixedPrecisions(given=given)), model, tokens, targets)
 
     def energy(states: list[Tensor]) -> Tensor:
         below = [tokens, *states[:-1]]
@@ -673,11 +671,6 @@ PADDED: dict[str, Any] = {
     "centred": PredictiveCoding(
         ErrorSettling(FreeEnergy(1.0), steps=3, step_size=0.5), centred=True
     ),
-    "handed": PredictiveCoding(
-        ErrorSettling(
-            GivenPrecisions(1.0, weigh=FreeEnergy(3.0).precisions), steps=3, step_size=0.5
-        )
-    ),
     **{
         f"{kind}, per {per}, {name}": PredictiveCoding(
             ErrorSettling(
@@ -769,8 +762,8 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
         for l, f in enumerate(model.predictors):
             below = tokens if l == 0 else settled.states[l - 1]
             stated = (
-                settled.weighed.energy.family.energy(
-                    settled.states[l] - f(below), settled.weighed.precision[l]
+                settled.batch_energy.energy.family.energy(
+                    settled.states[l] - f(below), settled.batch_energy.precision[l]
                 ).sum()
                 / settled.count
             )
@@ -828,7 +821,9 @@ def test_half_precision_learns(dtype: torch.dtype) -> None:
     ):
         model, tokens, targets = fed(dtype)
         settled = SOLVERS[name](model, tokens, targets)
-        assert all(x.dtype == torch.float32 for x in (*settled.errors, *settled.weighed.precision))
+        assert all(
+            x.dtype == torch.float32 for x in (*settled.errors, *settled.batch_energy.precision)
+        )
         assert all(s.dtype == dtype for s in settled.states) and settled.energy.isfinite().all()
         found = gradients(PredictiveCoding(SOLVERS[name]), model, tokens, targets)
         flat = [torch.cat([g[n].double().flatten() for n in full]) for g in (found, full)]

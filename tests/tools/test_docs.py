@@ -77,7 +77,7 @@ def find(site: Path, query: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("query", "first"),
     [
-        ("energy", "energy"),
+        ("energy", "The categorical energy"),
         ("free energy", "The free energy"),
         ("nanogpt", "nanoGPT"),
         ("PCTransformer", "PCTransformer"),

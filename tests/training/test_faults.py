@@ -15,16 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 import torch
 
 from pc_transformer import ModelConfig, PCTransformer, load, save
-from pc_transformer.cli import COMMANDS, main
+from pc_transformer.cli import main
 from pc_transformer.config import ConfigError, replace
 from pc_transformer.data import CORPORA, CharTokenizer, corpora, evaluate
 from pc_transformer.learning import Backprop, PredictiveCoding
@@ -286,7 +284,7 @@ def test_a_second_signal_ends_at_once(
     run = tmp_path / "run"
     status, said = elsewhere(command(run, text), tmp_path / "log", fate, number)
     assert status == 130 and "second signal" in one_sentence(said)
-    assert check_whole(run) == held and not list(run.glob(".*"))
+    assert check_whole(run) == held and not list(run.glob(".*-*"))
     assert main(resumed(run)) == 0
     assert history(run) == history(whole)
 
@@ -329,7 +327,7 @@ def test_killed_at_any_change_of_the_disk(
     assert check_whole(run) == 4 and history(run) == history(whole)
     kept = [p.name for p in checkpoints(whole)]
     assert [p.name for p in checkpoints(run)] == kept, "older checkpoints stay behind"
-    assert not list(run.glob(".*")), "work folders stay behind"
+    assert not list(run.glob(".*-*")), "work folders stay behind"
 
 
 def test_at_most_one_interval_is_lost(text: Path, tmp_path: Path, whole: Path) -> None:
@@ -392,7 +390,8 @@ def test_disk_full_while_training(text: Path, tmp_path: Path, whole: Path) -> No
     assert status == 1, said
     one_sentence(said)
     assert check_whole(run) == 2
-    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "step-000001", "step-000002"]
+    held = [".lock", "config.yaml", "step-000001", "step-000002"]
+    assert sorted(p.name for p in run.iterdir()) == held
     assert main(resumed(run)) == 0
     assert history(run) == history(whole)
 
@@ -492,34 +491,23 @@ def test_a_training_record_without_a_key(
 def test_foreign_optimizer_states(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    "Moments that are absent, of another shape or of no parameter."
-    whole_state = files.load_file(whole / "step-000004" / "optimizer.safetensors")
+    "Moments that are absent, of another shape or of no parameter, with a seal that fits them."
+    moments = files.load_file(whole / "step-000004" / "optimizer.safetensors")
     gain = "exp_avg:output.norm.weight"
-    assert gain in whole_state
-    foreign = {
-        "no first moments": {k: v for k, v in whole_state.items() if not k.startswith("exp_avg:")},
-        "one moment missing": {k: v for k, v in whole_state.items() if k != gain},
-        "another shape": whole_state | {gain: torch.zeros(3)},
-        "no parameter's": whole_state | {"exp_avg:predictors.9.up.weight": torch.zeros(3)},
-        "no name": whole_state | {"moments": torch.zeros(3)},
-        "no tensors": {},
-    }
-    complaints = []
-    for what, tensors in foreign.items():
-        run = shutil.copytree(whole, tmp_path / what)
-        files.save_file(tensors, run / "step-000004" / "optimizer.safetensors")
-        # one more step to do, so that the state is used
-        for file in (run / "config.yaml", run / "step-000004" / "training.json"):
-            file.write_text(
-                file.read_text().replace("iters: 4", "iters: 5").replace('"iters": 4', '"iters": 5')
-            )
-        try:
-            said = fails(resumed(run), capsys)
-            if "optimiser" not in said:
-                complaints.append(f"{what}: {said}")
-        except Exception as error:
-            complaints.append(f"{what}: {error!r} instead of one sentence")
-    assert not complaints, "\n".join(complaints)
+    for tensors in (
+        {k: v for k, v in moments.items() if k != gain},
+        moments | {gain: torch.zeros(3)},
+        moments | {"exp_avg:predictors.9.up.weight": torch.zeros(3)},
+        moments | {"moments": torch.zeros(3)},
+        {},
+    ):
+        run = shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
+        place = run / "step-000004"
+        files.save_file(tensors, place / "optimizer.safetensors")
+        assert "optimizer.safetensors is not as it was saved" in fails(resumed(run), capsys)
+        about = json.loads((place / "training.json").read_text())
+        files.write_sealed(place / "training.json", about, *about["files"])
+        assert "optimiser" in fails(resumed(run), capsys)
 
 
 def test_checkpoint_of_another_configuration(
@@ -531,8 +519,8 @@ def test_checkpoint_of_another_configuration(
     assert main(command(other, text, **{"model.d_model": 12})) == 0
     swapped = shutil.copytree(whole, tmp_path / "swapped")
     shutil.copy(checkpoints(other)[-1] / "model.safetensors", swapped / "step-000004")
-    assert "shape" in fails(["sample", str(swapped)], capsys)
-    assert "shape" in fails(resumed(swapped), capsys)
+    assert "SHA-256" in fails(["sample", str(swapped)], capsys)
+    assert "SHA-256" in fails(resumed(swapped), capsys)
     edited = shutil.copytree(whole, tmp_path / "edited")
     shutil.copy(other / "config.yaml", edited)
     assert "model.d_model" in fails(resumed(edited), capsys)
@@ -549,8 +537,8 @@ def test_a_configuration_without_its_family_is_not_guessed(tmp_path: Path) -> No
     file = tmp_path / "model" / "config.json"
     about = json.loads(file.read_text())
     del about["config"]["attention"]
-    file.write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="settings"):
+    files.write_sealed(file, about, "model.safetensors")
+    with pytest.raises(CheckpointError, match="settings attention are missing"):
         load(tmp_path / "model")
 
 
@@ -587,16 +575,6 @@ def test_bad_prompt(
     prompt: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert says in fails(["sample", str(whole), f"--prompt={prompt}"], capsys)
-
-
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_help_says_what_every_option_is(verb: str) -> None:
-    """A docstring that its reader cannot take apart would leave options without a word."""
-    found = docstring_parser.parse(COMMANDS[verb].__doc__ or "")
-    said = {p.arg_name: p.description for p in found.params}
-    assert (found.short_description or "").endswith((".", "?")) and not found.long_description
-    assert list(said) == [n for n in signature(COMMANDS[verb]).parameters if n[0] != "_"]
-    assert all(said.values())
 
 
 @pytest.mark.parametrize(
@@ -744,7 +722,7 @@ def test_diverged_training_is_one_sentence(
         }
         said = fails(command(tmp_path / algorithm, text, **options), capsys)
         assert "nan" in said or "inf" in said or "energy" in said
-        assert not list((tmp_path / algorithm).glob(".*"))
+        assert not list((tmp_path / algorithm).glob(".*-*"))
 
 
 def test_evaluation_needs_two_tokens() -> None:
@@ -877,9 +855,7 @@ def test_a_folder_that_is_removed_while_its_run_trains(
         return place
 
     shutil.rmtree(run)
-    monkeypatch.setattr(
-        import_module("pc_transformer.training.loop"), "save_checkpoint", removed
-    )
+    monkeypatch.setattr(import_module("pc_transformer.training.loop"), "save_checkpoint", removed)
     assert main(command(run, text)) == 1
     assert "nothing of it is left" in capsys.readouterr().err.splitlines()[-1]
 
@@ -1006,12 +982,7 @@ def test_an_evaluation_that_is_no_number_is_a_failure(
 
 @pytest.mark.parametrize(
     "between, name",
-    [
-        (between, name)
-        for between in ("read_tensors", "read_tokenizer")
-        for name in ("evaluate", "sample", "uncertainty", "evidence", "settled-reading")
-        if (between, name) != ("read_tokenizer", "evidence")  # which reads no tokenizer
-    ],
+    [(b, name) for b in ("read_tensors", "read_tokenizer") for name in ("evaluate", "sample")],
 )
 def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     between: str,
@@ -1040,27 +1011,9 @@ def test_a_checkpoint_that_is_renewed_while_a_command_reads_it(
     model = saved.read_model
     monkeypatch.setattr(saved, "read_model", lambda f, *more: places.append(f) or model(f, *more))
     monkeypatch.setattr(saved, between, renewed)
-    for study in (
-        "experiments.uncertainty.study_one",
-        "experiments.settled_reading.study_one",
-        "experiments.evidence_study.go_on",
-    ):
-        monkeypatch.setattr(
-            f"pc_transformer.{study}",
-            lambda *a, **b: (_ for _ in ()).throw(ValueError("all was read")),
-        )
-    many = name not in ("evaluate", "sample")
-    args = [
-        name,
-        f"[{run}]" if many else str(run),
-        *([f"--out={tmp_path / 'out'}"] if many else []),
-    ]
-    args += [] if name == "sample" else [f"--data={text}"]
-    args += {"uncertainty": [f"--foreign={text}"], "evidence": ["--windows=1"]}.get(name, [])
+    args = [name, str(run)] + ([] if name == "sample" else [f"--data={text}"])
     capsys.readouterr()
-    status = main(args)
-    err = capsys.readouterr().err
-    assert status == 0 if not many else "all was read" in err, err
+    assert main(args) == 0, capsys.readouterr().err
     assert places[-1].name == "step-000009"
 
 
@@ -1100,7 +1053,7 @@ def small_demo(text: Path) -> str:
     return json.dumps({**changes, "train.iters": 1, "data": str(text)})
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "run", "uncertainty"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "run"])
 def test_hostile_options(
     verb: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1114,7 +1067,6 @@ def test_hostile_options(
         "evaluate": ["evaluate", str(whole)],
         "sample": ["sample", str(whole)],
         "run": ["run", "demo", f"--out={tmp_path / 'c'}", "--changes", small_demo(text)],
-        "uncertainty": ["uncertainty", f"[{whole}]", f"--out={tmp_path / 'u'}", f"--data={text}"],
     }[verb]
     hostile = [
         f"--config={tmp_path / name}.yaml"
