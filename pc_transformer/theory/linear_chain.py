@@ -94,7 +94,7 @@ def sample(
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #9a884059
 def check_data(chain: LinearChain, inputs: Tensor, readouts: Sequence[Tensor]) -> None:
-    "Raise ValueError, one sentence, unless inputs and read-outs fit the chain."
+    "Raise ValueError, one sentence, unless `inputs` and read-outs fit the chain."
     want = [(len(inputs), D) for D in chain.widths[len(chain.weights):]]
     if (
         tuple(inputs.shape[1:]) != chain.weights[0].shape[1:]
@@ -122,7 +122,7 @@ def settle(
     readouts: Sequence[Tensor],              # `y_j (n, D_l(j))`
 # settled states `(n, D_l)`; settled errors of all parts, nodes first
 ) -> tuple[list[Tensor], list[Tensor]]:
-    "The states of least energy, which are the posterior mean, and their errors."
+    "The states of least energy, the posterior mean, and their errors. Raises ValueError."
     check_data(chain, inputs, readouts)
     T, p = design(chain), spread(chain, precision)
     first = inputs @ chain.weights[0].T
@@ -157,7 +157,7 @@ def response(chain: LinearChain) -> Float[Tensor, "O K"]:
 def second_moment(
     chain: LinearChain, inputs: Float[Tensor, "n D_in"], readouts: Sequence[Tensor]
 ) -> Float[Tensor, "O O"]:
-    "S: mean outer product of the surprises, read-outs minus their feed-forward predictions."
+    "S: mean outer product of surprises, read-outs minus their predictions. Raises ValueError."
     check_data(chain, inputs, readouts)
     mu = chain.predict(inputs)
     r = torch.cat([y - mu[l] for l, y in zip(chain.readouts, readouts, strict=True)], 1)
@@ -190,12 +190,12 @@ def contrast(
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #698e0461
 def em_step(precision: float | Tensor, data: Tensor, dream: Tensor) -> Tensor:
-    "Equation (6), from mean squared settled errors on data and in dreams."
+    "Equation (6): a new `precision` from mean squared settled errors on `data`, in a `dream`."
     return 1 / (1 / torch.as_tensor(precision) + data - dream)
 
 
 def ratio_step(precision: float | Tensor, data: Tensor, dream: Tensor) -> Tensor:
-    "Equation (7); both rules stand still exactly where data and dream agree."
+    "Equation (7): a new `precision`; both rules stand still just where `data` equals `dream`."
     return precision * (dream / data).sqrt()
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #b7c4daf0
@@ -209,12 +209,12 @@ class Learned:
 
     @property
     def steps(self) -> int:
+        "How often the precisions were changed."
         return len(self.evidence) - 1
 
 
-RULES: dict[str, Callable[[float | Tensor, Tensor, Tensor], Tensor]] = {
-    "em": em_step,
-    "ratio": ratio_step,
+RULES: dict[str, Callable[[float | Tensor, Tensor, Tensor], Tensor]] = {     # by name
+    "em": em_step, "ratio": ratio_step,
 }
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #390f90f2
@@ -247,7 +247,7 @@ def learn_precisions(
     steps: int = 2000,                      # at most
     tolerance: float = 1e-6,                # stop when `gap` is below
 ) -> Learned:
-    "Raise the evidence of the read-outs by equation (6) or (7). Raises ValueError."
+    "Raise the evidence of the read-outs by a `rule`, equation (6) or (7). Raises ValueError."
     if rule not in RULES: raise ValueError(f"unknown rule {rule!r}: choose 'em' or 'ratio'")
     on, S, gap = learning_parts(chain, learned), second_moment(chain, inputs, readouts), math.inf
     trace, precision = [evidence(chain, start, S)], [
