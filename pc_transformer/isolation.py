@@ -48,7 +48,7 @@ class Draws:
         return self.generators[device]
 
 # %% ../nbs/1_model/02_isolation.ipynb #ab1b4fc1
-CURRENT: ContextVar[Draws | None] = ContextVar("draws", default=None)     # of `drawing`
+CURRENT: ContextVar[Draws | None] = ContextVar("draws", default=None)     # the innermost `drawing`
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def ahead() -> Draws:
 
 # %% ../nbs/1_model/02_isolation.ipynb #c197f667
 def dropout(x: Tensor, p: float) -> Tensor:
-    "Each number of `x` is dropped with probability `p`, the others scaled up, from `generator`."
+    "Drop each number of `x` with probability `p`, scale up the others; drawn from `generator`."
     if p == 0: return x      # before anything is asked for: a compiled layer has one graph
     own = generator(x.device)
     if own is None or p == 1: return F.dropout(x, p)      # with p = 1 there is nothing to draw
@@ -150,7 +150,7 @@ class Walk:
         return new
 
 # %% ../nbs/1_model/02_isolation.ipynb #cbb669c0
-M = TypeVar("M", bound=nn.Module)      # a kind of module
+M = TypeVar("M", bound=nn.Module)      # the class of a module
 
 
 def view(
@@ -174,7 +174,7 @@ def evaluating(model: M) -> Iterator[M]:
 
 # %% ../nbs/1_model/02_isolation.ipynb #b3fb4c2a
 def leaf(x: Tensor) -> Tensor:
-    "For a parameter `x` a new one, same memory, own gradient; a buffer as it is. For `view`."
+    "A new parameter with the memory of `x` and its own gradient; a buffer as it is. For `view`."
     return nn.Parameter(x.detach(), x.requires_grad) if isinstance(x, nn.Parameter) else x
 
 

@@ -44,9 +44,9 @@ def posterior_mean(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
     need_lse: bool = False, backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "B H Tq dv"], Float[Tensor, "B H Tq"] | None]:
-    """Read-out, and with `need_lse` log-sum-exp (nats), by one backend; components that it takes
-    singly only are merged by equation (2) of `attention.scores`. As many key heads as query
-    heads."""
+    """Read-out, and with `need_lse` log-sum-exp (nats), by one backend. Where it takes one
+    component at a time, the results are merged by equation (2) of `attention.scores`. There are
+    as many key heads as query heads."""
     whole, several = (keys.k, keys.precision, keys.log_mix), keys.k.shape[2] > 1
     seen = {"mask": mask.allowed, "is_causal": mask.is_causal, "window": mask.window}
     seen["dropout_p"] = mask.dropout_p
@@ -96,8 +96,8 @@ OPTIONS: dict[str, Any] = {
 def enter(
     q: Tensor, k: Tensor, v: Tensor, family: str, backend: Backend, given: dict[str, Any]
 ) -> tuple[Keys, Likelihood, Mask]:
-    """Check the arguments of `attend`, `given` those after `family` by name, and bring them into
-    one shape. Raises TypeError or ValueError, one sentence."""
+    """Check the arguments of `attend` and bring them into one shape; `given` holds its options and
+    the parameters of the `family`, by name. Raises TypeError or ValueError, one sentence."""
     own = {name: given.pop(name, default) for name, default in OPTIONS.items()}
     check_attend(q, k, v, family, backend, own)
     precision, log_mix, allowed = own["precision"], own["log_mix"], own["attn_mask"]

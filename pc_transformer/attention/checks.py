@@ -150,7 +150,7 @@ def valid_numbers(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
     """`x`, after a look at its numbers in this dtype; NaN for wrong ones where nobody can look.
     `positive`: above zero and finite. Else: minus infinity, or within a quarter of the largest
     number: a mask, a mixing weight and a score do not overflow together. Raises TypeError for
-    what is no number, ValueError for a wrong one; `what` is its name there."""
+    what is no number, ValueError for a wrong one; `what` is its name in the message."""
     check_number(what, x)
     info = torch.finfo(dtype)
     most = info.max / 4

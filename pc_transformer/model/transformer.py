@@ -105,7 +105,7 @@ def check_targets(
 # %% ../../nbs/1_model/15_transformer.ipynb #f2e1f3c7
 class PCTransformer(Chain):
     """A decoder-only transformer as a chain of predictors; `attention='dot'` is nanoGPT's GPT.
-    Raises TypeError for what is no ModelConfig or no int64 tokens, ValueError for other tokens."""
+    Raises TypeError without a ModelConfig or int64 tokens, ValueError for tokens it cannot read."""
 
     output: Output
 

@@ -190,7 +190,7 @@ def contrast(
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #698e0461
 def em_step(precision: float | Tensor, data: Tensor, dream: Tensor) -> Tensor:
-    "Equation (6): a new `precision` from mean squared settled errors on `data`, in a `dream`."
+    "Equation (6): new `precision` from mean squared settled errors on `data` and in a `dream`."
     return 1 / (1 / torch.as_tensor(precision) + data - dream)
 
 
