@@ -187,7 +187,7 @@ class ErrorSettling:
     optimization", Goemaere et al. 2025).
 
     Model parameters and buffers are only read. Raises ConfigError or ValueError; SettlingError for
-    a number that is not finite, or if the energy rises even by steps of `eta / 2**max_halvings`."""
+    a number that is not finite, or if even a step of `eta / 2**max_halvings` raises the energy."""
 
     energy: FreeEnergy = FreeEnergy()   # how errors are weighted
     steps: int = 1                      # K, number of sweeps

@@ -129,7 +129,7 @@ class StateSettling:
     form (Rao & Ballard 1999).
 
     Model parameters and buffers are only read. Raises ConfigError or ValueError; SettlingError for
-    a number that is not finite, or if the energy rises even by steps of `eta / 2**max_halvings`."""
+    a number that is not finite, or if even a step of `eta / 2**max_halvings` raises the energy."""
 
     energy: FreeEnergy = FreeEnergy()   # how errors are weighted; parallel states want it soft
     steps: int = 16                     # K
