@@ -126,18 +126,18 @@ def plot(results: Results, names: Sequence[str] = DEMO) -> Any:
     seed."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), width_ratios=(3, 2))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(5, 5.8), height_ratios=(3, 2))
     rows = {name: runs for name, runs in shared_seeds(results).items() if name in names}
-    curves(left, rows)
+    curves(upper, rows)
     for name, b in results.baselines.items():
-        left.axhline(b["loss"], color="gray", lw=0.8, ls=":")
+        upper.axhline(b["loss"], color="gray", lw=0.8, ls=":")
         at: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "gray"}
-        left.text(0.99, b["loss"], name, transform=left.get_yaxis_transform(), **at)
-    left.set(ylabel="validation loss (nats per character)", ylim=(None, 4.4))
+        upper.text(0.99, b["loss"], name, transform=upper.get_yaxis_transform(), **at)
+    upper.set(ylabel="validation loss (nats per character)", ylim=(None, 4.4))
     traces = next((r["settling"] for r in results.runs if "settling" in r), {})
     for beta, trace in traces.items():
-        right.plot(trace["energy"], "o-", ms=3, label=f"β = {beta}")
-    right.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)")
-    right.legend(fontsize=8)
+        lower.plot(trace["energy"], "o-", ms=3, label=f"β = {beta}")
+    lower.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)")
+    lower.legend(fontsize=8, loc=(0.7, 0.22))
     figure.tight_layout()
     return figure
