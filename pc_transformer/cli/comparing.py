@@ -58,7 +58,7 @@ def bench(
     device: str = "auto",  # auto, cpu, cuda, cuda:1, ...
     compiled: bool = False,  # also with layers under torch.compile, which needs a C++ compiler
 ) -> None:
-    "Step time and peak memory of each learner, in turns; ratios are medians over rounds."
+    "Step time and peak memory of each learner in turns: medians over rounds. Raises ConfigError."
     from pc_transformer.experiments.costs import step_costs
     from pc_transformer.experiments.meters import about_run
 
@@ -84,7 +84,7 @@ def bench_attention(
     device: str = "auto",  # auto (a GPU where there is one, and the CPU), cpu, cuda
     memory: bool = True,  # measure peak memory as well
 ) -> None:
-    "Time and memory of every attention family and backend against PyTorch's fused kernel."
+    "Time and memory of attention against PyTorch's fused kernel, by family. Raises ConfigError."
     from pc_transformer.experiments import attention_speed as page
 
     make_folder(out)

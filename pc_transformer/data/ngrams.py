@@ -20,7 +20,7 @@ from .tokenizers import CharTokenizer
 
 # %% ../../nbs/4_practice/04_ngrams.ipynb #7aa7635f
 def uniform_loss(V: int) -> float:  # nats per token
-    "The loss of knowing nothing: ln V."
+    "The loss of knowing nothing: ln V. Raises ValueError unless V is a positive integer."
     check_positive(V=V)
     return math.log(V)
 
@@ -68,7 +68,7 @@ class Counts:
 
 # %% ../../nbs/4_practice/04_ngrams.ipynb #8cbe71b7
 def integers(ids: np.ndarray | Tensor) -> Int64[np.ndarray, " N"]:
-    "One row of tokens as NumPy's integers. Raises `TypeError` for anything else."
+    "The tokens `ids` as one row of NumPy's integers. Raises `TypeError` for anything else."
     found = np.asarray(ids)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         what = f"{found.dtype} of shape {found.shape}"
@@ -77,7 +77,7 @@ def integers(ids: np.ndarray | Tensor) -> Int64[np.ndarray, " N"]:
 
 # %% ../../nbs/4_practice/04_ngrams.ipynb #bae0364b
 class WittenBell:
-    "Interpolated Witten-Bell k-grams, equation (3). Source: Witten and Bell (1991)."
+    "Interpolated k-grams, (3). Source: Witten and Bell (1991). Raises TypeError, ValueError."
 
     def __init__(
         self,
@@ -127,7 +127,8 @@ def score(
     valid_ids: Int64[np.ndarray, " M"] | Int64[Tensor, " M"],  # scored, all but the first
     order: int | None = None,  # use grams of this length; the model's own by default
 ) -> float:  # nats per token
-    "Mean of -ln p over every token but the first."
+    """Mean of -ln p over every token but the first. Raises ValueError for fewer than 2 tokens, a
+    token outside [0, V) or too large an order."""
     order, ids = order or model.order, integers(valid_ids)
     if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.V or order > model.order:
         what = f"at least 2 tokens in [0, {model.V}) and an order up to {model.order}"
@@ -142,7 +143,8 @@ def bits_per_byte(
     tokens: int,  # tokens that were predicted
     bytes: int,  # UTF-8 bytes that those tokens stand for
 ) -> float:
-    "The loss in a unit that does not depend on the tokenizer, equation (4)."
+    """The loss in a unit that does not depend on the tokenizer, equation (4). Raises ValueError
+    unless both counts are positive integers."""
     check_positive(tokens=tokens, bytes=bytes)
     return nats_per_token * tokens / (bytes * math.log(2))
 

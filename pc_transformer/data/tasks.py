@@ -35,11 +35,14 @@ class Run(Protocol):
     "What a task asks of the configuration of a run."
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> ModelConfig:
+        "Shape of the model."
     @property
-    def train(self) -> TrainConfig: ...
+    def train(self) -> TrainConfig:
+        "Optimiser, schedule and seed."
     @property
-    def data(self) -> str: ...
+    def data(self) -> str:
+        "Name of a corpus, or a path."
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #2cb45ac0
 class Task(Protocol):
@@ -49,7 +52,7 @@ class Task(Protocol):
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        "What is learned from in a step, a pure function of the step."
+        "What is learned from in training step number `step`, from 0: a pure function of it."
         ...
 
     @abstractmethod
@@ -78,7 +81,7 @@ class Task(Protocol):
 # %% ../../nbs/4_practice/08_tasks.ipynb #dc3b37bc
 def held_out(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean `loss` (nats) and `accuracy` over all targets of these batches; the model is only read.
-    Raises FloatingPointError when the loss is not finite."""
+    Raises TypeError for what is no model, FloatingPointError when the loss is not finite."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"only a model can be evaluated, not a {type(model).__name__}")
     device = next(model.parameters()).device
@@ -95,7 +98,7 @@ def held_out(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def no_loss(model: nn.Module, total: float, count: int) -> str:
-    "Why a model has no loss, in one sentence."
+    "Why a model has no loss, in one sentence: `total` nats over `count` tokens."
     bad = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
     large = "the weights are so large that the logits overflow"
     why = f"the weights {bad!r} are not finite" if bad else large
@@ -106,7 +109,7 @@ def evaluate(
     model: nn.Module,
     ids: Int[Tensor, " N"],      # tokens of the split; every one but the first is predicted once
     block_size: int,             # T: windows do not overlap
-    batch_size: int = 64,
+    batch_size: int = 64,        # the most windows that are read at once
 ) -> float:                      # nats per token
     "`held_out` loss over a row of tokens. Raises FloatingPointError when it is not finite."
     return held_out(model, windows(ids, block_size, batch_size))["loss"]
@@ -133,7 +136,7 @@ class Text(Task):
 
     @classmethod
     def of(cls, data: TextData, config: Run, in_order: bool = False) -> "Text":
-        "A text as a run of this configuration reads it."
+        "A text as a run of this configuration reads it; `in_order`: from its beginning."
         ids, V = (data.train_ids, data.valid_ids), data.tokenizer.vocab_size
         return cls.of_ids(*ids, config, V, in_order, data)
 
@@ -144,7 +147,7 @@ class Text(Task):
         valid_ids: Int64[Tensor, " M"],
         config: Run,
         vocab_size: int | None = None,       # `None`: the model's
-        in_order: bool = False,
+        in_order: bool = False,              # from the beginning, not at random
         source: TextData | None = None,
     ) -> "Text":
         "Rows of tokens, whatever they stand for."
@@ -176,7 +179,8 @@ class Text(Task):
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #e28a09b5
 def find_text(name: str) -> str:
-    "A known corpus (downloaded and checked) or a UTF-8 text file. Raises ValueError, OSError."
+    """A known corpus (downloaded and checked) or a UTF-8 text file, by its `name` or path. Raises
+    ValueError, OSError."""
     if name in CORPORA:
         return load(name)
     if Path(name).is_file():
@@ -195,7 +199,7 @@ class Copying(Task):
 
     vocab_size: int      # symbols
     length: int          # how many are read before the copy begins
-    batch_size: int
+    batch_size: int      # rows of a batch
     seed: int = 0
 
     @classmethod
@@ -205,8 +209,8 @@ class Copying(Task):
         return cls(10, length, config.train.batch_size, config.train.seed)
 
     def rows(self, n: int, draw: torch.Generator) -> Batch:
-        x = torch.randint(self.vocab_size, (n, self.length), generator=draw)
-        both = torch.cat([x, x], 1)
+        "`n` rows as tokens and targets; -100 where a symbol cannot be known."
+        both = torch.randint(self.vocab_size, (n, self.length), generator=draw).repeat(1, 2)
         tokens, targets = both[:, :-1], both[:, 1:].clone()
         targets[:, : self.length - 1] = -100
         return tokens, targets
@@ -222,7 +226,7 @@ class Copying(Task):
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #1a4365da
 def at_step(seed: int, step: int) -> torch.Generator:
-    "The generator of a step."
+    "The random generator of training step number `step`."
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #efaa3926
@@ -232,7 +236,8 @@ def damage(
     fraction: float,                  # of the tokens, in [0, 1]
     generator: torch.Generator,
 ) -> Int[Tensor, "..."]:
-    "A copy in which this fraction of the tokens, drawn at random, is another symbol."
+    """A copy in which this fraction of the tokens, drawn at random, is another symbol. Raises
+    ValueError for another fraction."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     hit = torch.rand(tokens.shape, generator=generator) < fraction
@@ -243,7 +248,7 @@ def damage(
 # %% ../../nbs/4_practice/08_tasks.ipynb #6741f552
 @dataclass
 class Damaged(Task):
-    "Another task, with damage in what is learned from; evaluation is on the task as it is."
+    "Another task, damage in what is learned from. Raises ConfigError for a noise not in [0, 1]."
 
     task: Task
     seed: int
@@ -275,7 +280,7 @@ class Damaged(Task):
         return hashlib.sha256(f"{self.task.fingerprint()} {settings}".encode()).hexdigest()
 
     def read(self, batch: Batch, step: int, now: int) -> Batch:
-        "A batch as it is read after `now` steps, with the damage of its own step."
+        "A batch as it is read after `now` steps, with the damage of its own `step`."
         (tokens, wanted), draw = batch, at_step(self.seed, step)
         targets = wanted.clamp_min(0)
         if now < self.foreign_steps:

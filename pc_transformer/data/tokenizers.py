@@ -24,9 +24,12 @@ class Tokenizer(Protocol):
     "What `generate_text` needs of a tokenizer."
 
     @property
-    def vocab_size(self) -> int: ...
-    def encode(self, text: str) -> Tensor: ...
-    def decode(self, tokens: Tensor) -> str: ...
+    def vocab_size(self) -> int:
+        "Number of different tokens."
+    def encode(self, text: str) -> Tensor:
+        "The tokens of `text`, one row."
+    def decode(self, tokens: Tensor) -> str:
+        "The text of one row of `tokens`."
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #3b9c8d6b
 def as_ids(tokens: Int[Tensor, " T"] | list[int], V: int) -> list[int]:
@@ -42,7 +45,7 @@ def as_ids(tokens: Int[Tensor, " T"] | list[int], V: int) -> list[int]:
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #2890b144
 def as_text(text: str) -> str:
-    "The text itself. Raises `TypeError` for anything else."
+    "`text` itself. Raises `TypeError` for anything that is no `str`."
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, but got a {type(text).__name__}.")
     return text
@@ -50,7 +53,7 @@ def as_text(text: str) -> str:
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #2890b145
 @dataclass(frozen=True)
 class CharTokenizer:
-    "Characters to tokens and back; token i is the i-th character of the sorted vocabulary."
+    "Characters to tokens and back: i is the i-th of a sorted vocabulary. Raises ValueError."
 
     vocabulary: str  # distinct characters, sorted
 
@@ -72,13 +75,13 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, train_text: str) -> "CharTokenizer":
-        "The tokenizer of a *training* text. Raises `ValueError` for an empty one."
+        "The tokenizer of all characters of `train_text`. Raises `ValueError` for an empty text."
         if not as_text(train_text):
             raise ValueError("cannot fit a tokenizer on an empty text.")
         return cls("".join(sorted(set(train_text))))
 
     def encode(self, text: str) -> Int64[Tensor, " T"]:
-        "Text to tokens. Raises `ValueError` that names the first unknown character."
+        "`text` to tokens. Raises `ValueError` that names the first unknown character."
         if unknown := set(as_text(text)) - self.numbers.keys():
             i = next(i for i, c in enumerate(text) if c in unknown)
             what = f"character {text[i]!r} at position {i} is not in the vocabulary"
@@ -95,13 +98,14 @@ class CharTokenizer:
 
     @classmethod
     def from_dict(cls, saved: dict[str, str]) -> "CharTokenizer":
-        "The tokenizer that `to_dict` described. Raises `ValueError` for anything else."
+        "The tokenizer that `to_dict` described in `saved`. Raises `ValueError` for anything else."
         known = saved.get("vocabulary") if isinstance(saved, dict) else None
         if saved != {"type": "char", "vocabulary": known}:
             raise ValueError(f"not a saved character tokenizer: {brief(saved)}.")
         return cls(saved["vocabulary"])
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #802ddd60
+# where OpenAI keeps GPT-2's tokenizer files
 ENCODINGS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 BPE_FILES = {
     name: Corpus(
@@ -114,7 +118,7 @@ BPE_FILES = {
         "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     }.items()
-}
+}  # the two files, by name
 
 
 def bpe_file(
@@ -158,7 +162,7 @@ class BPETokenizer:
         return self.bpe.get_vocab_size()
 
     def encode(self, text: str) -> Int64[Tensor, " T"]:
-        "Text to tokens. Raises ValueError for text that is no UTF-8 (a lone surrogate)."
+        "`text` to tokens. Raises ValueError for text that is no UTF-8 (a lone surrogate)."
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -177,7 +181,7 @@ class BPETokenizer:
 
     @classmethod
     def from_dict(cls, saved: dict[str, str]) -> "BPETokenizer":
-        "The tokenizer that `to_dict` described. Raises ValueError for anything else."
+        "The tokenizer that `to_dict` described in `saved`. Raises ValueError for anything else."
         from tokenizers import Tokenizer
 
         if set(saved) != {"type", "json"} or saved["type"] != "bpe":

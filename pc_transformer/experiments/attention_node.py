@@ -26,7 +26,7 @@ from ..settling.free_energy import stiffness
 from ..settling.errors import descend
 
 # %% ../../nbs/6_experiments/15_attention_node.ipynb #5ed4d631
-Downstream = Tensor | Callable[[Tensor], Tensor]
+Downstream = Tensor | Callable[[Tensor], Tensor]  # dG/d out, or G as a function
 
 
 def tilted(scores: Float[Tensor, "... Tk"], tilt: Float[Tensor, "... Tk"]) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def tilted(scores: Float[Tensor, "... Tk"], tilt: Float[Tensor, "... Tk"]) -> tu
 
 
 def slope_of(downstream: Callable[[Tensor], Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
-    "The energy G at a read-out and the message `xi = dG/d out`."
+    "The energy G of `downstream` at the read-out `out` and the message `xi = dG/d out`."
     with torch.enable_grad():
         o = out.detach().requires_grad_()
         G = downstream(o)
@@ -46,7 +46,7 @@ def slope_of(downstream: Callable[[Tensor], Tensor], out: Tensor) -> tuple[Tenso
 
 # %% ../../nbs/6_experiments/15_attention_node.ipynb #nodelin
 def as_function(message: Downstream, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    "G as a function of the read-outs: linear for a tensor. Raises TypeError, ValueError."
+    "G as a function of read-outs of a `shape`: linear for a tensor. Raises TypeError, ValueError."
     if callable(message):
         return message
     if not isinstance(message, Tensor):
@@ -60,7 +60,7 @@ def as_function(message: Downstream, shape: tuple[int, ...]) -> Callable[[Tensor
 # %% ../../nbs/6_experiments/15_attention_node.ipynb #c8ab2a90
 @dataclass(frozen=True)
 class AttentionNode:
-    "The responsibilities of attention heads as a latent node with energy (1). Raises ValueError."
+    "The responsibilities of heads as a latent node with energy (1). Raises TypeError, ValueError."
 
     stiffness: float = 10.0    # lambda, nats; infinity would be backprop
     steps: int = 1             # of equation (3), from `r = p`; one full step is exact for linear G

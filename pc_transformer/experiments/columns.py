@@ -115,7 +115,7 @@ def column_energy(
 
 # %% ../../nbs/6_experiments/11_column.ipynb #fdf2122x
 def prior(errors: Sequence[Tensor], variances: Sequence[Tensor]) -> Float[Tensor, "B T"]:
-    "Half of the squared errors in units of their variances: the first term of (1)."
+    "Half of the squared `errors` in units of their `variances`: the first term of (1)."
     parts = zip(errors, variances, strict=True)
     return torch.stack([(e.square() / (2 * v)).sum(-1) for e, v in parts]).sum(0)
 
@@ -123,8 +123,8 @@ def prior(errors: Sequence[Tensor], variances: Sequence[Tensor]) -> Float[Tensor
 def slopes_of(
     energy: Energy, errors: Sequence[Tensor], proposed: bool = False,
 ) -> tuple[Float[Tensor, "B T"], tuple[Tensor, ...]]:
-    """Energies and their derivatives by the errors. Raises SettlingError for an energy that is
-    not finite, unless it is only proposed."""
+    """Energies and their derivatives by the `errors`. Raises SettlingError for an energy that is
+    not finite, unless it is only `proposed`."""
     leaves = [e.detach().clone().requires_grad_() for e in errors]
     with torch.enable_grad():
         now = energy(leaves)
@@ -136,7 +136,7 @@ def slopes_of(
 
 # %% ../../nbs/6_experiments/11_column.ipynb #where11
 def where(columns: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    "The new errors in some columns, the old in the others."
+    "The `new` errors in the `columns` that are True, the `old` in the others."
     return [torch.where(columns[..., None], x, y) for x, y in zip(new, old, strict=True)]
 
 # %% ../../nbs/6_experiments/11_column.ipynb #03e85577
@@ -177,7 +177,7 @@ def at_the_mode(
     steps: int,
     step_size: float,
 ) -> tuple[list[Tensor], list[Tensor], Float[Tensor, "B T"]]:
-    "`settle_columns`; nothing is drawn, so the log-weights are zero."
+    "`settle_columns` for `errors` with `variances`; nothing is drawn, so the log-weights are zero."
     settled, trace = settle_columns(energy, errors, variances, steps, step_size)
     return settled, trace, errors[0].new_zeros(errors[0].shape[:2])
 
@@ -192,18 +192,19 @@ class Langevin:
     generator: torch.Generator | None
 
     def noise(self, like: Sequence[Tensor]) -> list[Tensor]:
-        "A draw from the prior."
+        "A draw from the prior, in the shapes of `like`."
         draw = lambda e: torch.randn(e.shape, generator=self.generator, dtype=e.dtype).to(e.device)
         parts = zip(self.variances, [draw(e) for e in like], strict=True)
         return [(self.temperature * v).sqrt() * x for v, x in parts]
 
     def ahead(self, x: Sequence[Tensor], slopes: Sequence[Tensor], share: float) -> list[Tensor]:
-        "Equation (3) without its noise."
+        "Equation (3) without its noise: from `x`, along a `share` of the `slopes`."
         eta, parts = self.step_size, zip(x, self.variances, slopes, strict=True)
         return [(1 - eta) * e - eta * share * (v * g - e) for e, v, g in parts]
 
     def away(self, to: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
-        "`-log q(to | at)` times the temperature, up to a constant."
+        """`-log q(to | at)` of errors `to` times the temperature, up to a constant; `mean` is that
+        of q."""
         apart = [x - m for x, m in zip(to, mean, strict=True)]
         return prior(apart, self.variances) / (self.step_size * (2 - self.step_size))
 
@@ -212,12 +213,13 @@ Point = tuple[list[Tensor], Tensor, Sequence[Tensor]]    # errors, energies and 
 
 
 def usable(energies: Tensor, slopes: Sequence[Tensor]) -> Tensor:
-    "Columns whose energy and slope are finite."
+    "Columns whose `energies` and `slopes` are finite."
     return torch.stack([energies.isfinite(), *(g.isfinite().all(-1) for g in slopes)]).all(0)
 
 
 def langevin_step(walk: Langevin, energy: Energy, at: Point, share: float) -> Point:
-    "One proposal, taken or rejected column by column; what overflows is rejected."
+    """One proposal along a `share` of the slopes, taken or rejected column by column; what
+    overflows is rejected."""
     (x, now, slopes), size = at, walk.step_size
     mean, spread = walk.ahead(x, slopes, share), math.sqrt(size * (2 - size))
     trial = [m + spread * e for m, e in zip(mean, walk.noise(x), strict=True)]

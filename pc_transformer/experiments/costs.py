@@ -29,7 +29,7 @@ from ..training.trainer import pick_device
 
 # %% ../../nbs/6_experiments/05_costs.ipynb #6bb30af0
 class PlainBlock(nn.Module):
-    "A pre-norm GPT block in plain PyTorch."
+    "A pre-norm GPT block in plain PyTorch; states are `D` wide."
 
     def __init__(self, D: int, H: int):
         super().__init__()
@@ -38,6 +38,7 @@ class PlainBlock(nn.Module):
         self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
 
     def forward(self, s: Tensor) -> Tensor:
+        "The states after the block, from `s` before it."
         heads = lambda x: x.unflatten(-1, (self.H, -1)).transpose(1, 2)
         q, k, v = map(heads, self.qkv(self.ln1(s)).chunk(3, dim=2))
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -56,6 +57,7 @@ class PlainGPT(nn.Module):
         self.norm = nn.LayerNorm(c.d_model, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        "Logits of the `tokens`."
         s = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         return self.norm(self.blocks(s)) @ self.token.weight.T
 
@@ -65,7 +67,7 @@ Contenders = dict[str, Callable[[], None]]      # by name
 
 
 def optimizer_step(model: nn.Module, fill_gradients: Callable[[], Any]) -> Callable[[], None]:
-    "A whole training step."
+    "A whole training step: `fill_gradients`, clip, move the weights."
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -91,7 +93,7 @@ def plain_contender(model: PlainGPT, batch: Pair) -> Callable[[], None]:
 def solver_contenders(
     model: ModelConfig, batch: Pair, beta: float, device: torch.device
 ) -> Contenders:
-    "Training steps of our model taught by other solvers than the default."
+    "Training steps of our model taught by other solvers than the default, at precision `beta`."
     stiff = FreeEnergy(beta)
     solvers = {"lean": ErrorSettling(stiff, lean=True),
                "sweep": SweepSettling(stiff), "lean sweep": SweepSettling(stiff, lean=True),
@@ -133,14 +135,15 @@ def base_contenders(config: RunConfig, batch: Pair, device: torch.device) -> Con
 RATIOS = (
     ("GPT, backprop", "plain PyTorch GPT"), ("ours, backprop", "GPT, backprop"),
     ("GPT, predictive coding", "GPT, backprop"), ("ours, predictive coding", "ours, backprop"),
-)
+)  # what is divided by what
 
 # %% ../../nbs/6_experiments/05_costs.ipynb #eeedd488
 def ratio(
     times: Sequence[dict[str, float]], peaks: dict[str, int], resident: dict[str, int], a: str,
     b: str,
 ) -> dict[str, float]:
-    "Median over rounds of time a / time b, and peak memory a / b without and with what is held."
+    """Median over rounds of time `a` / time `b` (in `times`), and peak memory a / b without
+    (`peaks`) and with what is held between steps (`resident`)."""
     return {
         "time": statistics.median(t[a] / t[b] for t in times),
         "memory": peaks[a] / peaks[b],
@@ -150,8 +153,8 @@ def ratio(
 # %% ../../nbs/6_experiments/05_costs.ipynb #5a6195b7
 def step_costs(
     config: RunConfig,
-    device: str = "auto",
-    rounds: int = 30,
+    device: str = "auto",      # auto (a GPU if there is one), cpu, cuda
+    rounds: int = 30,          # turns of each contender
     solvers: bool = False,     # other solvers too
     compiled: bool = False,    # and layers under `torch.compile`
 ) -> dict[str, Any]:
@@ -178,8 +181,8 @@ def step_costs(
 
 # %% ../../nbs/6_experiments/05_costs.ipynb #02e8468a
 def cost_table(costs: dict[str, Any], runs: Runs | None = None) -> str:
-    """Ratios of step time and peak memory as Markdown; and of predictive coding's runs, where
-    they sat."""
+    """Ratios of step time and peak memory in `costs` as Markdown; and of predictive coding's runs,
+    where they sat."""
     heads = ("ratio of", "step time", "peak memory of a step", "with parameters and optimiser")
     rows = [f"| {' | '.join(heads)} |", "|---|" + 3 * "---:|"]
     for a, b in RATIOS:

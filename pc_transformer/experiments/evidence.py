@@ -58,7 +58,7 @@ def pick(keys: Keys, rows: Int[Tensor, " B"]) -> Keys:
 def memory_stream(
     model: PCTransformer, tokens: Int[Tensor, "B T"], errors: Sequence[Tensor] | None
 ) -> list[Keys]:
-    "All columns with their errors, each over the columns before it: what later columns will read."
+    "All columns with `errors`, each over the columns before it: what later columns will read."
     embedding, *layers = model.predictors
     s, found = embedding(tokens), []
     for l, f in enumerate(layers):
@@ -85,7 +85,7 @@ def check_evidence(
 
 # %% ../../nbs/6_experiments/11_evidence.ipynb #5377d6b7
 class EvidenceTransformer(nn.Module):
-    "A `PCTransformer` that reads its past as settled on the tokens that followed."
+    "A `PCTransformer` over a past settled on later tokens. Raises TypeError, ValueError."
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class EvidenceTransformer(nn.Module):
         self.log_beta = nn.Parameter(beta)
 
     def variances(self, predictions: Sequence[Tensor]) -> list[Tensor]:
-        "`v_l`, from predictions without errors."
+        "`v_l`, from `predictions` without errors."
         squares = [widened(mu.detach()).square().mean(-1, keepdim=True) for mu in predictions]
         beta = widened(self.log_beta.detach()).exp()
         return [s / b for s, b in zip(squares, beta, strict=True)]
@@ -111,7 +111,7 @@ class EvidenceTransformer(nn.Module):
     def settle(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None
     ) -> tuple[list[Float[Tensor, "B T D"]] | None, list[Tensor]]:
-        "Errors of every column (the last has none), and its energies in the last round."
+        "Errors and last energies, after `rounds`. Raises ValueError for dropout in training."
         if self.training and self.config.dropout:
             raise ValueError("settling on evidence needs dropout 0: the past would change")
         evidence = F.pad(tokens[:, 1:], (0, 1), value=-100)
@@ -129,7 +129,7 @@ class EvidenceTransformer(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "B T"], rounds: int | None = None
     ) -> Float[Tensor, "B T V"]:        # row t reads tokens 0..t only
-        "Logits over the settled past. Raises SettlingError, and what `check_tokens` raises."
+        "Logits over a past settled in `rounds`. Raises SettlingError, TypeError, ValueError."
         check_tokens(tokens, self.config)
         errors, _ = self.settle(tokens, rounds) if self.steps else (None, [])
         if errors is not None:          # the value of the error, the slope of its precision
@@ -177,7 +177,7 @@ def read_token(
 def read_in_order(
     evidence: EvidenceTransformer, tokens: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T V"]:
-    "The exact form of `forward`: one token after the other. Reads the model only."
+    "The exact `forward`: token after token; reads the model only. Raises TypeError, ValueError."
     check_tokens(tokens, evidence.config)
     found, past = [], None
     with evaluating(evidence) as still:
@@ -219,7 +219,7 @@ class EvidenceSettler:
     """Next-token logits over a past that settles on evidence; with a temperature, over several
     sampled pasts, whose weighted mean tends to the posterior's as their number grows.
 
-    A row's samples depend on which rows it is read with.
+    A row's samples depend on which rows it is read with. Raises ValueError for a wrong setting.
     """
 
     steps: int = 1                              # K, of every column
@@ -245,14 +245,14 @@ class EvidenceSettler:
         return found
 
     def settle(self, *column: Any) -> Any:
-        "What is done with a column."
+        "Settle a `column`, or sample it."
         if not self.temperature: return at_the_mode(*column)
         return sample_columns(*column, temperature=self.temperature, generator=self.generator)
 
     def log_probabilities(
         self, model: nn.Module, tokens: Int[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "S B V"], Float[Tensor, "S B"]]:
-        "Of the next token for each past, after what is new was read; and the pasts' log-weights."
+        "Of the next token for each past, and their log-weights. Raises TypeError, ValueError."
         evidence = self.evidence(model)
         window = tokens[:, -evidence.config.block_size :]
         check_tokens(window, evidence.config)
@@ -294,7 +294,7 @@ def check_settler(s: EvidenceSettler) -> None:
 
 
 def make_settler(name: str, steps: int = 1) -> EvidenceSettler:
-    "`evidence`, or `langevin`: eight weighted pasts. Raises ValueError for another name."
+    "By `name`: `evidence`, or `langevin`, eight weighted pasts. Raises ValueError for another."
     if name == "evidence": return EvidenceSettler(steps)
     if name == "langevin": return EvidenceSettler(steps, temperature=1.0, samples=8)
     raise ValueError(f"there is no way to settle called {name!r}: choose 'evidence' or 'langevin'")

@@ -41,7 +41,8 @@ class EvidenceBackprop(Learner):
         self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,
     ) -> Report:
-        "Adds to `p.grad` of the model, which is the one within `evidence`."
+        """Adds to `p.grad` of the model, which is the one within `evidence`; `measure` changes
+        nothing."""
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.evidence(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
@@ -58,7 +59,7 @@ class EvidenceBackprop(Learner):
 def go_on(
     config: RunConfig, task: Text, saved: PCTransformer, relative_precision: float | None
 ) -> tuple[EvidenceTransformer, Trainer]:
-    "Train a model further: with a settled past, or, without a precision, plainly."
+    "Train a model further: with a settled past at a `relative_precision`, or, for `None`, plainly."
     t = Trainer(config, task, saved.output.weight.device)
     t.model.load_state_dict(saved.state_dict())
     evidence = EvidenceTransformer(t.model, relative_precision or 100.0).to(t.device)
@@ -74,7 +75,7 @@ def read_losses(
     evidence: EvidenceTransformer,
     windows: Int[Tensor, "W T"],               # what the model reads
     targets: Int[Tensor, "W T"],               # what it is scored on
-    batch_size: int = 128,
+    batch_size: int = 128,                     # the most windows read at once
 ) -> Float[Tensor, " W"]:                      # nats per token of every window
     "Loss of the exact form; read in the order of time."
     found = []
@@ -87,7 +88,8 @@ def read_losses(
 def gains(
     evidence: EvidenceTransformer, windows: Tensor, targets: Tensor, steps: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    "By number of steps: mean loss, its difference to no step, and its standard error, nats."
+    """By number of `steps`: mean loss on `targets` after `windows`, its difference to no step, and
+    its standard error, nats per token."""
     found, losses = {}, dict[int, Tensor]()
     for k in sorted({0, *steps}):
         changed = EvidenceTransformer(evidence.model, 1.0, k, step_size=evidence.step_size)
@@ -103,7 +105,8 @@ def gains(
 def some_windows(
     ids: Int[Tensor, " N"], block_size: int, count: int
 ) -> tuple[Int[Tensor, "W T"], Int[Tensor, "W T"]]:
-    "Windows spread evenly over a text, and their targets. Raises ValueError for a text too short."
+    """`count` windows of `block_size` tokens spread evenly over a text, and their targets. Raises
+    ValueError for a text too short."""
     most = (len(ids) - 1) // block_size
     if not 1 <= count <= most:
         raise ValueError(f"a text of {len(ids)} tokens has {most} windows of {block_size}, "
@@ -113,6 +116,7 @@ def some_windows(
     return x[:, :-1], x[:, 1:]
 
 # %% ../../nbs/6_experiments/12_evidence_study.ipynb #274e7290
+# changes for the steps that follow
 FURTHER = {"train.learning_rate": 5e-4, "train.min_learning_rate": 5e-5, "train.warmup_iters": 20}
 UNTRAINED = (1000.0, 100.0, 10.0)     # stiffness at which a plain model is read
 
@@ -120,7 +124,7 @@ UNTRAINED = (1000.0, 100.0, 10.0)     # stiffness at which a plain model is read
 def evidence_run(
     job: Job, relative_precision: float | None = None, windows: int = 96, further: int = 150
 ) -> dict[str, Any]:
-    "Train, go on for `further` steps, plainly or with evidence, and read the validation text."
+    "Train, go on for `further` steps at a `relative_precision` (`None`: plainly), read `windows`."
     assert isinstance(job.task, Text) and job.task.source is not None
     own = {"train.iters": further, "train.seed": 100 + job.config.train.seed}
     config = replace(job.config, **FURTHER, **own)
@@ -149,4 +153,5 @@ def evidence_run(
     base={"learner.algorithm": "backprop"},
 )
 def EVIDENCE(base: RunConfig) -> list[Arm]:
+    "Trained on plainly, and with evidence."
     return [Arm("plain"), Arm("with evidence", {"relative_precision": 3.0})]

@@ -31,11 +31,11 @@ from ..training.trainer import Trainer
 def evaluate_damaged(
     model: nn.Module,
     ids: Int[Tensor, " N"],           # tokens of the split
-    block_size: int,
-    vocab_size: int,
+    block_size: int,                  # T: windows do not overlap
+    vocab_size: int,                  # V
     fraction: float,                  # of the context that is replaced; the targets stay clean
     seed: int = 0,                    # of the damage: the same for every model that is compared
-    batch_size: int = 64,
+    batch_size: int = 64,             # the most windows that are read at once
 ) -> float:                           # nats per token
     "Cross-entropy over a split whose context is damaged and whose targets are not."
     draw = torch.Generator().manual_seed(seed)
@@ -50,15 +50,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "student_t": {"model.attention": "student_t"},
     "laplace": {"model.attention": "laplace"},
     "mixture": {"model.attention": "mixture"},
-}
+}  # changes, by name
 
 
-DAMAGE = (0.05, 0.1, 0.2)
+DAMAGE = (0.05, 0.1, 0.2)  # fractions of the context
 
 # %% ../../nbs/6_experiments/07_precision_and_tails.ipynb #84cee06c
 def sharpened(config: RunConfig, sharpness: float | None) -> RunConfig:
-    """A run whose scores spread by so many nats at birth; `None` keeps nanoGPT's fixed 1/sqrt(d).
-    Raises ConfigError."""
+    """A run whose scores spread by `sharpness` nats at the start; `None` keeps nanoGPT's fixed
+    1/sqrt(d). Raises ConfigError."""
     m = config.model
     if sharpness is None:
         if m.attention != "dot":
@@ -76,7 +76,8 @@ def sharpened(config: RunConfig, sharpness: float | None) -> RunConfig:
 
 # %% ../../nbs/6_experiments/07_precision_and_tails.ipynb #05483bd5
 def family_run(job: Job, sharpness: float | None, train_damage: float = 0.0) -> dict[str, Any]:
-    "Train one model and measure it on clean and on damaged context."
+    """Train one model from a `sharpness` (nats), with a part `train_damage` of what it reads
+    replaced, and measure it on clean and on damaged context."""
     config, task = sharpened(job.config, sharpness), job.task
     assert isinstance(task, Text)
     t = Trainer(config, Damaged(task, config.train.seed, input_noise=train_damage), job.device)
@@ -100,7 +101,7 @@ def learned(model: nn.Module) -> dict[str, list[float]]:
 
 # %% ../../nbs/6_experiments/07_precision_and_tails.ipynb #81d4e335
 def arm(family: str, sharpness: float | None, more: Mapping[str, Any] | None = None) -> Arm:
-    "A family from a start, with other changes."
+    "A `family` from a `sharpness` in nats, with `more` changes."
     changes = {**FAMILIES[family], "sharpness": sharpness, **(more or {})}
     told = "".join(f", {k.split('.')[-1]} {v}" for k, v in sorted((more or {}).items()))
     at = "of 1/sqrt(d)" if sharpness is None else f"{sharpness:g}"
@@ -112,6 +113,7 @@ def arm(family: str, sharpness: float | None, more: Mapping[str, Any] | None = N
     base={"learner.algorithm": "backprop", "train.eval_interval": 500},
 )
 def STUDY(base: RunConfig) -> list[Arm]:
+    "Families by sharpness, then other settings and damage in training."
     radial = ("dot", "gaussian", "student_t", "laplace", "mixture")
     return [
         *(arm(f, s) for s, f in product((0.5, 0.16, 1.5, 0.05), radial)),
@@ -123,7 +125,7 @@ def STUDY(base: RunConfig) -> list[Arm]:
 
 # %% ../../nbs/6_experiments/07_precision_and_tails.ipynb #db1375e0
 def kind(results: Results, family: str, sharpness: float | None, **more: Any) -> Runs:
-    "The runs of one family from one start, by seed."
+    "The runs of one `family` from one `sharpness`, with `more` settings, by seed."
     own = {k.split(".")[-1]: v for k, v in FAMILIES[family].items()}
     return results.select(algorithm="backprop", sharpness=sharpness, **own, **more)
 
@@ -134,8 +136,8 @@ def damaged_loss(fraction: float) -> str:
 
 
 def best_sharpness(results: Results, family: str, fraction: float = 0.0, seeds: int = 3) -> float:
-    """The sharpness at which a family's mean loss is lowest, among those run with at least so
-    many seeds. Raises ValueError."""
+    """The sharpness at which the mean loss of a `family` is lowest, among those run with at least
+    so many `seeds`. Raises ValueError."""
     starts = {r["changes"]["sharpness"] for r in results.runs} - {None}
     found = {s: kind(results, family, s) for s in sorted(starts)}
     means = {s: r.mean(damaged_loss(fraction)) for s, r in found.items() if len(r) >= seeds}

@@ -39,19 +39,20 @@ class Arm:
     "One kind of run: all in which it differs from the default, by dotted setting."
 
     name: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)  # setting: value
     seeds: tuple[int, ...] | None = None     # `None`: the study's
 
 
 def grid(changes: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[Arm]:
-    "An arm for every combination of values; a value that is no list counts as a list of one."
+    """An arm for every combination of values in `changes`; one that is no list counts as a list of
+    one."""
     values = [v if isinstance(v, list) else [v] for v in changes.values()]
     each = [dict(zip(changes, some, strict=True)) for some in product(*values)]
     return [Arm(arm_name(c), c, None if seeds is None else tuple(seeds)) for c in each]
 
 
 def arm_name(changes: Mapping[str, Any]) -> str:
-    "What an arm is called that has no better name: its changes in alphabetical order."
+    "What an arm is called that has no better name: its `changes` in alphabetical order."
     return ", ".join(f"{last(k)} {v}" for k, v in sorted(changes.items())) or "default"
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #9b81577f
@@ -76,6 +77,7 @@ def train_and_measure(job: Job) -> dict[str, Any]:
     return report(trained(job))
 
 
+# what the report leaves in the record
 STANDS = ("step", "valid_loss", "cosine", "residual", "step_sizes", "energy")
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #c6ccbd16
@@ -104,11 +106,11 @@ class Study:
     run: Callable[..., dict[str, Any]] = train_and_measure
     task: Callable[[RunConfig], Task] | None = open_text       # `None`: it needs none
     base: Mapping[str, Any] = field(default_factory=dict)      # changes that all arms share
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3)                         # of every arm that names none
 
 
 def study(name: str, question: str, **facts: Any) -> Callable[..., Study]:
-    "Make a study of the function that lists its arms."
+    "Make a study of the function that lists its arms; `facts` are the other fields of `Study`."
     return lambda arms: Study(name, question, arms, **facts)
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #260c46df
@@ -116,23 +118,25 @@ def study(name: str, question: str, **facts: Any) -> Callable[..., Study]:
 class Planned:
     "A run that a study asks for."
 
-    arm: str
+    arm: str                     # its name
     seed: int
     changes: dict[str, Any]      # all but the seed
     config: RunConfig
     extras: dict[str, Any]       # changes that are no settings: for the study's own `run`
 
     def is_in(self, runs: Sequence[Mapping[str, Any]]) -> bool:
+        "Whether it is among `runs` that were made: the same seed and changes."
         return any((r["seed"], r["changes"]) == (self.seed, self.changes) for r in runs)
 
 
 def settings(changes: Mapping[str, Any], dotted: bool = True) -> dict[str, Any]:
-    "The changes that are settings of a run; or, not dotted, those that are not."
+    "The `changes` that are settings of a run; or, not `dotted`, those that are not."
     return {k: v for k, v in changes.items() if ("." in k or k == "data") == dotted}
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #fc94da26
 def planned(of: Study, arm: Arm, seed: int, shared: Mapping[str, Any]) -> Planned:
-    "One run. Raises ConfigError for changes that nothing takes."
+    """One run of an arm, with changes `shared` by all. Raises ConfigError for changes that nothing
+    takes."""
     changes = json.loads(json.dumps({**of.base, **arm.changes, **shared}))
     own = settings(changes, dotted=False)
     try:
@@ -162,7 +166,7 @@ def plan(
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #76f7d15d
 def begin(of: Study, first: RunConfig, command: str, device: torch.device) -> Results:
-    "The results of a study of which nothing has been run yet."
+    "The results of a study of which nothing has been run yet; `command` is what was typed."
     about = about_run(first, device)
     task = of.task(first) if of.task else None
     usual = to_dict(RunConfig())
@@ -187,7 +191,7 @@ def run(
     seeds: Sequence[int] | None = None,
     only: str = "",
     changes: Mapping[str, Any] | None = None,    # for all arms
-    device: str = "auto",
+    device: str = "auto",                        # auto (a GPU if there is one), cpu, cuda
 ) -> Results:
     """Make every run that `out/results.json` lacks; the file is written, whole, after each.
 
@@ -213,7 +217,7 @@ def run(
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #e531ba2c
 def said(made: Mapping[str, Any]) -> str:
-    "A run in a few words: its loss, or why it has none."
+    "A run that was `made`, in a few words: its loss, or why it has none."
     return made.get("error") or (f"{made['loss']:.4f}" if "loss" in made else "done")
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #14a0d88a
@@ -230,7 +234,7 @@ def own_modules() -> Iterator[ModuleType]:
 
 
 def module_of(place: str) -> ModuleType:
-    "A module by the path of its file, or by its dotted name. Raises ConfigError."
+    "The module at `place`: the path of a file, or a dotted name. Raises ConfigError."
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
@@ -244,7 +248,7 @@ def module_of(place: str) -> ModuleType:
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #b315f910
 def known_studies(place: str | None = None) -> dict[str, Study]:
-    "All studies of this package, or of a file or module; by name."
+    "All studies of this package, or of the file or module at `place`; by name."
     modules = own_modules() if place is None else [module_of(place)]
     return {name: s for module in modules for name, s in studies_in(module).items()}
 

@@ -21,7 +21,7 @@ from ..settling.states import StateSettling, StateWalk
 @dataclass(frozen=True)
 class IncrementalPC(Learner):
     """A weight update after every parallel state update (Salvatori et al. 2022); the last one is
-    left to the caller."""
+    left to the caller. Raises ConfigError for fields of another type."""
 
     solver: StateSettling
     # uses `p.grad` and clears it, e.g. an optimiser's step and zero_grad
@@ -38,6 +38,7 @@ class IncrementalPC(Learner):
         self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,
     ) -> Report:
+        "Settle; weights move after each step but the last. `measure`: with the residual."
         walk = StateWalk.begin(self.solver, model, tokens, targets)
         for _ in range(self.solver.steps - 1):
             walk.step()
@@ -45,6 +46,5 @@ class IncrementalPC(Learner):
             self.apply()
             walk.refresh()
         walk.step()
-        settled = walk.settled(measure)
-        learn(settled)
+        learn(settled := walk.settled(measure))
         return Report(settled.loss, settled.energy.tolist(), settled.residual, settled.step_sizes)

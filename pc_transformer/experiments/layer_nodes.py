@@ -34,7 +34,7 @@ AXES = {"state": 3, "message": 3, "tokens": 2, "targets": 2, "reach": 2,
 # %% ../../nbs/6_experiments/14_node.ipynb #bf226831
 def encode(
     what: str,       # its name; sets how many axes it has
-    value: Tensor,
+    value: Tensor,   # what is sent
     D: int,          # width of a state
 ) -> bytes:          # one line that says what it is, then its numbers
     "What is sent through a pipe. Raises TypeError for anything that is not allowed to cross."
@@ -43,17 +43,15 @@ def encode(
     axes = AXES.get(what, 0)
     if value.dim() != axes or not kinds[axes]:
         about = f"a {str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
-        raise TypeError(
-            f"{about} may not cross as {what!r}: only numbers, tokens (B, T) and states "
-            f"and messages (B, T, {D}) may"
-        )
+        raise TypeError(f"{about} may not cross as {what!r}: only numbers, tokens (B, T) and "
+                        f"states and messages (B, T, {D}) may")
     header = json.dumps([what, str(value.dtype)[6:], list(value.shape)])
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return header.encode() + b"\n" + raw.tobytes()
 
 # %% ../../nbs/6_experiments/14_node.ipynb #eac12683
 def decode(data: bytes) -> tuple[str, Tensor]:
-    "The name and the tensor that `encode` wrote; nothing is unpickled."
+    "The name and the tensor that `encode` wrote as `data`; nothing is unpickled."
     header, raw = data.split(b"\n", 1)
     what, dtype, shape = json.loads(header)
     return what, torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(shape)
@@ -80,14 +78,15 @@ class Wire:
     "One end of a pipe. Raises TypeError for what may not cross, HungUp when nobody is there."
 
     end: Connection
-    sender: str
-    receiver: str
+    sender: str                             # name of this end
+    receiver: str                           # name of the other
     D: int                                  # width of a state
     only: tuple[str, ...] = ()              # names that may be sent; empty: all
     life: Connection | None = None          # the parent's pipe, watched while waiting
     book: Counter[tuple[Any, ...]] = field(default_factory=Counter)
 
     def send(self, what: str, value: Tensor | float) -> None:
+        "Send `value` as `what`. Raises TypeError for what may not cross, HungUp."
         if self.only and what not in self.only:
             raise TypeError(f"{what!r} may not go from {self.sender} to {self.receiver}")
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -99,7 +98,7 @@ class Wire:
         self.book[what, str(value.dtype)[6:], tuple(value.shape), len(data)] += 1
 
     def receive(self) -> tuple[str, Tensor]:
-        "The next name and tensor."
+        "The next name and tensor. Raises HungUp."
         try:
             if self.life is not None and self.end not in wait([self.end, self.life]):
                 raise HungUp      # the parent says nothing while its children talk: it is gone
@@ -108,7 +107,7 @@ class Wire:
             raise HungUp from None
 
     def expect(self, what: str) -> Tensor:
-        "The next tensor, which has this name."
+        "The next tensor. Raises ProcessError if it has another name than `what`."
         name, value = self.receive()
         if name != what:
             raise ProcessError(f"{self.receiver} sent {name!r} where {self.sender} waited for "
@@ -116,8 +115,8 @@ class Wire:
         return value
 
     def crossings(self) -> list[Crossing]:
-        return [Crossing._make((self.sender, self.receiver, *line, n))
-                for line, n in self.book.items()]
+        "The book of what was sent."
+        return [Crossing._make((self.sender, self.receiver, *x, n)) for x, n in self.book.items()]
 
 # %% ../../nbs/6_experiments/14_node.ipynb #b543371e
 @dataclass
@@ -147,8 +146,8 @@ class Node:
         self.read = self.below.expect("state").requires_grad_()
 
     def up(self, eta: float | None = None, again: bool = False) -> None:
-        """Predict and send the state up; without a step size: the first, feed-forward pass.
-        Again: a smaller step the same way."""
+        """Predict and send the state up by a step size `eta`; `None`: the first, feed-forward pass.
+        With `again`: a smaller step the same way."""
         self.listen()
         self.mu = self.f(self.read)
         mu = self.mu.detach()
@@ -164,7 +163,7 @@ class Node:
         self.parent.send("energy", self.batch_energy.changing_energy([self.trial], nothing)[0])
 
     def weigh(self, state: Tensor) -> BatchEnergy:
-        "This node's energy. Raises SettlingError, naming it."
+        "This node's energy at `state`. Raises SettlingError, naming it."
         try:
             return self.energy.at([state], self.reach)
         except SettlingError as error:
@@ -183,12 +182,14 @@ class Node:
         accumulate(parameters, torch.autograd.grad(self.mu, parameters, message))
 
     def learn(self) -> None:
+        "A step of this node's optimiser."
         self.optimizer.zero_grad()
         self.gradients()
         self.optimizer.step()
         self.parent.send("done", 1.0)
 
     def weights(self) -> dict[str, Tensor]:
+        "This node's weights, by the model's names."
         own = self.f.named_parameters()
         return {f"predictors.{self.l}.{n}": p.detach().contiguous() for n, p in own}
 
@@ -199,8 +200,8 @@ class Ends(Node):
 
     output: nn.Module = field(kw_only=True)
     density: Categorical = Categorical()      # of the targets
-    tokens: Tensor = field(init=False)
-    targets: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)        # (B, T)
+    targets: Tensor = field(init=False)       # (B, T)
     top: Tensor = field(init=False)           # s_N
     judged: Tensor = field(init=False)        # energy of the output, with its graph
 
@@ -246,7 +247,7 @@ def build(l: int, ends: Sequence[Connection]) -> Node:
 
 # %% ../../nbs/6_experiments/14_node.ipynb #pr03
 def take_batch(node: Node, count: float, padded: bool) -> None:
-    "Take a batch's numbers (for the ends: the batch) and predict."
+    "Take a batch's numbers (for the ends: the batch; `padded`: and its reach) and predict."
     node.reach = node.parent.expect("reach").bool() if padded else None
     node.count, node.energy = count, FreeEnergy(node.parent.expect("beta").item())
     if isinstance(node, Ends):
@@ -256,17 +257,16 @@ def take_batch(node: Node, count: float, padded: bool) -> None:
 
 
 def plain(data: bytes) -> Tensor:
-    "Bytes as a tensor."
+    "The bytes `data` as a tensor."
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 # %% ../../nbs/6_experiments/14_node.ipynb #b5513d84
 def obey(node: Node, word: str, number: float) -> None:
-    "Do what the parent says."
+    "Do what the parent says: a `word`, a `number`. Raises ProcessError for an unknown word."
     if word in ("begin", "padded"):
         take_batch(node, number, word == "padded")
     elif word in ("down", "again"):
-        if word == "down":
-            node.down()
+        if word == "down": node.down()
         node.up(number, again=word == "again")
     elif word == "learn":
         node.learn()
@@ -280,7 +280,7 @@ def obey(node: Node, word: str, number: float) -> None:
 
 # %% ../../nbs/6_experiments/14_node.ipynb #599aa96d
 def work(l: int, fds: Sequence[int]) -> None:
-    "The whole life of node l's process; returns when the parent hangs up."
+    "The life of node l's process, with pipes `fds`; returns when the parent hangs up."
     torch.set_num_threads(1)
     ends = [Connection(fd) for fd in fds]
     try:

@@ -37,7 +37,7 @@ from ..training.parallel import ProcessError, check_seconds
 START = """import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)    # to be interrupted is no traceback
 from pc_transformer.experiments.layer_nodes import work
-work(int(sys.argv[1]), [int(x) for x in sys.argv[2:]])"""
+work(int(sys.argv[1]), [int(x) for x in sys.argv[2:]])"""  # what every process runs
 
 
 def launch(l: int, ends: Sequence[Connection]) -> "subprocess.Popen[bytes]":
@@ -52,7 +52,8 @@ def launch(l: int, ends: Sequence[Connection]) -> "subprocess.Popen[bytes]":
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #pr05
 class Ring:
-    "Processes in a ring of pipes, each with a wire to here. Raises ProcessError, naming the node."
+    """Processes in a ring of pipes, made of `births`, for states `D` wide, each with a wire to
+    here. Raises ProcessError, naming the node."""
 
     def __init__(self, births: Sequence[bytes], D: int, timeout: float, start_timeout: float):
         L, self.timeout, self.processes = len(births), timeout, list[Any]()
@@ -82,14 +83,14 @@ class Ring:
 
     @contextmanager
     def naming(self, l: int) -> Iterator[None]:
-        "If node l hangs up within, say how its process ended."
+        "Within, when node l hangs up: raises ProcessError that says how its process ended."
         try:
             yield
         except (HungUp, OSError):
             raise ProcessError(self.why_it_ended(l)) from None
 
     def close(self, patience: float = 5.0) -> None:
-        "Hang up, wait, and kill what is still there."
+        "Hang up, wait `patience` seconds, and kill what is still there."
         for wire in self.wires:
             wire.end.close()
         deadline = time.monotonic() + patience
@@ -115,6 +116,7 @@ class Ring:
         return f"the process of node {l} ended ({how})"
 
     def tell(self, what: str, value: Tensor | float, to: Sequence[int] | None = None) -> None:
+        "Send `value` as `what`, `to` these nodes or all. Raises ProcessError."
         for l in range(len(self.wires)) if to is None else to:
             with self.naming(l):
                 self.wires[l].send(what, value)
@@ -122,7 +124,8 @@ class Ring:
     def gather(
         self, what: str, to: Sequence[int] | None = None, timeout: float | None = None
     ) -> list[Tensor]:
-        "One answer from every process, or from some."
+        """One answer called `what` from all nodes, or from those in `to`, within `timeout` seconds.
+        Raises ProcessError."""
         found, missing = dict[int, Tensor](), list(range(len(self.wires)) if to is None else to)
         patience = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + patience
@@ -138,6 +141,7 @@ class Ring:
         return [found[l] for l in sorted(found)]
 
     def hear(self, l: int, what: str) -> Tensor:
+        "The next tensor of node l. Raises ProcessError if it has another name than `what`."
         with self.naming(l):
             name, value = self.wires[l].receive()
         if name != what:
@@ -147,7 +151,7 @@ class Ring:
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #cc3d3312
 def stopped(l: int, words: Tensor) -> str:
-    "Why node l's process could not go on."
+    "Why node l's process could not go on, from its own `words`."
     return f"the process of node {l} stopped: {bytes(words.tolist()).decode()}"
 
 # %% ../../nbs/6_experiments/14_processes.ipynb #833332c7
@@ -221,7 +225,7 @@ class LayerProcesses:
         return torch.stack([*self.ring.gather("energy"), *self.ring.gather("output", [0])])
 
     def hand_out(self, tokens: Tensor, targets: Tensor, count: int) -> None:
-        "A batch and its numbers; every node must know which positions count."
+        "A batch of `tokens` and `targets`, and which positions count; `count` is how many."
         reach, ring = in_reach(targets), self.ring
         ring.tell("begin" if reach is None else "padded", count)
         if reach is not None:
@@ -236,7 +240,7 @@ class LayerProcesses:
         targets: Int[Tensor, "B T"],    # -100: predicts nothing
     ) -> Report:
         """Settle on a batch and learn: `PredictiveCoding(self.solver).backward`, then a step of
-        every process's optimiser."""
+        every process's optimiser. Raises ProcessError, SettlingError."""
         if self.ring.wires[0].end.closed:
             raise ProcessError("the processes have ended: start new ones")
         count = check_batch(self.model, tokens, targets)
@@ -259,7 +263,7 @@ class LayerProcesses:
         return Report(loss / count, energy, None, sizes)
 
     def descend(self, before: Tensor) -> tuple[Tensor, float]:
-        "One accepted step: every node tries it, and smaller ones, until the energy does not rise."
+        "One step from the energies `before`: tried smaller until the energy does not rise."
         solver, whole = self.solver, self.solver.step_size
 
         def look(eta: float) -> tuple[None, Tensor]:

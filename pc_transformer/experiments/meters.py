@@ -23,7 +23,7 @@ from ..training.run import RunConfig
 
 # %% ../../nbs/6_experiments/01_meters.ipynb #e33f042c
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    "Wall time of one call, with the device's queue empty before and after."
+    "Wall time of one call of `work`, with the device's queue empty before and after."
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()
@@ -33,7 +33,8 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 # %% ../../nbs/6_experiments/01_meters.ipynb #349e97fa
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    "Peak of bytes held by torch's allocator during a call, above what was held before it."
+    """Peak of bytes held by torch's allocator during a call of `work`, above what was held before
+    it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
@@ -70,7 +71,7 @@ def about_run(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 # %% ../../nbs/6_experiments/01_meters.ipynb #21c49041
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    "Mean and, for more than one value, the largest distance from it."
+    "Mean of `values`, to so many `digits`, and, for more than one, the largest distance from it."
     mean = statistics.mean(values)
     return f"{mean:.{digits}f}" + (
         f" ± {max(abs(v - mean) for v in values):.{digits}f}" if len(values) > 1 else ""

@@ -41,7 +41,7 @@ def verdict(a: Sequence[float], b: Sequence[float]) -> Verdict:
 
 # %% ../../nbs/6_experiments/02_results.ipynb #f7e89dfc
 Run = Mapping[str, Any]      # arm, seed, changes, and the numbers
-Metric = str | Callable[[Run], float | None]
+Metric = str | Callable[[Run], float | None]  # a name, parts by "/", or a function
 
 
 def number(run: Run, metric: Metric) -> float | None:
@@ -58,26 +58,29 @@ class Runs(dict[int, Run]):
     "The runs of one kind, by seed."
 
     def values_of(self, metric: Metric = "loss") -> dict[int, float]:
+        "The metric of every run that has it, by seed."
         found = {seed: number(run, metric) for seed, run in sorted(self.items())}
         return {seed: x for seed, x in found.items() if x is not None}
 
     def mean(self, metric: Metric = "loss") -> float:
+        "Mean of the metric over the seeds."
         return statistics.mean(self.values_of(metric).values())
 
     def spread(self, metric: Metric = "loss", digits: int = 3) -> str:
-        "Mean and largest distance from it, as text; empty where there is no run."
+        """Mean and largest distance from it, to so many `digits`, as text; empty where there is no
+        run."""
         found = list(self.values_of(metric).values())
         return spread(found, digits) if found else ""
 
     def against(self, other: "Runs", metric: Metric = "loss") -> Verdict:
-        "The verdict over the seeds of both."
+        "The verdict on these runs against `other` ones, over the seeds of both."
         a, b = self.values_of(metric), other.values_of(metric)
         both = sorted(a.keys() & b.keys())
         return verdict([a[n] for n in both], [b[n] for n in both])
 
 # %% ../../nbs/6_experiments/02_results.ipynb #7d7fbfa4
 def last(name: str) -> str:
-    "The last part of a dotted name."
+    "The last part of a dotted `name`."
     return name.split(".")[-1]
 
 
@@ -85,7 +88,7 @@ ASIDE = ("seed", "eval_interval", "checkpoint_interval")     # they make no othe
 
 
 def short(changes: Mapping[str, Any]) -> dict[str, Any]:
-    "Changes by the last part of their names, without those that make no other kind of run."
+    "The `changes` by the last part of their names, without those that make no other kind of run."
     return {last(k): v for k, v in changes.items() if last(k) not in ASIDE}
 
 # %% ../../nbs/6_experiments/02_results.ipynb #d1bbbcc1
@@ -93,15 +96,15 @@ def short(changes: Mapping[str, Any]) -> dict[str, Any]:
 class Results:
     "What a study has found so far: the same schema for all."
 
-    study: str
-    question: str
+    study: str                                   # its name
+    question: str                                # one sentence
     about: dict[str, Any]                        # date, device, versions, command
     config: dict[str, Any]                       # the default that changes are changes of
     baselines: dict[str, dict[str, float]]       # what needs no model
-    runs: list[dict[str, Any]]
+    runs: list[dict[str, Any]]                   # arm, seed, changes and numbers of each
 
     def select(self, **wanted: Any) -> Runs:
-        "Runs with these settings, by the last part of their names, and all others as usual."
+        "Runs with the settings `wanted`, by the last part of their names, and all others as usual."
         usual = short(flat(self.config))
         kind = usual | short(wanted)
         found = [r for r in self.runs if usual | short(r["changes"]) == kind]
@@ -115,20 +118,21 @@ class Results:
         return found
 
 # %% ../../nbs/6_experiments/02_results.ipynb #2dee382a
-Column = Metric | Callable[[Runs], str]
+Column = Metric | Callable[[Runs], str]  # what a table shows of some runs
 
 
 def cell(runs: Runs, column: Any, digits: int) -> str:
-    "A metric with its spread, or what a function of the runs says."
+    "The metric `column` with its spread, to so many `digits`, or what a function says of the runs."
     return runs.spread(column, digits) if isinstance(column, str) else column(runs)
 
 # %% ../../nbs/6_experiments/02_results.ipynb #7cd29d36
 def table(
     rows: Mapping[str, Runs],
     columns: Mapping[str, str | Callable[[Runs], str]],      # by heading: a metric, or text
+    # numbers that need no model, by name
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     base: str | None = None,                                 # the row that others are held against
-    digits: int = 3,
+    digits: int = 3,                                         # after the point
 ) -> str:
     "Markdown: baselines, then each kind of run with its spread, the verdict on its loss, seeds."
     heads = ["", *columns, *([f"minus {base}"] if base else []), "seeds"]
@@ -146,7 +150,8 @@ def table(
 
 # %% ../../nbs/6_experiments/02_results.ipynb #e0fdaf60
 def curves(axes: Any, rows: Mapping[str, Runs], metric: str = "valid_loss") -> None:
-    "A number of the record against training steps: mean over seeds, and their range."
+    """The `metric` of the record against training steps, drawn into `axes`: mean over seeds, and
+    range."""
     for i, (name, runs) in enumerate(rows.items()):
         lines = [[e[metric] for e in r["record"]] for r in runs.values()]
         steps = [e["step"] for e in next(iter(runs.values()))["record"]]
@@ -164,7 +169,8 @@ def read(place: Path) -> Results:
 
 
 def load(name: str) -> Results:
-    "The results of a study by its name, from `results` here or in a folder above."
+    """The results of the study called `name`, from `results` here or in a folder above. Raises
+    CheckpointError when there are none."""
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (place := folder / "results" / name / "results.json").is_file():
             return read(place)

@@ -122,7 +122,7 @@ class EnergyTemperature:
         return self.scaled(model(tokens)[:, -1], energies(model, tokens)[0, :, -1])
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #dc21fc4e
-DRIVERS = ("energy", "energy per key", "position", "entropy")
+DRIVERS = ("energy", "energy per key", "position", "entropy")  # what the temperature may follow
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Predictions:
     drivers: dict[str, Float[Tensor, "N T"]]      # by the names in DRIVERS
 
     def flat(self, driver: str) -> tuple[Tensor, Tensor, Tensor]:
-        "Logits `(n, V)`, targets and driver `(n,)`."
+        "Logits `(n, V)`, targets and the `driver` of this name `(n,)`."
         return self.logits.flatten(0, 1), self.targets.flatten(), self.drivers[driver].flatten()
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #fa05943f
@@ -152,6 +152,7 @@ def read_text(
     return Predictions(z, targets.cpu(), dict(zip(DRIVERS, drivers, strict=True)))
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #563a96fd
+# that are tried, 0 is one temperature for all
 SLOPES = (-0.4, -0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2, 0.4)
 Tuned = dict[float, tuple[EnergyTemperature, float]]     # by slope: the rule, and its loss
 
@@ -160,7 +161,7 @@ def tune(
     logits: Float[Tensor, "n V"],
     targets: Int[Tensor, " n"],
     driver: Float[Tensor, " n"],
-    slopes: Sequence[float] = SLOPES,
+    slopes: Sequence[float] = SLOPES,  # that are tried
 ) -> Tuned:
     "The best temperature for each slope; mean and spread of the driver are those of this text."
     out: Tuned = {}
@@ -182,7 +183,7 @@ def paired_difference(
     seed: int,
 ) -> dict[str, Any]:
     """Loss by log-probabilities `a` minus loss by `b`, nats per token, with an interval over
-    windows; negative: `a` is better."""
+    windows from `draws` of a bootstrap; negative: `a` is better."""
     at = targets.flatten()[:, None]
     by_window = (b.gather(-1, at) - a.gather(-1, at)).view(targets.shape).mean(1)
     interval = bootstrap_interval(lambda x: x.mean().item(), by_window, draws=draws, seed=seed)
@@ -193,7 +194,8 @@ def judge_rule(
     how: EnergyTemperature, fixed: EnergyTemperature, tests: dict[str, Predictions], driver: str,
     draws: int, seed: int,
 ) -> dict[str, Any]:
-    "A chosen rule on other text: calibration, and its loss against one temperature for all."
+    """A rule chosen for a `driver` on other text: calibration, and its loss against one temperature
+    for all, with `draws` of a bootstrap."""
     out: dict[str, Any] = {"slope": how.slope, "temperature": how.temperature}
     out |= {"mean": how.mean, "sd": how.std}
     for name, test in tests.items():
@@ -208,7 +210,7 @@ def judge_rule(
 def curve_losses(
     how: EnergyTemperature, tests: dict[str, Predictions], driver: str
 ) -> dict[str, float]:
-    "Loss of a rule on each text."
+    "Loss of a rule for a `driver` on each text, in nats per token."
     found = {name: test.flat(driver) for name, test in tests.items()}
     return {name: scaled_nll(how.scaled(z, e), y, 1.0) for name, (z, y, e) in found.items()}
 
@@ -222,7 +224,8 @@ def cooled(text: Predictions, rule: EnergyTemperature) -> Predictions:
 def texts_of(
     model: PCTransformer, ids: Int[Tensor, " N"], windows: int, seed: int
 ) -> tuple[Predictions, dict[str, Predictions]]:
-    "The first half of a text, read, to choose by; the second, clean and damaged, to judge by."
+    """The first half of a text, so many `windows`, read, to choose by; the second, clean and
+    damaged, to judge by."""
     T, device = model.config.block_size + 1, model.output.weight.device
     first, second = (even_windows(half, T, windows).to(device) for half in in_halves(ids))
     draw = torch.Generator().manual_seed(seed)
@@ -236,7 +239,8 @@ def texts_of(
 def temperature_study(
     model: PCTransformer, ids: Int[Tensor, " N"], windows: int, draws: int, seed: int = 0
 ) -> dict[str, Any]:
-    "One fixed temperature and every driver of equation (2), chosen and judged."
+    """One fixed temperature and every driver of equation (2), chosen and judged in so many
+    `windows`, with `draws` of a bootstrap."""
     fit, tests = texts_of(model, ids, windows, seed)
     tuned = {driver: tune(*fit.flat(driver)) for driver in DRIVERS}
     fixed, none = tuned["entropy"][0.0][0], EnergyTemperature()
@@ -258,7 +262,8 @@ def temperature_study(
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #249adf36
 def reading_run(job: Job, windows: int = 400, draws: int = 200) -> dict[str, Any]:
-    "Train, then measure both; a model of dot products is read as the Gaussian that it equals."
+    """Train, then measure both in so many `windows`, with `draws` of a bootstrap; a model of dot
+    products is read as the Gaussian that it equals."""
     assert isinstance(job.task, Text)
     net, ids = trained(job).model.eval(), job.task.valid_ids
     own = convert(net, "gaussian") if net.config.attention == "dot" else net
@@ -275,4 +280,6 @@ def reading_run(job: Job, windows: int = 400, draws: int = 200) -> dict[str, Any
     "settled_reading", "Does it help to settle queries, or to set temperatures by the energy?",
     run=reading_run, base={"learner.algorithm": "backprop"},
 )
-def SETTLED_READING(base: RunConfig) -> list[Arm]: return [Arm("a model")]
+def SETTLED_READING(base: RunConfig) -> list[Arm]:
+    "One arm: a model."
+    return [Arm("a model")]

@@ -61,7 +61,7 @@ class RobustBackprop(Learner):
         self, model: PCTransformer, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
         measure: bool = False,
     ) -> Report:
-        "Adds to `p.grad`; the loss reported is the cross-entropy, as every learner's."
+        "Adds to `p.grad`; reports the cross-entropy, as every learner. `measure` changes nothing."
         logits = model(tokens).flatten(0, 1)
         self.loss(logits, targets.flatten()).backward()
         return Report(F.cross_entropy(logits.detach(), targets.flatten()).item())
@@ -69,12 +69,12 @@ class RobustBackprop(Learner):
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #24710513
 def altered(
     job: Job,
-    label_noise: float = 0.0,
-    input_noise: float = 0.0,
-    in_order: bool = False,
+    label_noise: float = 0.0,        # part of the targets that is replaced
+    input_noise: float = 0.0,        # part of what is read that is replaced
+    in_order: bool = False,          # the text from its beginning, not at random
     foreign_start: float = 0.0,      # part of the steps in which every token is another
 ) -> Task:
-    "A job's task with its training data altered, as a function of seed and step."
+    "A job's task with its training data altered, by seed and step. Raises ConfigError."
     task, t = job.task, job.config.train
     if not 0 <= foreign_start <= 1:
         raise ConfigError(f"foreign_start is a part of the steps, in [0, 1], got {foreign_start}")
@@ -86,7 +86,7 @@ def altered(
 
 
 def part_step(steps: int) -> float:
-    "The step size used where none is given: a full step alone, smaller ones in company."
+    "Step size where none is given: a full step if `steps` is 1, smaller ones for more."
     return {1: 1.0, 2: 0.7}.get(steps, 0.5)
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #11c9e031
@@ -103,8 +103,8 @@ def with_part_steps(c: RunConfig) -> RunConfig:
 def predictions(
     model: nn.Module, ids: Int[Tensor, " N"], block_size: int
 ) -> tuple[Float[Tensor, "n V"], Int[Tensor, " n"]]:
-    """Logits and targets of every token of a text but the first, in windows that do not overlap,
-    on the CPU."""
+    """Logits and targets of every token of a text but the first, in windows of `block_size` tokens
+    that do not overlap, on the CPU."""
     device = next(model.parameters()).device
     with evaluating(model) as still:
         found = [
@@ -117,11 +117,9 @@ def predictions(
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #a9ba0809
 def judge_halves(model: nn.Module, ids: Int[Tensor, " N"], block_size: int) -> dict[str, float]:
     """Choose and calibrate on the first half of a text, judge on the second; losses in nats per
-    token."""
-    first, second = (
-        predictions(model, half, block_size)
-        for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :])
-    )
+    token, windows of `block_size` tokens."""
+    half = len(ids) // 2
+    first, second = (predictions(model, x, block_size) for x in (ids[:half], ids[half:]))
     temperature = fit_temperature(*first)
     return {
         "choosing_loss": scaled_nll(*first, 1.0),
@@ -148,7 +146,7 @@ def settled_run(
     job: Job, label_smoothing: float = 0.0, generalised: float = 0.0, corrected: float = 0.0,
     **data: Any,                 # settings of `altered`
 ) -> dict[str, Any]:
-    "Train one model; an error of settling ends the run and is kept as a result."
+    "Train one model; an error of settling ends it and is kept as a result. Raises ConfigError."
     loss = RobustBackprop(label_smoothing, generalised, corrected)
     robust, config = loss != RobustBackprop(), with_part_steps(job.config)
     if robust and config.learner.algorithm != "backprop":
@@ -168,21 +166,22 @@ def settled_run(
     )
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #bb78ff15
-BACKPROP = {"learner.algorithm": "backprop"}
-SMALL = {"model.n_layer": 2, "model.d_model": 64}
+BACKPROP = {"learner.algorithm": "backprop"}  # the learner to compare with
+SMALL = {"model.n_layer": 2, "model.d_model": 64}  # a small model
+# highway settling, 3 rounds
 HIGHWAY = {"learner.solver": "highway", "learner.steps": 3, "learner.relative_precision": 1000}
 ONE, THREE, FIVE = (1,), (1, 2, 3), (1, 2, 3, 4, 5)
 
 
 def latents(beta: Any, steps: Any = 4) -> dict[str, Any]:
-    "Predictive coding at a relative precision, with so many settling steps."
+    "Predictive coding at relative precision `beta`, with so many settling `steps`."
     return {"learner.steps": steps, "learner.relative_precision": beta}
 
 
 def grids(
     shared: Mapping[str, Any], *lines: tuple[Mapping[str, Any], tuple[int, ...]]
 ) -> list[Arm]:
-    "Grids with their seeds, all with the same changes besides."
+    "Grids of `lines`, each (changes, seeds), all with the changes `shared` besides."
     return [arm for changes, seeds in lines for arm in grid({**shared, **changes}, seeds)]
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #1cc9d34b
@@ -239,14 +238,13 @@ def altered_data(base: RunConfig) -> list[Arm]:
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #104ec32c
 def rates(once: Mapping[str, Any]) -> list[Arm]:
-    "Other learning rates, clean and altered."
+    "Other learning rates, clean and altered; `once`: changes of all."
     at = lambda changes, *rate: ({**changes, "train.learning_rate": list(rate)}, THREE)
     wrong, worse = {**once, "label_noise": 0.3}, {**once, "label_noise": 0.6}
     return [
         *grids(once, at(BACKPROP, 0.002), at(latents(100), 0.002)),
-        *grids(
-            wrong, at(BACKPROP, 0.0005, 0.002, 0.004, 0.008), at(latents(100), 0.0005, 0.002, 0.004)
-        ),
+        *grids(wrong, at(BACKPROP, 0.0005, 0.002, 0.004, 0.008)),
+        *grids(wrong, at(latents(100), 0.0005, 0.002, 0.004)),
         *grids(wrong, (latents(30), THREE)),
         *grids(worse, (BACKPROP, THREE), at(BACKPROP, 0.004, 0.008)),
         *grids(worse, (latents([100, 30]), THREE), at(latents([100, 30]), 0.004)),
@@ -259,14 +257,17 @@ def rates(once: Mapping[str, Any]) -> list[Arm]:
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #66407606
 @study("settle", "Is any setting of predictive coding better than backprop?", run=settled_run)
-def MAP(base: RunConfig) -> list[Arm]: return as_good(base) + deeper(base) + altered_data(base)
+def MAP(base: RunConfig) -> list[Arm]:
+    "Arms by stiffness, steps, solver, depth and data."
+    return as_good(base) + deeper(base) + altered_data(base)
 
-
+# %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #66407607
 @study(
     "wrong_targets", "Does predictive coding learn better from wrong targets?", run=settled_run,
     base={"train.iters": 500, "train.eval_interval": 500, "label_noise": 0.3},
 )
 def WRONG_TARGETS(base: RunConfig) -> list[Arm]:
+    "Losses for wrong targets against predictive coding, each at several learning rates."
     losses = [
         ({**BACKPROP, "label_smoothing": [0.1, 0.3]}), ({**BACKPROP, "generalised": [0.3, 0.7]}),
         ({**BACKPROP, "corrected": 0.3}), BACKPROP,
@@ -288,12 +289,11 @@ def WRONG_TARGETS(base: RunConfig) -> list[Arm]:
     base={**SMALL, "train.eval_interval": 50},
 )
 def EQUILIBRIUM(base: RunConfig) -> list[Arm]:
+    "Settled to rest against backprop."
     rest = lambda beta: {**latents(beta, 400), "learner.tolerance": 0.01}
-    clean, wrong, few = (
-        {"train.iters": n, "label_noise": x} for n, x in ((500, 0), (500, 0.3), (250, 0))
-    )
+    at = lambda steps, wrong: {"train.iters": steps, "label_noise": wrong}
     return [
-        *grids(clean, (rest([100, 1000]), THREE), (BACKPROP, THREE)),
-        *grids(wrong, (rest(100), THREE), (BACKPROP, THREE)),
-        *grids(few, (rest(30), THREE), (BACKPROP, THREE)),
+        *grids(at(500, 0), (rest([100, 1000]), THREE), (BACKPROP, THREE)),
+        *grids(at(500, 0.3), (rest(100), THREE), (BACKPROP, THREE)),
+        *grids(at(250, 0), (rest(30), THREE), (BACKPROP, THREE)),
     ]

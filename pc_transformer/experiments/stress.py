@@ -32,7 +32,7 @@ CHOICES: dict[str, list[Any]] = {
                   "contaminated"],
     "solver": ["errors", "errors", "centred", "lean", "states", "highway", "sweep"],
     "energy": list(ENERGIES), "per": ["node", "coordinate", "token"], "steps": [1, 2, 4, 8],
-}
+}  # what a case is drawn from
 # powers of ten; `step_size` is of states, in units of the bound
 POWERS = {"relative_precision": (-2, 4), "step_size": (0, 2), "weights": (-1, 1)}
 
@@ -50,7 +50,7 @@ def draw_case(seed: int) -> dict[str, Any]:
 
 # %% ../../nbs/6_experiments/09_stress.ipynb #279abad7
 def case_solver(case: Mapping[str, Any]) -> Solver:
-    "The solver of a case."
+    "The solver of a `case`."
     kind, steps, lean = case["solver"], case["steps"], case["solver"] == "lean"
     nudge = -0.5 if kind == "centred" else 1.0
     family = ENERGIES[case["energy"]]
@@ -66,7 +66,7 @@ def case_solver(case: Mapping[str, Any]) -> Solver:
 
 
 def teacher(case: Mapping[str, Any]) -> PredictiveCoding:
-    "The learner of a case: of a centred one the whole, which is nudged both ways."
+    "The learner of a `case`; a centred one settles twice, once in each direction."
     if case["solver"] == "centred":
         return PredictiveCoding(case_solver({**case, "solver": "errors"}), centred=True)
     return PredictiveCoding(case_solver(case))
@@ -81,7 +81,7 @@ def rise_of(settled: Settled) -> float:
 
 
 def case_model(case: Mapping[str, Any]) -> PCTransformer:
-    "The model of a case, its weights too small or too large."
+    "The model of a `case`, its weights too small or too large."
     config = ModelConfig(16, 12, case["n_layer"], 4, case["d_model"], case["attention"])
     model = PCTransformer(config, case["seed"])
     with torch.no_grad():
@@ -91,7 +91,8 @@ def case_model(case: Mapping[str, Any]) -> PCTransformer:
 
 # %% ../../nbs/6_experiments/09_stress.ipynb #09try
 def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
-    "What became of a case: `settled` and how far, `refused` with a sentence, or `failed` and why."
+    """What became of a `case`: `settled` and how far, `refused` with a sentence, or `failed` and
+    why."""
     model, g = case_model(case), torch.Generator().manual_seed(case["seed"])
     tokens, targets = torch.randint(16, (2, 2, 12), generator=g)
     try:
@@ -106,11 +107,12 @@ def try_case(case: Mapping[str, Any]) -> dict[str, Any]:
     return {"outcome": "failed" if why else "settled", "why": why, "residual": settled.residual}
 
 # %% ../../nbs/6_experiments/09_stress.ipynb #b9804252
-ENDS = ("settled", "refused", "failed")
+ENDS = ("settled", "refused", "failed")  # how a case may end
 
 
 def stress(job: Job, n: int) -> dict[str, Any]:
-    "Try `n` random cases from the job's seed on: counts, residuals, and every odd case."
+    """Try `n` random cases from the job's seed on: counts, residuals, and every odd case. Raises
+    ConfigError for n below 1."""
     if n < 1:
         raise ConfigError(f"stress needs n of at least 1, got {n}")
     first = job.config.train.seed
@@ -132,4 +134,6 @@ def stress(job: Job, n: int) -> dict[str, Any]:
 @study(
     "stress", "Can its energy be made to rise?", run=stress, task=None, base={"n": 1000}, seeds=(0,)
 )
-def STUDY(base: RunConfig) -> list[Arm]: return [Arm("random settings")]
+def STUDY(base: RunConfig) -> list[Arm]:
+    "One arm: its seeds choose the cases."
+    return [Arm("random settings")]

@@ -43,14 +43,15 @@ def variants(base: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+# the three of the demonstration
 DEMO = ("GPT, backprop", "ours, backprop", "ours, predictive coding")
 
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #99cc6ca3
 def settling_traces(
     model: PCTransformer, batch: tuple[Tensor, Tensor], betas: Sequence[float], steps: int = 8
 ) -> dict[str, Any]:
-    """Energy against settling steps on one batch, for several relative precisions: nats per
-    token relative to the start."""
+    """Energy against settling `steps` on one `batch`, for several relative precisions `betas`: nats
+    per token relative to the start."""
     traces = {}
     for beta in betas:
         settled = ErrorSettling(FreeEnergy(beta), steps=steps)(model, *batch)
@@ -64,7 +65,8 @@ def settling_traces(
 
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #93ff012f
 def compared_run(job: Job, keep_model: bool = False) -> dict[str, Any]:
-    "Train one variant: scores and record, a text, its precisions; where it settles, how."
+    """Train one variant: scores and record, a text, its precisions; where it settles, how.
+    `keep_model`: the model is saved in the job's folder."""
     assert isinstance(job.task, Text) and job.task.source is not None
     t, tokenizer = Trainer(job.config, job.task, job.device), job.task.source.tokenizer
     found = report(train(t))
@@ -84,6 +86,7 @@ def compared_run(job: Job, keep_model: bool = False) -> dict[str, Any]:
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #bbcfc863
 @study("tinyshakespeare", "Who predicts better, at what cost?", run=compared_run)
 def STUDY(base: RunConfig) -> list[Arm]:
+    "All variants, and more seeds of two of them."
     once = {"train.eval_interval": base.train.iters}
     found = variants(base)
     more = {"GPT, backprop": (4, 5, 6, 7), "ours, backprop": (4, 5)}
@@ -97,6 +100,7 @@ def STUDY(base: RunConfig) -> list[Arm]:
     base={"train.iters": 500, "train.eval_interval": 100, "keep_model": True},
 )
 def DEMONSTRATION(base: RunConfig) -> list[Arm]:
+    "The variants of `DEMO`."
     return [Arm(name, variants(base)[name]) for name in DEMO]
 
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #d83daed6
@@ -118,21 +122,22 @@ def summary(results: Results) -> str:
 
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #6f52e346
 def plot(results: Results, names: Sequence[str] = DEMO) -> Any:
-    "Validation curves with what needs no model, and the settling energy of the first seed."
+    """Validation curves of `names` with what needs no model, and the settling energy of the first
+    seed."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), width_ratios=(3, 2))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(5, 5.8), height_ratios=(3, 2))
     rows = {name: runs for name, runs in shared_seeds(results).items() if name in names}
-    curves(left, rows)
+    curves(upper, rows)
     for name, b in results.baselines.items():
-        left.axhline(b["loss"], color="gray", lw=0.8, ls=":")
+        upper.axhline(b["loss"], color="gray", lw=0.8, ls=":")
         at: dict[str, Any] = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "gray"}
-        left.text(0.99, b["loss"], name, transform=left.get_yaxis_transform(), **at)
-    left.set(ylabel="validation loss (nats per character)", ylim=(None, 4.4))
+        upper.text(0.99, b["loss"], name, transform=upper.get_yaxis_transform(), **at)
+    upper.set(ylabel="validation loss (nats per character)", ylim=(None, 4.4))
     traces = next((r["settling"] for r in results.runs if "settling" in r), {})
     for beta, trace in traces.items():
-        right.plot(trace["energy"], "o-", ms=3, label=f"β = {beta}")
-    right.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)")
-    right.legend(fontsize=8)
+        lower.plot(trace["energy"], "o-", ms=3, label=f"β = {beta}")
+    lower.set(xlabel="settling step $k$", ylabel="$F_k - F_0$ (nats per token)")
+    lower.legend(fontsize=8, loc=(0.7, 0.22))
     figure.tight_layout()
     return figure

@@ -39,7 +39,7 @@ WIKITEXT = Corpus(
     "wikitext-2/valid.txt",
     "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",
-)
+)  # the foreign text, if no other is given
 
 
 def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> Int[Tensor, " N"]:
@@ -56,7 +56,8 @@ def foreign_tokens(tokenizer: CharTokenizer, path: str | Path | None = None) -> 
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #b9c19c53
 def even_windows(ids: Int[Tensor, " N"], length: int, count: int) -> Int[Tensor, "n T"]:
-    "At most `count` windows that do not overlap, spread evenly. Raises ValueError for too few."
+    """At most `count` windows of `length` tokens that do not overlap, spread evenly. Raises
+    ValueError for too few."""
     if count < 2 or len(ids) < 2 * length:
         raise ValueError(f"at least two windows of {length} tokens are needed, not {count} of "
                          f"{len(ids)} tokens")
@@ -71,13 +72,14 @@ def in_halves(ids: Int[Tensor, " N"]) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #333064ac
 def shuffle_words(text: str, generator: torch.Generator) -> str:
-    "The same words between the same white space, in another order; the length stays."
+    "The words of `text` between the same white space, in another order; the length stays."
     parts = re.split(r"(\s+)", text)
     words = parts[::2]
     parts[::2] = [words[i] for i in torch.randperm(len(words), generator=generator).tolist()]
     return "".join(parts)
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #f41dd9e5
+# kinds, by name
 DAMAGES = ("replaced characters", "shuffled words", "random characters", "foreign text")
 
 
@@ -107,7 +109,8 @@ def damage(
 def at_level(
     clean: dict[str, Tensor], damaged: dict[str, Tensor], where: Tensor, level: str
 ) -> tuple[Float[Tensor, "N n F"], Bool[Tensor, "N n"]]:
-    "Scores and labels: tokens of damaged text, or means of clean and damaged windows."
+    """Scores and labels at a `level`: tokens of `damaged` text, labelled by `where` they were
+    replaced, or means of `clean` and damaged windows."""
     a, b = (torch.stack([s[n] for n in SCORES], -1) for s in (clean, damaged))
     if level == "token": return b, where
     both = torch.stack([a.mean(1), b.mean(1)], 1)
@@ -115,13 +118,13 @@ def at_level(
 
 
 def auroc(scores: Tensor, strange: Tensor) -> float:
-    "Of items in any shape."
+    "Area under the ROC curve of `scores`, of any shape, for the labels `strange`."
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(strange.flatten().numpy(), scores.flatten().numpy()))
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #65da2487
-COMBINED = ("surprisal", "attention energy", "state energy")
+COMBINED = ("surprisal", "attention energy", "state energy")  # scores that the combination uses
 
 
 def detector(scores: Float[Tensor, "N F"], strange: Bool[Tensor, " N"]) -> Any:
@@ -138,7 +141,8 @@ def judge(
     fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],     # as `at_level` gives them
     draws: int, seed: int,
 ) -> dict[str, Any]:
-    "AUROC and interval of each score, of the combination, and of its gain over surprisal."
+    """AUROC and interval (`draws` of a bootstrap) of each score, of the combination, and of its
+    gain over surprisal."""
     use = [SCORES.index(name) for name in COMBINED]
     found = detector(fit[0][..., use].flatten(0, 1), fit[1].flatten())
     x, y = test
@@ -178,7 +182,8 @@ def detection(
     model: PCTransformer, data: TextData, foreign: Int[Tensor, " M"], windows: int, draws: int,
     seed: int,
 ) -> dict[str, Any]:
-    "By kind of damage and level: what `judge` finds."
+    """By kind of damage and level: what `judge` finds in `windows` of each half, with `draws` of a
+    bootstrap."""
     T, device = model.config.block_size, model.output.weight.device
     own = convert(model, "gaussian") if model.config.attention == "dot" else model
     known = StateGaussians.fit(own, even_windows(data.train_ids, T, 4 * windows).to(device))
@@ -196,14 +201,15 @@ def detection(
     return out
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #0b2f8bd8
-PARTS = ("epistemic", "total", "aleatoric")
+PARTS = ("epistemic", "total", "aleatoric")  # of an ensemble's uncertainty
 
 
 def study_ensemble(
     models: Sequence[PCTransformer], data: TextData, foreign: Int[Tensor, " M"], windows: int,
     draws: int, seed: int,
 ) -> dict[str, Any]:
-    "Epistemic and total uncertainty of several models as scores of a window, on the second half."
+    """Epistemic and total uncertainty of several models as scores of `windows`, on the second half,
+    with `draws` of a bootstrap."""
     device, ids = models[0].output.weight.device, in_halves(data.valid_ids)[1]
     clean, out = even_windows(ids, models[0].config.block_size, windows), dict[str, Any]()
 
@@ -221,7 +227,8 @@ def study_ensemble(
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #against10
 def against(clean: Tensor, damaged: Tensor, draws: int, seed: int) -> dict[str, Any]:
-    "How well one score of windows tells damaged from clean, and its mean on damaged ones."
+    """How well one score of windows tells `damaged` from `clean` (with `draws` of a bootstrap), and
+    its mean on damaged ones."""
     both = torch.stack([clean, damaged], 1)
     label = torch.tensor([False, True]).expand_as(both)
     interval = bootstrap_interval(auroc, both, label, draws=draws, seed=seed)
@@ -233,7 +240,8 @@ def uncertainty_run(
     job: Job, windows: int = 200, draws: int = 200, foreign: str | None = None,
     members: Sequence[int] = (),     # seeds of models that are judged together; none: one model
 ) -> dict[str, Any]:
-    "Train, then measure calibration and detection, or the detection of an ensemble."
+    """Train, then measure calibration and detection in so many `windows`, with `draws` of a
+    bootstrap, or the detection of an ensemble. `foreign`: path of the other text."""
     assert isinstance(job.task, Text) and job.task.source is not None
     data = job.task.source
     text = foreign_tokens(data.tokenizer, foreign)      # a missing file shows before training
@@ -258,4 +266,5 @@ def with_seed(job: Job, seed: int) -> Job:
     base={"learner.algorithm": "backprop"},
 )
 def UNCERTAINTY(base: RunConfig) -> list[Arm]:
+    "Single models, and three judged together."
     return [Arm("a model"), Arm("three models together", {"members": [1, 2, 3]}, (0,))]

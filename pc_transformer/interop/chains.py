@@ -25,14 +25,14 @@ from ..settling.chain import check_steady
 
 # %% ../../nbs/4_practice/20_chains.ipynb #f7165626
 class Reached(Exception):
-    "A forward pass has gone as far as it was asked to."
+    "A forward pass has gone as far as it was asked to; it brings `value`."
 
     def __init__(self, value: Any = None):
         self.value = value
 
 
 def arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    "What a forward pass is called with; no cache of keys. Raises ValueError for labels."
+    "What a forward pass is called with: `inputs` by name, no cache. Raises ValueError for labels."
     takes = inspect.signature(model.forward).parameters
     named = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(takes)): inputs}
     if "labels" in named:
@@ -48,8 +48,8 @@ class Whole(NamedTuple):
     width: int = 0      # 0: by itself; else first of a tuple of so many
 
     def walk(self, inputs: Any, visit: Callable[..., Any]) -> Any:
-        """The model's own forward pass with `visit(l, hidden, ...)` in the place of block l: its
-        outputs, or what `Reached` brings."""
+        """The model's own forward pass of `inputs` with `visit`, called with l, hidden and
+        the rest, in the place of block l: its outputs, or what `Reached` brings."""
         own = view(self.model)
         for l, block in enumerate(own.get_submodule(self.blocks).children()):
             block.forward = partial(visit, l)
@@ -58,43 +58,46 @@ class Whole(NamedTuple):
         return getattr(found, "logits", found)
 
     def pass_hidden(self, hidden: Tensor) -> Any:
-        "A state in the form in which a block gives it back."
+        "The state `hidden` in the form in which a block gives it back."
         return (hidden, *[None] * (self.width - 1)) if self.width else hidden
 
 # %% ../../nbs/4_practice/20_chains.ipynb #e05cec93
 class First(nn.Module):
-    "All that a model does before its first block; `part` holds the weights that work there."
+    "What a model does before its first block, with weights `part`; catches Reached."
 
     def __init__(self, whole: Whole, part: nn.Module):
         super().__init__()
         self.whole, self.part = whole, part
 
     def forward(self, inputs: Any) -> Tensor:
+        "The state that enters block 0 for these `inputs`: what `Reached` brings."
         def stop(l: int, hidden: Tensor, *others: Any, **named: Any) -> None: raise Reached(hidden)
 
         return self.whole.walk(inputs, stop)
 
 
 class Called(nn.Module):
-    "A block, with all that its model hands to it in this batch: masks, positions, angles."
+    "A block with `others` and `named`, what its model hands to it in this batch: masks, positions."
 
     def __init__(self, block: nn.Module, others: Sequence[Any], named: Mapping[str, Any]):
         super().__init__()
         self.block, self.others, self.named = block, others, named
 
     def forward(self, hidden: Tensor) -> Tensor:
+        "The state after the block, from `hidden`, the one before it."
         found = self.block(hidden, *self.others, **self.named)
         return found[0] if isinstance(found, tuple) else found
 
 # %% ../../nbs/4_practice/20_chains.ipynb #f2b47566
 class Last(nn.Module):
-    "All that a model does after its last block; `part` holds the weights that work there."
+    "What a model does with `inputs` after block `last`; `part` holds the weights that work there."
 
     def __init__(self, whole: Whole, part: nn.Module, inputs: Any, last: int):
         super().__init__()
         self.whole, self.part, self.inputs, self.last = whole, part, inputs, last
 
     def forward(self, top: Tensor) -> Tensor:
+        "The model's outputs when the last block gives `top`."
         def instead(l: int, hidden: Tensor, *others: Any, **named: Any) -> Any:
             return self.whole.pass_hidden(top if l == self.last else hidden)
 
@@ -118,9 +121,11 @@ class Probe:
         self.blocks = list(whole.model.get_submodule(whole.blocks).children())
 
     def refuse(self, why: str) -> ValueError:
+        "The ValueError that says `why` the model is no chain."
         return ValueError(f"{type(self.whole.model).__name__} is no chain: {why}")
 
     def __call__(self, l: int, *others: Any, **named: Any) -> Any:
+        "Run block l on its state, `others` and `named`. Raises ValueError where it is no chain."
         hidden = others[0] if others else None
         if not isinstance(hidden, Tensor) or l != max(len(self.states) - 1, 0):
             raise self.refuse(f"block {l} is called out of order, or without a state")
@@ -137,8 +142,8 @@ class Probe:
 # %% ../../nbs/4_practice/20_chains.ipynb #589e98fe
 @torch.enable_grad()
 def examine(model: nn.Module, blocks: str, example: Any) -> tuple[Whole, list[str], list[str]]:
-    """A model as a chain, and the names of the weights that work before the first block and
-    after the last. Raises ValueError."""
+    """A model as a chain, its list of `blocks` given by name, and the names of the weights that
+    work before the first block and after the last. Raises ValueError."""
     still = view(model, training=False, tensor=moving)
     probe = Probe(Whole(still, blocks))
     outputs = probe.whole.walk(example, probe)
@@ -151,7 +156,7 @@ def examine(model: nn.Module, blocks: str, example: Any) -> tuple[Whole, list[st
 
 
 def moving(x: Tensor) -> Tensor:
-    "A parameter with the same memory whose gradient is asked for, frozen or not. For `view`."
+    "A parameter with the memory of `x` whose gradient is asked for, frozen or not. For `view`."
     return nn.Parameter(x.detach(), x.is_floating_point()) if isinstance(x, nn.Parameter) else x
 
 
@@ -176,7 +181,8 @@ def check_still(model: nn.Module) -> None:
 
 @torch.no_grad()
 def calls_of(whole: Whole, inputs: Any, n: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    "What else than a state each of the n blocks is called with in a batch."
+    """What else than a state each of the `n` blocks is called with for these `inputs` (the pass
+    ends with Reached, which is caught)."""
     calls = []
 
     def note(l: int, hidden: Tensor, *others: Any, **named: Any) -> Any:
@@ -209,7 +215,7 @@ class ModelChain(Chain):
         self.whole = whole
 
     def at(self, inputs: Any) -> Chain:
-        "The chain of one batch: every block with the masks and positions of these inputs."
+        "The chain of one batch, with its masks and positions. Raises ValueError for dropout."
         check_still(self.whole.model)
         first, *blocks = self.predictors
         calls = calls_of(self.whole, inputs, len(blocks))
@@ -218,7 +224,7 @@ class ModelChain(Chain):
         return Chain([First(self.whole, first), *called], last, self.density)
 
     def train(self, mode: bool = True) -> "ModelChain":
-        "Sets the mode of the model as well."
+        "Sets the `mode` of the model as well: True for training."
         self.whole.model.train(mode)
         return super().train(mode)
 

@@ -31,15 +31,18 @@ from ..training.files import CheckpointError, read_json, read_tensors, whole_fol
 
 # %% ../../nbs/4_practice/14_interop.ipynb #a266929c
 def gpt2_config(n_layer: int, n_head: int, d_model: int) -> ModelConfig:
-    "GPT-2's settings at these sizes (Radford et al. 2019): byte-level BPE, 1024 tokens of context."
+    """GPT-2's settings for `n_layer` blocks with `n_head` heads and width `d_model` (Radford et al.
+    2019): byte-level BPE, 1024 tokens of context."""
     return ModelConfig(50257, 1024, n_layer, n_head, d_model, "dot", bias=True, gelu="tanh")
 
 
+# the four published sizes, by name
 GPT2: dict[str, ModelConfig] = {
     "gpt2": gpt2_config(12, 12, 768), "gpt2-medium": gpt2_config(24, 16, 1024),
     "gpt2-large": gpt2_config(36, 20, 1280), "gpt2-xl": gpt2_config(48, 25, 1600)}
 
 # %% ../../nbs/4_practice/14_interop.ipynb #48003673
+# names in GPT-2 of the parts of our two layers per block: 1 attention, 2 the network
 BLOCK = {1: {"norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj"},
          2: {"norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"}}
 
@@ -64,20 +67,21 @@ WRAPPED = re.compile(r"^((_orig_mod|module)\.)+")   # by torch.compile, by Distr
 
 
 def plain_name(name: str) -> str:
-    "The name without wrappers, and with the prefix that a bare GPT2Model leaves out."
+    "`name` without wrappers, and with the prefix that a bare GPT2Model leaves out."
     name = WRAPPED.sub("", name)
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def is_plain(tensor: Any) -> bool:
-    "Whether something read from a file is a tensor that has all its numbers in memory."
+    "Whether `tensor`, read from a file, is a tensor that has all its numbers in memory."
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         return False
     return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 # %% ../../nbs/4_practice/14_interop.ipynb #6dd725bc
 def named_tensors(saved: Any, source: Path) -> dict[str, Tensor]:
-    "Saved parameters by plain name. Raises CheckpointError for other things and an untied output."
+    """The parameters in `saved` by plain name. Raises CheckpointError for other things and an
+    untied output."""
     whole = isinstance(saved, dict) and all(isinstance(n, str) for n in saved)
     if not whole or not all(map(is_plain, saved.values())):
         raise CheckpointError(f"{source} should hold tensors by name, but holds something else")
@@ -98,7 +102,7 @@ CONV1D = (".qkv.weight", ".out.weight", ".up.weight", ".down.weight")   # theirs
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    "The precision that holds all of these tensors without rounding."
+    "The precision that holds all `tensors` without rounding."
     return reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
@@ -121,7 +125,7 @@ def fill(
 
 # %% ../../nbs/4_practice/14_interop.ipynb #be74d50b
 def read_pickle(path: Path, *keys: str) -> dict[str, Any]:
-    "A torch-saved dictionary with these keys, read without running code. Raises CheckpointError."
+    "A torch-saved dictionary with these `keys`, read without running code. Raises CheckpointError."
     try: saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise CheckpointError(f"there is no checkpoint at {path}") from None
     except pickle.UnpicklingError:
@@ -136,13 +140,14 @@ def read_pickle(path: Path, *keys: str) -> dict[str, Any]:
     return saved
 
 # %% ../../nbs/4_practice/14_interop.ipynb #92a91a80
+# names of sizes in a nanoGPT or a GPT-2, and ours
 SIZES = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model"}
 NANOGPT = SIZES | {"block_size": "block_size"}      # their name -> ours
-HUGGINGFACE = SIZES | {"n_positions": "block_size"}
+HUGGINGFACE = SIZES | {"n_positions": "block_size"}  # the same for `config.json`
 
 
 def described(settings: dict[str, Any], source: Path) -> ModelConfig:
-    "The configuration of a GPT with these settings. Raises CheckpointError for impossible ones."
+    "The configuration of a GPT with these `settings`. Raises CheckpointError for impossible ones."
     try: return from_dict(ModelConfig, {"attention": "dot", **settings})
     except ConfigError as error:
         raise CheckpointError(f"{source} describes no model: {error}") from None
@@ -164,6 +169,7 @@ def from_nanogpt(
     return fill(config, saved["model"], path, conv1d=False)
 
 # %% ../../nbs/4_practice/14_interop.ipynb #f2f98d5e
+# name in `config.json`: kind of GELU
 ACTIVATIONS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 FIXED: dict[str, Any] = {       # the one supported value, which is also what a missing one means
     "model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
@@ -173,7 +179,7 @@ FIXED: dict[str, Any] = {       # the one supported value, which is also what a 
 
 # %% ../../nbs/4_practice/14_interop.ipynb #f7261aa3
 def huggingface_config(saved: dict[str, Any], source: Path, dropout: float) -> ModelConfig:
-    "The configuration behind a `config.json`. Raises CheckpointError for what we do not have."
+    "The configuration in `saved`, a `config.json`. Raises CheckpointError for what we do not have."
     width = saved["n_embd"]
     allowed = {key: [value] for key, value in FIXED.items()} | {
         "n_inner": [None, 4 * width if isinstance(width, int) else None],

@@ -17,14 +17,14 @@ from ..model.transformer import PCTransformer
 
 # %% ../../nbs/4_practice/15_transformers.ipynb #refuse-others
 def refuse_others(given: dict[str, Any]) -> None:
-    "Raise ValueError for arguments that ask for something; None and False ask for nothing."
+    "Raise ValueError if an argument in `given` asks for something; None and False do not."
     if extra := sorted(k for k, v in given.items() if v is not None and v is not False):
         raise ValueError(f"{', '.join(extra)} cannot be given: this wrapper makes logits of token "
                          "ids, without a cache")
 
 
 def check_padding(input_ids: Tensor, mask: Tensor | None) -> None:
-    "Raise ValueError for an attention mask of another shape, or one that hides tokens."
+    "Raise ValueError for a `mask` that is not of the shape of `input_ids`, or that hides tokens."
     if mask is None: return
     if mask.shape != input_ids.shape:
         got = f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -34,7 +34,8 @@ def check_padding(input_ids: Tensor, mask: Tensor | None) -> None:
 
 # %% ../../nbs/4_practice/15_transformers.ipynb #wrapper-methods
 class Wrapper:
-    "A `PCTransformer` with the interface of `transformers`; generation only."
+    """A `PCTransformer` with the interface of `transformers`; generation only. Raises ValueError
+    without a model; `config` is a `PretrainedConfig`."""
 
     _tied_weights_keys = {"model.output.weight": "model.predictors.0.token.weight"}  # noqa: RUF012
 
@@ -49,6 +50,8 @@ class Wrapper:
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         return_dict: bool | None = None, **others: Any,
     ) -> Any:
+        """Logits of the tokens `input_ids` `(B, T)`, a tuple when `return_dict` is False. Raises
+        ValueError where `attention_mask` hides tokens, and for `others` that ask for something."""
         from transformers.modeling_outputs import CausalLMOutput
 
         refuse_others(others)
@@ -65,17 +68,21 @@ class GenerationWrapper(Wrapper):
         next_sequence_length: Any = None, is_first_iteration: Any = None,
         cache_position: Any = None, **others: Any,
     ) -> dict[str, Any]:
+        """The last `block_size` of `input_ids` and `attention_mask`. Raises ValueError for
+        `others`; ignores `next_sequence_length`, `is_first_iteration`, `cache_position`."""
         refuse_others(others)
         n = self.model.config.block_size
         mask = None if attention_mask is None else attention_mask[:, -n:]
         return {"input_ids": input_ids[:, -n:], "attention_mask": mask}
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
+        "Raises ValueError, for any `args` and `options`: `save` writes the model."
         raise ValueError("a wrapper is not saved: pc_transformer.save writes the model in it, "
                          "to_huggingface a GPT-2")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        "Raises ValueError, for any `args` and `options`: `as_transformers` makes a wrapper."
         raise ValueError("a wrapper is not loaded: as_transformers(pc_transformer.load(folder)) "
                          "makes one")
 

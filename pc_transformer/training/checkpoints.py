@@ -41,7 +41,7 @@ NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)     # of
 
 
 def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
-    "Raise CheckpointError unless names, shapes and kind are those of a model's parameters."
+    "Raise CheckpointError unless `tensors` have the names, shapes and kinds of `own` parameters."
     if missing := own.keys() - tensors.keys():
         what = f"lacks {len(missing)} tensors that the model has, first {min(missing)!r}"
         raise CheckpointError(f"{source} {what}")
@@ -56,14 +56,14 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: 
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #93ab3bbf
 def check_finite(tensors: dict[str, Tensor], source: Path) -> None:
-    "Raise CheckpointError, naming the tensor, for infinity or nan."
+    "Raise CheckpointError, naming the tensor, if `tensors` hold infinity or nan."
     if bad := not_finite(tensors.items()):
         what = "is not finite everywhere, so the model would answer nan"
         raise CheckpointError(f"{source}: {bad!r} {what}")
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Give a model these weights, in their own precision. Raises CheckpointError, the model
+    """Give a model the weights `tensors`, in their own precision. Raises CheckpointError, the model
     unchanged, unless all fit and are finite."""
     own = dict(model.named_parameters())
     check_fit(own, tensors, source)
@@ -75,8 +75,8 @@ def restore(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #88415d84
 def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> PCTransformer:
-    """A model of this configuration without memory, to compare tensors with. Raises
-    CheckpointError when it asks for far more than the tensors hold."""
+    """A model of this configuration without memory, to compare `tensors` with. Raises
+    CheckpointError when it asks for far more than they hold."""
     room = sum(t.numel() for t in tensors.values())
     most = dict.fromkeys(("vocab_size", "block_size", "d_model", "n_component"), room)
     for name, limit in (most | {"n_layer": len(tensors)}).items():
@@ -87,11 +87,11 @@ def blueprint(config: ModelConfig, tensors: dict[str, Tensor], source: Path) -> 
         return PCTransformer(config)
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #7c7f04af
-UNSAVED = "this model cannot be saved, because it could not be loaded"
+UNSAVED = "this model cannot be saved, because it could not be loaded"  # how such a refusal begins
 UNTIED = (
     "; load_state_dict with assign=True unties it from the embedding's table: set "
     "model.output.weight = model.predictors[0].token.weight"
-)
+)  # its remedy
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -132,11 +132,12 @@ def check_savable(model: PCTransformer) -> None:
 class SavedTokenizer(Tokenizer, Protocol):
     "A tokenizer that JSON can hold: `CharTokenizer` or `BPETokenizer`."
 
-    def to_dict(self) -> dict[str, str]: ...
+    def to_dict(self) -> dict[str, str]:
+        "A form that JSON can hold."
 
 
 def tokenizer_of(saved: dict[str, str]) -> SavedTokenizer:
-    "The tokenizer behind its `to_dict`. Raises ValueError for anything else."
+    "The tokenizer whose `to_dict` is `saved`. Raises ValueError for anything else."
     return (BPETokenizer if saved.get("type") == "bpe" else CharTokenizer).from_dict(saved)
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #3a9adc9b
@@ -158,7 +159,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_model(model: PCTransformer, about: dict[str, Any], folder: Path) -> None:
-    "The two files of a saved model, into a folder that exists."
+    "The two files of a saved model, `about` in one of them, into a folder that exists."
     write_tensors(tensors_of(model), folder / "model.safetensors")
     write_sealed(folder / "config.json", about, "model.safetensors")
 
@@ -168,10 +169,8 @@ def save(
     folder: str | Path,                       # where; replaced if a model was saved there before
     tokenizer: SavedTokenizer | None = None,  # saved along, so that text can be generated
 ) -> Path:                                    # the folder
-    """Write `config.json` and `model.safetensors` into `folder`, whole or not at all.
-
-    Raises ValueError or FloatingPointError, nothing written, for what `load` could not give back.
-    """
+    """Write `config.json` and `model.safetensors` into `folder`, whole or not at all. Raises
+    ValueError or FloatingPointError, nothing written, for what `load` could not give back."""
     place, about = Path(folder), description(model, tokenizer)
     with whole_folder(place) as work:
         write_model(model, about, work)
@@ -179,7 +178,7 @@ def save(
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #dca5f625
 def config_of(folder: Path, about: dict[str, Any]) -> ModelConfig:
-    "The configuration of a saved model. Raises CheckpointError unless every setting is there."
+    "The configuration in `about`. Raises CheckpointError, no ConfigError, where one is missing."
     try:
         if lacking := to_dict(ModelConfig()).keys() - about["config"].keys():
             raise ConfigError(f"the settings {', '.join(sorted(lacking))} are missing")
@@ -189,7 +188,7 @@ def config_of(folder: Path, about: dict[str, Any]) -> ModelConfig:
 
 
 def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer:
-    "`load` from this very folder."
+    "`load` from this very folder. Raises CheckpointError."
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}: name the folder of a saved model")
@@ -208,7 +207,7 @@ def read_model(folder: Path, config: ModelConfig | None = None) -> PCTransformer
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #4e222f77
 def read_tokenizer(folder: Path) -> SavedTokenizer:
-    "`load_tokenizer` from this very folder."
+    "`load_tokenizer` from this very folder. Raises CheckpointError."
     saved = read_sealed(folder / "config.json", "tokenizer")["tokenizer"]
     if saved is None:
         raise CheckpointError(f"{folder} was saved without a tokenizer")
@@ -269,7 +268,7 @@ def load_pair(folder: str | Path) -> tuple[PCTransformer, SavedTokenizer]:
     return steady(Path(folder), lambda place: (read_model(place), read_tokenizer(place)))
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #491b5734
-FILES = ("model.safetensors", "optimizer.safetensors")
+FILES = ("model.safetensors", "optimizer.safetensors")  # both are sealed
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of fused AdamW
 
 
@@ -284,7 +283,7 @@ def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def check_moments(trainer: Trainer, moments: dict[str, Tensor], step: int) -> None:
-    "Raise CheckpointError unless these are the moments of every parameter after so many steps."
+    "Raise CheckpointError unless `moments` are those of every parameter after `step` steps."
     named = trainer.model.named_parameters() if step else ()
     want = {f"{m}:{n}": torch.Size() if m == "step" else p.shape for n, p in named for m in MOMENTS}
     found = {name: t.shape for name, t in moments.items()}
@@ -294,7 +293,7 @@ def check_moments(trainer: Trainer, moments: dict[str, Tensor], step: int) -> No
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #2a5e9a6b
 def check_alive(trainer: Trainer, moments: dict[str, Tensor]) -> None:
-    "Raise FloatingPointError unless weights, moments and the loss of the next batch are finite."
+    "Raise FloatingPointError unless weights, `moments` and the next batch's loss are finite."
     batch = trainer.batch(trainer.step)
     check_batch(trainer.model, *batch)
     bad = not_finite([*trainer.model.named_parameters(), *moments.items()])
@@ -327,8 +326,8 @@ def save_checkpoint(
     run: Path,                                # folder of the run
     tokenizer: SavedTokenizer | None = None,
 ) -> Path:                                    # the checkpoint's folder
-    """Write `run/step-NNNNNN`, whole or not at all, then remove old ones. Raises ValueError or
-    FloatingPointError, nothing written, for what `resume` could not take up."""
+    """Write `run/step-NNNNNN`, whole or not at all, then remove old ones. Raises ValueError,
+    FloatingPointError or CheckpointError, nothing written, if `resume` could not take it up."""
     moments = optimizer_tensors(trainer)
     check_alive(trainer, moments)
     check_moments(trainer, moments, trainer.step)
@@ -349,7 +348,7 @@ def save_checkpoint(
 def check_same_run(
     trainer: Trainer, saved: dict[str, Any], place: Path, tokenizer: SavedTokenizer | None
 ) -> None:
-    "Raise CheckpointError unless a checkpoint is of this run: vocabulary, data, configuration."
+    "Raise CheckpointError unless `saved` is of this run: vocabulary, data, configuration."
     if tokenizer is not None and read_tokenizer(place) != tokenizer:
         raise CheckpointError(f"{place} was trained with another vocabulary: not the run's data")
     if saved["data"] != trainer.task.fingerprint():
@@ -363,7 +362,7 @@ def check_same_run(
 
 
 def restore_trainer(trainer: Trainer, place: Path, tokenizer: SavedTokenizer | None = None) -> None:
-    "`resume` from this very checkpoint."
+    "`resume` from this very checkpoint. Raises CheckpointError."
     saved = read_sealed(place / "training.json", files=FILES)
     check_same_run(trainer, saved, place, tokenizer)
     weights, moments = (read_tensors(place / name) for name in FILES)

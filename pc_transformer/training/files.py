@@ -31,7 +31,7 @@ def beside(place: Path) -> Path:
 
 
 def write_text(place: Path, text: str) -> None:
-    "Write a text file beside its place, then rename; nothing is left behind when that fails."
+    "Write `text` into a file beside its place, then rename it; nothing is left when that fails."
     place.parent.mkdir(parents=True, exist_ok=True)
     work = beside(place)
     try:
@@ -56,8 +56,8 @@ def exchange(a: Path, b: Path) -> None:
 def whole_folder(place: Path) -> Iterator[Path]:
     """A folder to write into, renamed to `place` when the block ends well, removed otherwise.
 
-    A folder that is there already is replaced, unless other files lie in it. Raises OSError.
-    """
+    One that is there is replaced; raises FileExistsError if other files lie in it, and
+    IsADirectoryError for the working folder or the root."""
     place = place.resolve()
     if place in (Path.cwd(), Path(place.anchor)):
         raise IsADirectoryError(f"{place} is the working folder or the root: name a folder in it")
@@ -104,7 +104,7 @@ def reading(path: Path) -> Iterator[None]:
 
 # %% ../../nbs/4_practice/09_files.ipynb #0a47b90a
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    "A JSON object that has these keys. Raises CheckpointError."
+    "A JSON object that has these `keys`. Raises CheckpointError."
     with reading(path):
         found = json.loads(path.read_text(encoding="utf-8"))
     lacking = keys if not isinstance(found, dict) else [k for k in keys if k not in found]
@@ -121,7 +121,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    "Write a safetensors file. Raises OSError when the disk does not take it."
+    "Write `tensors` by name as a safetensors file. Raises OSError when the disk does not take it."
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -135,20 +135,21 @@ def file_hash(path: Path) -> str:
 
 
 def digest(about: dict[str, Any]) -> str:
-    "SHA-256 of what a sealed JSON file holds, but for its own SHA-256."
+    "SHA-256 of `about`, what a sealed JSON file holds, without its own `sha256`."
     plain = {k: v for k, v in about.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/4_practice/09_files.ipynb #b5ea911f
 def write_sealed(place: Path, about: dict[str, Any], *files: str) -> None:
-    "Write JSON with the SHA-256 of these files of its folder, and of itself."
+    "Write `about` as JSON, with the SHA-256 of these `files` of its folder, and of itself."
     about = about | {"files": {name: file_hash(place.with_name(name)) for name in files}}
     text = json.dumps(about | {"sha256": digest(about)}, indent=1)
     place.write_text(text, encoding="utf-8")
 
 
 def read_sealed(place: Path, *keys: str, files: Sequence[str] = ()) -> dict[str, Any]:
-    "What `write_sealed` wrote, if it and these files are as they were. Raises CheckpointError."
+    """What `write_sealed` wrote, with these `keys`, if it and the `files` are as they were. Raises
+    CheckpointError."""
     about = read_json(place, "files", "sha256", *keys)
     with reading(place):
         wrong = [place.name] * (about["sha256"] != digest(about))
@@ -175,7 +176,7 @@ def sole_run(run: Path) -> Iterator[None]:
 
 # %% ../../nbs/4_practice/09_files.ipynb #5cd0569d
 def lock(file: TextIO, run: Path) -> None:
-    "Lock a file and write this process's number into it; a warning where that is impossible."
+    "Lock a file with this process's number; warns if it cannot. Raises CheckpointError."
     try:
         import fcntl
 

@@ -70,6 +70,7 @@ class Watch:
 
     @contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
+        "A context manager that encloses the training loop."
         yield
 
     def __call__(self, trainer: Trainer) -> None: ...
@@ -98,7 +99,8 @@ def train(
 
 # %% ../../nbs/4_practice/12_loop.ipynb #99c30d53
 def save_for_team(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None) -> None:
-    "Number 0 of a team writes a checkpoint; the others wait until it is there."
+    """Number 0 of a team writes a checkpoint; the others wait until it is there. Raises
+    CheckpointError as `save_checkpoint` does."""
     if trainer.team.rank == 0:
         check_folder(trainer, run)
         save_checkpoint(trainer, run, tokenizer)
@@ -106,18 +108,18 @@ def save_for_team(trainer: Trainer, run: Path, tokenizer: SavedTokenizer | None)
 
 # %% ../../nbs/4_practice/12_loop.ipynb #d333890b
 class Checkpoints(Watch):
-    """Checkpoints in a folder, which is the run's own while it trains. Raises CheckpointError
-    when another run is in it, or when it holds steps that this run did not do."""
+    "Checkpoints in a folder, which is the run's own while it trains. Raises CheckpointError."
 
     def __init__(self, run: Path, tokenizer: SavedTokenizer | None = None):
         self.run, self.tokenizer = run, tokenizer
 
     @contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
+        """Hold the folder, save when stopped. Raises CheckpointError, FloatingPointError,
+        Interrupted."""
         first = trainer.team.rank == 0
         with sole_run(self.run) if first else nullcontext():
-            if first:
-                check_folder(trainer, self.run)
+            if first: check_folder(trainer, self.run)
             try:
                 yield
             except Stopped as stop:
@@ -135,13 +137,14 @@ class Checkpoints(Watch):
 
 # %% ../../nbs/4_practice/12_loop.ipynb #1b46ae62
 class Progress(Watch):
-    "A bar on stderr that shows the losses, in nats per token."
+    "A bar on stderr, with `label` before it, that shows the losses, in nats per token."
 
     def __init__(self, label: str):
         self.label = label
 
     @contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
+        "Show the bar while the loop runs."
         from tqdm.auto import tqdm
 
         look: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.5, "initial": trainer.step}

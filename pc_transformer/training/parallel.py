@@ -43,7 +43,7 @@ def plainly(
 
 # %% ../../nbs/4_practice/13_parallel.ipynb #c3448fc2
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor over all processes of torch.distributed's default group. Raises
+    """The sum of the tensor `x` over all processes of torch.distributed's default group. Raises
     ProcessError when there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         cure = "run within `join`, or make an Accelerator first"
@@ -95,7 +95,7 @@ class DataParallel:
         return all_sum if self.size > 1 else None
 
     def share(self, rows: Tensor) -> Tensor:
-        "This process's rows of a batch. Raises ValueError for fewer rows than processes."
+        "This process's part of a batch's `rows`. Raises ValueError for fewer rows than processes."
         if len(rows) < self.size:
             what = f"{len(rows)} rows cannot be shared by {self.size} processes"
             raise ValueError(f"{what}: each needs one")
@@ -103,7 +103,8 @@ class DataParallel:
 
 # %% ../../nbs/4_practice/13_parallel.ipynb #904253c5
 def environment_number(name: str, default: int) -> int:
-    "A number that the launcher left in the environment. Raises ValueError."
+    """A whole number that the launcher left in the environment as `name`, else `default`. Raises
+    ValueError."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise ValueError(f"{name} in the environment must be a whole number, got {value!r}")
@@ -111,7 +112,7 @@ def environment_number(name: str, default: int) -> int:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    "Raise ValueError unless a time-out is a positive number of seconds."
+    "Raise ValueError unless the time-out called `name` has a `value` above 0 seconds."
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
 
@@ -121,7 +122,8 @@ def join(
     timeout: float = 600.0,      # seconds to wait for the others
 ) -> Iterator[DataParallel]:
     """Within the block this process works with those that `torchrun` or `accelerate launch`
-    started; alone without them. Raises ProcessError when they do not come or one ends."""
+    started; alone without them. Raises ProcessError when they do not come or one ends, ValueError
+    for a wrong `timeout`."""
     check_seconds("timeout", timeout)
     if environment_number("WORLD_SIZE", 1) == 1 or (dist.is_available() and dist.is_initialized()):
         yield DataParallel.here()

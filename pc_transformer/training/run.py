@@ -15,7 +15,7 @@ from ..learning.config import LearnerConfig
 @dataclass(frozen=True)
 class RunConfig(Config):
     """Everything that decides a run; the default is nanoGPT's CPU run with our attention and
-    learner."""
+    learner. Raises ConfigError for an empty `data`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

@@ -25,11 +25,7 @@ from ..data.tasks import Batch, Task, Text
 from ..data.batches import TextData
 from ..isolation import Draws, drawing, evaluating
 from pc_transformer.learning.learners import (
-    Learner,
-    for_parts,
-    gradient_cosine,
-    try_learner,
-    shared,
+    Learner, for_parts, gradient_cosine, shared, try_learner,
 )
 from ..model.transformer import PCTransformer
 from ..settling.chain import SettlingError, check_batch
@@ -69,19 +65,18 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -
 
 
 def move(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, step: int) -> None:
-    """Clip and use `p.grad`, then clear it. Raises FloatingPointError, weights untouched, when it
-    is not finite."""
+    """Clip the norm of `p.grad` to `clip` (0: no limit) and use it, then clear it. Raises
+    FloatingPointError, weights untouched, when it is not finite."""
     if not nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).isfinite():
         what = f"a gradient is not finite at step {step}, and the weights were not touched"
         raise FloatingPointError(f"{what}: lower the learning rate")
     optimizer.step()
-    # fused steps do not say that weights moved
-    torch.autograd.graph.increment_version(tuple(model.parameters()))
+    torch.autograd.graph.increment_version(tuple(model.parameters()))  # fused steps do not say it
     optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b05
 def pick_device(name: str = "auto") -> torch.device:
-    "`auto` takes a GPU when there is one. Raises ValueError for a device that this machine lacks."
+    "The device called `name`; `auto`: a GPU if there is one. Raises ValueError if it is missing."
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -98,7 +93,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def step_context(
     config: TrainConfig, device: torch.device, step: int, rank: int = 0
 ) -> Iterator[None]:
-    "Mixed precision, if configured, and the random numbers of this step and process."
+    "Mixed precision, if configured, and the random numbers of this step and process `rank`."
     # a CPU's generator reads 32 bits of a seed: 2**32 would be no difference
     seed = config.seed * 1_000_003 + step + rank * 2_654_435_761
     half = config.dtype == "bfloat16"
@@ -107,13 +102,13 @@ def step_context(
 
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b09
 def in_parts(batch: Batch, n: int) -> list[Batch]:
-    "So many parts of a batch, less those that predict nothing: they teach nothing."
+    "A batch in `n` parts, less those that predict nothing: they teach nothing."
     parts = zip(*(x.chunk(n) for x in batch), strict=True)
     return [(x, y) for x, y in parts if (y != -100).any()]
 
 
 def divide_gradients(model: nn.Module, by: float) -> None:
-    "Divide every `p.grad` that there is."
+    "Divide every `p.grad` that there is by the number `by`."
     for p in model.parameters():
         if by != 1 and p.grad is not None:
             p.grad /= by
@@ -180,15 +175,14 @@ class TrainingRun:
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b17
 def check_run(config: RunConfig, task: Task, team: DataParallel) -> None:
     "Raises ConfigError for another vocabulary, ValueError for a batch too small to share."
-    own = config.model.vocab_size
-    if own != task.vocab_size:
+    if (own := config.model.vocab_size) != task.vocab_size:
         raise ConfigError(f"model.vocab_size is {own}, but the task's is {task.vocab_size}")
     if (rows := config.train.batch_size // config.train.accumulate) < team.size:
         raise ValueError(f"{rows} rows cannot be shared by {team.size} processes: each needs one")
 
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b14
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    "The first name whose tensor holds infinity or nan; `None` when all are finite."
+    "The first name in `tensors` whose tensor holds infinity or nan; `None` when all are finite."
     return next((name for name, t in tensors if not t.isfinite().all()), None)
 
 
@@ -216,7 +210,7 @@ def divergence(model: PCTransformer, batch: Batch) -> str | None:
 # %% ../../nbs/4_practice/10_trainer.ipynb #b87a6b15
 @contextmanager
 def naming_divergence(trainer: "Trainer") -> Iterator[None]:
-    "Turn an error of the block into FloatingPointError with its cause, if that is a divergence."
+    "Turn an error of the block into FloatingPointError with its cause, if `trainer` diverged."
     try:
         yield
     except (FloatingPointError, SettlingError, ValueError) as error:
@@ -242,7 +236,7 @@ class Trainer(TrainingRun):
     "One training run, one step at a time."
 
     def total(self, number: float) -> float:
-        "The sum of a number over the team."
+        "The sum of `number` over the team."
         if self.team.size == 1:
             return number
         return all_sum(torch.tensor(number, dtype=torch.float64, device=self.device)).item()
@@ -266,7 +260,7 @@ class Trainer(TrainingRun):
         move(self.model, self.optimizer, self.config.train.grad_clip, self.step)
 
     def learn(self) -> float:
-        "Find the gradient of this step's batch and move the weights; the loss before that."
+        "Move the weights by this step's batch; the loss before. Raises FloatingPointError."
         set_rate(self.optimizer, self.step, self.config.train)
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision_context():
@@ -289,13 +283,11 @@ class Trainer(TrainingRun):
 
     def measure(self) -> dict[str, Any]:
         "Evaluate on the whole held-out split and look at the learner; appended to the record."
-        # all of it, in every process of a team: they agree without asking
         with naming_divergence(self):
             with self.precision_context():
-                where = sits(
-                    self.alone(), self.model, self.here(self.task.batch_for_measuring(self.step))
-                )
-            scores = self.task.evaluate(self.model)
+                batch = self.here(self.task.batch_for_measuring(self.step))
+                where = sits(self.alone(), self.model, batch)
+            scores = self.task.evaluate(self.model)     # in every process of a team: they agree
         loss = {"step": self.step, "valid_loss": scores.pop("loss")}
         self.record.append(loss | scores | where)
         return self.record[-1]
@@ -304,7 +296,7 @@ class Trainer(TrainingRun):
 def start(
     config: RunConfig, data: TextData, device: str = "auto", team: DataParallel = DataParallel()
 ) -> Trainer:
-    "A fresh trainer on a text; ConfigError when its vocabulary is not the configuration's."
+    "A fresh trainer on a text and `device`; ConfigError for a vocabulary of another size."
     if (own := config.model.vocab_size) != (has := data.tokenizer.vocab_size):
         what = f"model.vocab_size is {own}, but the corpus has {has} characters"
         raise ConfigError(f"{what}: leave it out and it follows the corpus")
