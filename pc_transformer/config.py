@@ -115,12 +115,12 @@ for _kind in (_Loader, _Dumper):
 
 # %% ../nbs/1_model/01_configuration.ipynb #20152a20
 def to_dict(config: Any) -> dict[str, Any]:
-    "The configuration as nested dictionaries of plain values, in the order of its fields."
+    "`config` as nested dictionaries of plain values, in the order of its fields."
     return asdict(config)
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    "A nested dictionary as one of dotted names."
+    "The dictionary `nested` as one level of dotted names, each after `prefix`."
     found = dict[str, Any]()
     for k, v in nested.items():
         found |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
@@ -128,13 +128,13 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    "The configuration as YAML, one line per value; `from_yaml` reads it back to an equal object."
+    "`config` as YAML, one line per value; `from_yaml` reads it back to an equal object."
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=1 << 20)
 
 # %% ../nbs/1_model/01_configuration.ipynb #06c98f8e
 @dataclass(frozen=True)
 class Config:
-    "Base of all configurations: checks the type of each field and prints as YAML."
+    "Base of all configurations; prints as YAML. Raises `ConfigError` for a field of a wrong type."
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -149,7 +149,7 @@ class Config:
     def __str__(self) -> str: return to_yaml(self)
 
 # %% ../nbs/1_model/01_configuration.ipynb #9aa12a65
-Attention = Literal[
+Attention = Literal[  # family of the likelihood of a key; dot: the dot product
     "dot", "gaussian", "student_t", "laplace", "mixture", "huber", "generalized_gaussian",
     "logistic", "contaminated",
 ]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/1_model/02_isolation.ipynb #93c2723e
-CPU = torch.device("cpu")
+CPU = torch.device("cpu")      # the device of `generator` unless another is named
 
 
 def check_seed(
@@ -48,7 +48,7 @@ class Draws:
         return self.generators[device]
 
 # %% ../nbs/1_model/02_isolation.ipynb #ab1b4fc1
-CURRENT: ContextVar[Draws | None] = ContextVar("draws", default=None)
+CURRENT: ContextVar[Draws | None] = ContextVar("draws", default=None)     # the innermost `drawing`
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def ahead() -> Draws:
 
 # %% ../nbs/1_model/02_isolation.ipynb #c197f667
 def dropout(x: Tensor, p: float) -> Tensor:
-    "Each number is dropped with probability `p`, the others are scaled up; drawn from `generator`."
+    "Drop each number of `x` with probability `p`, scale up the others; drawn from `generator`."
     if p == 0: return x      # before anything is asked for: a compiled layer has one graph
     own = generator(x.device)
     if own is None or p == 1: return F.dropout(x, p)      # with p = 1 there is nothing to draw
@@ -81,14 +81,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    "`nn.Dropout` whose masks come from `generator`."
+    "`nn.Dropout` whose masks come from `generator`; `input` may have any shape."
 
     def forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p) if self.training else input
 
 # %% ../nbs/1_model/02_isolation.ipynb #59685430
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    "`nn.Linear`, its first weights drawn from `generator`."
+    "`nn.Linear` of `inputs`, `outputs` and `bias`, its first weights drawn from `generator`."
     where = torch.get_default_device()
     made: Any = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=where)
     own, bound = generator(made.weight.device), 1 / math.sqrt(inputs)
@@ -98,14 +98,14 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 def table(rows: int, width: int) -> nn.Embedding:
-    "`nn.Embedding`, its first weights drawn from `generator`."
+    "`nn.Embedding` of `rows` vectors of `width` numbers, first drawn from `generator`."
     made: Any = nn.utils.skip_init(nn.Embedding, rows, width, device=torch.get_default_device())
     nn.init.normal_(made.weight, generator=generator(made.weight.device))
     return made
 
 # %% ../nbs/1_model/02_isolation.ipynb #view-container
 def container(x: Any, of: Callable[[Any], Any]) -> Any:
-    "A dict, list or tuple with `of` of everything in it; itself where nothing changes."
+    "`x`, a dict, list or tuple, with `of` of everything in it; itself where nothing changes."
     items = list(x.values() if isinstance(x, dict) else x)
     new = [of(y) for y in items]
     if all(a is b for a, b in zip(new, items, strict=True)): return x
@@ -117,7 +117,8 @@ def container(x: Any, of: Callable[[Any], Any]) -> Any:
 
 
 def same_script(m: nn.Module, training: bool | None, tensor: object) -> nn.Module:
-    "A TorchScript module itself, which cannot be copied. Raises TypeError for another mode."
+    """A TorchScript module itself, which cannot be copied. Raises TypeError if it should have
+    another mode, or if `tensor` should change its tensors."""
     if tensor is None and all(training in (None, x.training) for x in m.modules()): return m
     raise TypeError("a TorchScript module has one mode for everybody: call its eval() first")
 
@@ -130,15 +131,15 @@ class Walk:
 
     def of(self, x: Any) -> Any:
         "What stands for `x`: itself, unless there is a module (or tensor) in it."
-        if isinstance(x, nn.Module): return self.module(x)
+        if isinstance(x, nn.Module): return self._module(x)
         if isinstance(x, dict | list | tuple): return container(x, self.of)
         if isinstance(x, MethodType) and isinstance(x.__self__, nn.Module):
-            return MethodType(x.__func__, self.module(x.__self__))
+            return MethodType(x.__func__, self._module(x.__self__))
         if not isinstance(x, Tensor) or self.tensor is None: return x
         if id(x) not in self.seen: self.seen[id(x)] = self.tensor(x)
         return self.seen[id(x)]
 
-    def module(self, m: Any) -> Any:
+    def _module(self, m: Any) -> Any:
         m = getattr(m, "_orig_mod", m)      # of a compiled module: what was compiled
         if id(m) in self.seen: return self.seen[id(m)]
         if isinstance(m, torch.jit.ScriptModule): return same_script(m, self.training, self.tensor)
@@ -149,7 +150,7 @@ class Walk:
         return new
 
 # %% ../nbs/1_model/02_isolation.ipynb #cbb669c0
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)      # the class of a module
 
 
 def view(
@@ -163,7 +164,7 @@ def view(
     Hooks and closures that hold a module hold the model's own. A view in training mode moves the
     model's running statistics (BatchNorm), unless `tensor` copies buffers.
     """
-    return Walk(training, tensor).module(model)
+    return Walk(training, tensor).of(model)
 
 
 @contextmanager
@@ -173,11 +174,11 @@ def evaluating(model: M) -> Iterator[M]:
 
 # %% ../nbs/1_model/02_isolation.ipynb #b3fb4c2a
 def leaf(x: Tensor) -> Tensor:
-    "A parameter with the same memory, and a gradient of its own; a buffer as it is. For `view`."
+    "A new parameter with the memory of `x` and its own gradient; a buffer as it is. For `view`."
     return nn.Parameter(x.detach(), x.requires_grad) if isinstance(x, nn.Parameter) else x
 
 
 def private(x: Tensor) -> Tensor:
-    "A copy of a parameter or buffer. For `view`."
+    "A copy of `x`, a parameter or buffer. For `view`."
     copied = x.detach().clone()
     return nn.Parameter(copied, x.requires_grad) if isinstance(x, nn.Parameter) else copied

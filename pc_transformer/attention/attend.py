@@ -33,7 +33,7 @@ from ..energies.mixture import Independent
 
 # %% ../../nbs/1_model/11_attend.ipynb #d970ad97
 def kernel_named(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    "The kernel of a backend; Triton's is imported when it is asked for."
+    "The kernel of the backend `name`; Triton's is imported when it is asked for."
     if name == "triton":
         from pc_transformer.attention.kernels import triton
         return triton.triton
@@ -44,8 +44,9 @@ def posterior_mean(
     q: Float[Tensor, "B H Tq d"], keys: Keys, likelihood: Likelihood, mask: Mask = Mask(),
     need_lse: bool = False, backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "B H Tq dv"], Float[Tensor, "B H Tq"] | None]:
-    """Read-out and log-sum-exp by one backend; components that it cannot take together are put
-    together by equation (2) of `attention.scores`. Keys have one head for each query head."""
+    """Read-out, and with `need_lse` log-sum-exp (nats), by one backend. Where it takes one
+    component at a time, the results are merged by equation (2) of `attention.scores`. There are
+    as many key heads as query heads."""
     whole, several = (keys.k, keys.precision, keys.log_mix), keys.k.shape[2] > 1
     seen = {"mask": mask.allowed, "is_causal": mask.is_causal, "window": mask.window}
     seen["dropout_p"] = mask.dropout_p
@@ -63,6 +64,7 @@ def posterior_mean(
     return kernels.merge(*zip(*(run(kernel_named(name), *one, True) for one in each), strict=True))
 
 # %% ../../nbs/1_model/11_attend.ipynb #86bf2397
+# what a read gives: the read-out; the log-sum-exp too; the responsibilities too
 Need = Literal["out", "lse", "responsibilities"]
 
 
@@ -94,7 +96,8 @@ OPTIONS: dict[str, Any] = {
 def enter(
     q: Tensor, k: Tensor, v: Tensor, family: str, backend: Backend, given: dict[str, Any]
 ) -> tuple[Keys, Likelihood, Mask]:
-    "Check the arguments of `attend`, and bring them into one shape."
+    """Check the arguments of `attend` and bring them into one shape; `given` holds its options and
+    the parameters of the `family`, by name. Raises TypeError or ValueError, one sentence."""
     own = {name: given.pop(name, default) for name, default in OPTIONS.items()}
     check_attend(q, k, v, family, backend, own)
     precision, log_mix, allowed = own["precision"], own["log_mix"], own["attn_mask"]
@@ -119,20 +122,21 @@ def checked(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], device: torch.device,
     family: str, backend: Backend, **given: Any,
 ) -> tuple[Keys, Likelihood, Mask]:
-    "`enter` for tensors of these shapes and dtypes, whatever their numbers."
+    "`enter`, of `family` and `given`, for tensors of these shapes and dtypes, whatever they hold."
     with torch.inference_mode(False):           # what is remembered serves gradients too
         made = [torch.zeros((), dtype=t, device=device) for t in dtypes]
         q, k, v = (x.expand(shape) for x, shape in zip(made, shapes, strict=True))
         return enter(q, k, v, family, backend, given)
 
 # %% ../../nbs/1_model/11_attend.ipynb #b0816503
-SIMPLE = {type(None), bool, int, float, str}
+SIMPLE = {type(None), bool, int, float, str}     # types of arguments that are remembered
 
 
 def remembered(
     q: Any, k: Any, v: Any, family: Any, backend: Any, given: dict[str, Any]
 ) -> tuple[Keys, Likelihood, Mask] | None:
-    "What `enter` returns, checked once for each signature; `None` if other tensors are given."
+    """What `enter` returns for `q`, `k`, `v`, `family`, `backend` and `given`, checked once for
+    each signature; `None` if other tensors are given."""
     simple = {type(family), type(backend), *map(type, given.values())} <= SIMPLE
     if not simple or not type(q) is type(k) is type(v) is Tensor: return None
     if not q.layout == k.layout == v.layout == torch.strided: return None
@@ -204,7 +208,7 @@ def attention_energy(
     backend: Backend = "auto",
     **options: Any,                            # as in `attend`
 ) -> Float[Tensor, "B H Tq"]:
-    "`energy` with the arguments of `attend`, in nats. Raises what `attend` raises."
+    "`energy` with the arguments of `attend`, in nats. Raises TypeError or ValueError, as `attend`."
     if options.get("return_attention"):
         raise ValueError("attention_energy returns energies only: ask attend for the attention")
     any_value = k.select(2, 0)[..., :1] if k.dim() == 5 else k[..., :1]

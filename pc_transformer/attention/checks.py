@@ -26,7 +26,8 @@ from ..energies.families import Gaussian
 
 # %% ../../nbs/1_model/10_checks.ipynb #0f5d96c2
 def check_inputs(q: Any, k: Any, v: Any, attn_mask: Any) -> None:
-    "Raise TypeError unless q, k and v are dense tensors of one floating dtype."
+    """Raise TypeError unless `q`, `k` and `v` are dense tensors of one floating dtype, and
+    `attn_mask` is a mask or `None`."""
     for what, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, not {shown(x)}")
         if x.layout != torch.strided:
@@ -39,7 +40,7 @@ def check_inputs(q: Any, k: Any, v: Any, attn_mask: Any) -> None:
 
 
 def check_mask(attn_mask: Any) -> None:
-    "Raise TypeError unless this is a bool or a floating tensor."
+    "Raise TypeError unless `attn_mask` is a bool or a floating tensor."
     real = isinstance(attn_mask, Tensor)
     if real and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()): return
     kind = str(attn_mask.dtype).removeprefix("torch.") if real else shown(attn_mask)
@@ -50,7 +51,7 @@ def check_mask(attn_mask: Any) -> None:
 
 # %% ../../nbs/1_model/10_checks.ipynb #8b254c55
 def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) -> None:
-    "Raise ValueError for queries, keys and values that do not fit each other."
+    "Raise ValueError for queries, keys and values that do not fit each other or the `family`."
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     mixed = family == "mixture"
     fit = q.dim() == v.dim() == 4 and k.dim() == 4 + mixed and 0 not in (*q.shape, *k.shape)
@@ -69,7 +70,8 @@ def check_layout(q: Tensor, k: Tensor, v: Tensor, family: str, is_causal: bool) 
 
 # %% ../../nbs/1_model/10_checks.ipynb #83ba6c8e
 def check_name(what: str, name: Any, names: Any) -> None:
-    "Raise TypeError or ValueError unless this is one of the names of a `Literal`."
+    """Raise TypeError unless `name` is a text, ValueError unless it is one of `names`, a
+    `Literal`; `what` says in the message what it names."""
     choices = get_args(names)
     if not isinstance(name, str):
         raise TypeError(f"{what} is a name such as {choices[1]!r}, not a {type(name).__name__}")
@@ -78,7 +80,7 @@ def check_name(what: str, name: Any, names: Any) -> None:
 
 
 def check_share(what: str, x: Any) -> None:
-    "Raise TypeError unless this is a number, ValueError unless it lies in [0, 1)."
+    "Raise TypeError unless `x`, named `what`, is a number, ValueError unless it lies in [0, 1)."
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{what} must be a number, not {shown(x)}")
     if not 0 <= float(x) < 1: raise ValueError(f"{what} must lie in [0, 1), got {x}")
@@ -87,7 +89,8 @@ def check_share(what: str, x: Any) -> None:
 def check_attend(
     q: Any, k: Any, v: Any, family: Any, backend: Any, options: dict[str, Any]
 ) -> None:
-    "Raise TypeError or ValueError, one sentence, for arguments of `attend` that make no sense."
+    """Raise TypeError or ValueError, one sentence, for arguments of `attend` that make no sense:
+    `q`, `k`, `v`, `family`, `backend`, and all others by name in `options`."""
     check_inputs(q, k, v, options["attn_mask"])
     for what in ("is_causal", "return_attention", "return_lse"):
         if not isinstance(options[what], bool):
@@ -111,7 +114,8 @@ def check_attend(
 
 # %% ../../nbs/1_model/10_checks.ipynb #149ef247
 def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
-    "Raise ValueError, one sentence, unless a tensor broadcasts to this shape without enlarging it."
+    """Raise ValueError unless `x`, if a tensor, broadcasts to `shape` without enlarging it; `what`
+    is its name, and `hint` ends the message."""
     if not isinstance(x, Tensor): return
     pairs = zip(reversed(x.shape), reversed(shape), strict=False)
     if x.dim() > len(shape) or any(have not in (1, want) for have, want in pairs):
@@ -121,7 +125,8 @@ def check_fits(what: str, x: Any, shape: tuple[int, ...], hint: str) -> None:
 def check_shapes(
     q: Tensor, k: Tensor, precision: Any, log_mix: Any, attn_mask: Tensor | None, family: str
 ) -> None:
-    "Raise ValueError for a precision, a mixing weight or a mask that does not fit q and k."
+    """Raise ValueError unless `precision`, `log_mix` and `attn_mask` broadcast to the axes of q
+    and k, and the `family` can use them."""
     H, axes = q.shape[1], precision.dim() if isinstance(precision, Tensor) else 0
     def wanted(x: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         at = 1 - len(shape)
@@ -145,7 +150,7 @@ def valid_numbers(x: Any, dtype: torch.dtype, positive: bool, what: str) -> Any:
     """`x`, after a look at its numbers in this dtype; NaN for wrong ones where nobody can look.
     `positive`: above zero and finite. Else: minus infinity, or within a quarter of the largest
     number: a mask, a mixing weight and a score do not overflow together. Raises TypeError for
-    what is no number, ValueError for a wrong one."""
+    what is no number, ValueError for a wrong one; `what` is its name in the message."""
     check_number(what, x)
     info = torch.finfo(dtype)
     most = info.max / 4
@@ -189,7 +194,7 @@ def in_range(
 def overflows(
     t: Float[Tensor, "B H *M T"], likelihood: Likelihood, d: int
 ) -> Bool[Tensor, "B H *M T"]:
-    "True where the score of a distance of `4 t` is not finite."
+    "True where the score of a distance of `4 t` is not finite; `d` is the head width."
     if isinstance(likelihood, str): return ~(4 * t).isfinite()
     family, dim, n = radial(likelihood, d)
     by_head = (4 * t).reshape(*t.shape[:2], -1, 1)     # a family's parameter may differ by head

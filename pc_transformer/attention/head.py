@@ -35,7 +35,8 @@ def tail_of(config: ModelConfig) -> float:
 
 
 def first_precision(config: ModelConfig, alpha: float) -> tuple[float, float]:
-    "The initial precision (for `dot`: scale), and the score of a typical key at it."
+    """The initial precision (for `dot`: scale), and the score of a typical key at it, in nats;
+    `alpha` is the variance of a coordinate of queries and keys."""
     c, like = config, torch.zeros((), dtype=torch.float64)
     tail = {TAILS[c.attention][0]: tail_of(c)} if c.attention in TAILS else {}
     start = c.precision_init or initial_precision(
@@ -154,10 +155,9 @@ class KeyHeads(Heads):
 
 # %% ../../nbs/1_model/13_head.ipynb #e8ad8195
 class PCAttention(KeyHeads):
-    """Causal self-attention whose likelihood, precision and tails are learned; `dot` is nanoGPT's.
-
-    The scale of `dot` is fixed at 1/sqrt(d), unless `precision_init` starts a learned one.
-    """
+    """Causal self-attention whose likelihood, precision and tails are learned; `dot` is nanoGPT's,
+    with a scale of 1/sqrt(d) unless `precision_init` starts a learned one. Raises TypeError for an
+    `attn_mask` that is no mask, ValueError for one that does not fit."""
 
     @property
     def likelihood(self) -> Likelihood:
@@ -172,7 +172,7 @@ class PCAttention(KeyHeads):
     def settle(
         self, q: Float[Tensor, "B H Tq d"], keys: Keys, mask: Mask, steps: int
     ) -> Float[Tensor, "B H Tq d"]:
-        "Queries after some steps of equation (3) of `attention.attend`."
+        "Queries after `steps` steps of equation (3) of `attention.attend`."
         for _ in range(steps): q = settle_query(q, keys, self.likelihood, mask)
         return q
 
@@ -185,7 +185,7 @@ class PCAttention(KeyHeads):
         return replace(found, out=self.gate(found.out, found.lse))
 
     def gate(self, out: Float[Tensor, "B H T d"], lse: Tensor | None) -> Float[Tensor, "B H T d"]:
-        "The read-out times the probability that some key explains the query."
+        "The read-out times the probability, from `lse` (nats), that some key explains the query."
         if self.background is None or lse is None: return out
         name = f"the background of {self.family} attention"
         background = valid_numbers(self.background, full_dtype(out), False, name)

@@ -25,9 +25,11 @@ from ..energies.mixture import Independent
 from ..isolation import Draws, drawing, dropout, generator
 
 # %% ../../nbs/1_model/09_scores.ipynb #0a60d473
+# which code computes attention; `auto` chooses by the device and the shapes
 Backend = Literal["auto", "reference", "plain", "sdpa", "chunked", "triton"]
 
 
+# one density of the distance, or a product of one density for each coordinate
 Coordinates = Literal["together", "independent"]
 
 
@@ -61,7 +63,7 @@ def make_likelihood(
 
 # %% ../../nbs/1_model/09_scores.ipynb #bc422d26
 def check_parameters(family: str, parameters: Mapping[str, Any], coordinates: str) -> None:
-    "Raise ValueError for a parameter that the family does not have."
+    "Raise ValueError for a parameter, or for `coordinates`, that the family does not have."
     names = [] if family == "dot" else list(FAMILIES[family].__dataclass_fields__)
     if other := sorted(set(parameters) - set(names)):
         has = f"its parameters are {', '.join(names)}" if names else "it has none"
@@ -102,7 +104,7 @@ def link_of(
 
 
 def radial(likelihood: Elliptical | Independent, d: int) -> tuple[Elliptical, int, int]:
-    "The family, the number of coordinates in one distance, and the number of distances."
+    "Family, number of coordinates in one distance, number of distances; `d`: the head width."
     if isinstance(likelihood, Independent): return likelihood.family, 1, d
     return likelihood, d, 1
 
@@ -145,7 +147,7 @@ class Keys:
     by_key: tuple[str, ...] = ()       # which of precision and log_mix differ between keys
 
     def columns(self, cut: Callable[[str, Tensor], Tensor]) -> "Keys":
-        "The same after `cut(name, tensor)` of everything that differs between keys."
+        "The same after `cut`, given name and tensor, of everything that differs between keys."
         return replace(self, **{n: cut(n, getattr(self, n)) for n in ("k", "v", *self.by_key)})
 
     def __getitem__(self, columns: slice) -> "Keys":
@@ -153,7 +155,7 @@ class Keys:
         return self.columns(lambda n, x: x[:, :, columns] if n == "v" else x[:, :, :, columns])
 
     def append(self, new: "Keys") -> "Keys":
-        "These keys and later ones."
+        "These keys, and after them the `new` ones."
         return self.columns(lambda n, x: torch.cat([x, getattr(new, n)], 2 if n == "v" else 3))
 
 # %% ../../nbs/1_model/09_scores.ipynb #fbbcc64c
@@ -187,7 +189,7 @@ def spread_heads(
 
 
 def spread(keys: Keys, n_head: int) -> Keys:
-    "A copy of the keys for each of the heads that share them."
+    "Each key head repeated for the query heads that share it, `n_head` in all."
     own = keys.k.shape[1]
     if own == n_head: return keys
     parts = {n: x for n, x in vars(keys).items() if isinstance(x, Tensor)}

@@ -22,7 +22,7 @@ SHARPNESS = 0.5644      # nats: that of a Gaussian of precision 9/sqrt(d) at wid
 
 def score_spread(
     likelihood: Likelihood,
-    precision: float,
+    precision: float,    # of each coordinate; for `dot` the scale
     d: int,              # head width
     alpha: float,        # variance of each coordinate of queries and keys
 ) -> float:
@@ -60,6 +60,7 @@ def initial_precision(
     return math.exp((low + high) / 2)
 
 # %% ../../nbs/1_model/12_sharpness.ipynb #e031a8d1
+# the parameter of a family that a head learns, and its usual initial value
 TAILS = {"student_t": ("nu", 4.0), "generalized_gaussian": ("p", 1.0), "huber": ("delta", 1.345)}
 
 # %% ../../nbs/1_model/12_sharpness.ipynb #ae5a19e6

@@ -50,8 +50,8 @@ class Categorical:
         targets: Int64[Tensor, "*batch"],  # observed symbols, 0 to V - 1
         logits: Float[Tensor, "*batch V"],  # a, unnormalised
     ) -> Float[Tensor, "*batch"]:
-        """Log probability in nats, equation (17). Raises `ValueError` for a target outside the
-        vocabulary."""
+        """Log probability in nats, equation (17). Raises `TypeError` unless targets are int64,
+        `ValueError` for a target outside the vocabulary."""
         return -self.energy(targets, logits)
 
     def energy(
@@ -59,7 +59,7 @@ class Categorical:
         targets: Int64[Tensor, "*batch"],  # observed symbols, 0 to V - 1
         logits: Float[Tensor, "*batch V"],  # a, unnormalised
     ) -> Float[Tensor, "*batch"]:
-        "E = -log p, the cross-entropy in nats. Raises `ValueError` as `log_prob`."
+        "E = -log p, the cross-entropy in nats. Raises as `log_prob`."
         _read_targets(targets, logits)
         each = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
@@ -71,7 +71,7 @@ class Categorical:
         targets: Int64[Tensor, "*batch"],  # observed symbols, 0 to V - 1
         logits: Float[Tensor, "*batch V"],  # a, unnormalised
     ) -> Float[Tensor, "*batch V"]:
-        "d log p / d a = onehot - softmax, equation (17). Raises `ValueError` as `log_prob`."
+        "d log p / d a = onehot - softmax, equation (17). Raises as `log_prob`."
         _read_targets(targets, logits)
         p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         one = p.new_ones(()).expand(*targets.shape, 1)
@@ -93,7 +93,7 @@ class Categorical:
         smoothing: float = 0.0,  # added to each count; 0: maximum likelihood
     ) -> Float[Tensor, "V"]:
         """Log probabilities, usable as logits: log((count + smoothing) / total). Raises
-        `ValueError` without data."""
+        `TypeError` unless targets are int64, `ValueError` without data or outside 0 to V - 1."""
         _symbols(targets)
         check_whole("V", V, 1)
         _in_vocabulary(targets, V)

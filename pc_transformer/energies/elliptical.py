@@ -48,8 +48,8 @@ class Link(ABC):
 
 # %% ../../nbs/1_model/03_a_density.ipynb #d2c3fef2
 def known(x: Tensor) -> Any:
-    """The number in a tensor; `None` while PyTorch compiles and inside `torch.vmap`, where
-    nobody can look."""
+    """The number in `x`, a tensor of one element; `None` while PyTorch compiles and inside
+    `torch.vmap`, where nobody can look."""
     if torch.compiler.is_compiling(): return None
     try: return x.item()
     # what vmap raises for a number that differs between its samples
@@ -57,15 +57,15 @@ def known(x: Tensor) -> Any:
 
 
 def shown(x: object) -> str:
-    "A value for a sentence: short, whatever it is."
-    return (
-        f"a tensor of {x.dtype} and shape {tuple(x.shape)}"
-        if isinstance(x, Tensor)
-        else reprlib.repr(x)
-    )
+    "A value in words for a message: short, whatever it is."
+    if not isinstance(x, Tensor): return reprlib.repr(x)
+    return f"a tensor of {x.dtype} and shape {tuple(x.shape)}"
 
 
-def check_tensor(what: str, x: object) -> None:
+def check_tensor(
+    what: str,  # name of the value, for the message
+    x: object,  # the value, of any type
+) -> None:
     "Raises `TypeError` unless `x` is a tensor of a floating dtype."
     if not isinstance(x, Tensor): raise TypeError(f"{what} must be a tensor, got {shown(x)}")
     if not x.is_floating_point():
@@ -74,11 +74,8 @@ def check_tensor(what: str, x: object) -> None:
 # %% ../../nbs/1_model/03_a_density.ipynb #8c230389
 def check_number(what: str, x: object) -> None:
     "Raises `TypeError` unless `x` is a number (a truth value is none) or a real tensor."
-    real = (
-        x.dtype != torch.bool and not x.is_complex()
-        if isinstance(x, Tensor)
-        else isinstance(x, Real)
-    )
+    real = isinstance(x, Real)
+    if isinstance(x, Tensor): real = x.dtype != torch.bool and not x.is_complex()
     if isinstance(x, bool) or not real:
         raise TypeError(f"{what} must be a number or a tensor of numbers, got {shown(x)}")
 
@@ -109,8 +106,8 @@ def _read(error: Tensor, precision: float | Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/1_model/03_a_density.ipynb #19639276
 def check_tails(family: object, dtype: torch.dtype) -> None:
-    """Raises `ValueError` for a shape parameter that overflows or vanishes in the dtype that
-    computes."""
+    """Raises `ValueError` for a shape parameter of `family` that overflows or vanishes in the
+    dtype that computes."""
     least, most = (
         torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
         torch.finfo(dtype).max,
@@ -176,15 +173,15 @@ def _mean_precision(squares: Tensor, diagonal: bool) -> Tensor:
 
 # %% ../../nbs/1_model/03_a_density.ipynb #e09938c4
 def shape_tensors(family: Any) -> list[Tensor]:
-    "A family's parameters that are tensors; those of a family inside it too."
+    "The parameters of `family` that are tensors; those of a family inside it too."
     values = [getattr(family, f.name) for f in fields(family)]
     nested = [shape_tensors(x) if isinstance(x, Link) else [x] for x in values]
     return [x for part in nested for x in part if isinstance(x, Tensor)]
 
 
 def with_shape(family: Any, shape: Iterator[Tensor]) -> Any:
-    """The family with other tensors in the place of `shape_tensors`; they were checked when it
-    was made."""
+    """`family` with the tensors of `shape` in the place of its `shape_tensors`; they are not
+    checked again."""
     family = copy.copy(family)
     for name in (f.name for f in fields(family)):
         value = getattr(family, name)
@@ -213,7 +210,7 @@ class InPlace(Link):
         return -0.5
 
     def shape_slopes(self, y: Tensor, g: Tensor, dim: int) -> Sequence[Tensor]:
-        "`g` times the slope of `score_` in each of `shape_tensors`, with y held; not yet summed."
+        "`g` times the slope of `score_` in each of `shape_tensors`, with `y` held; not summed."
         leaves = [x.detach().expand_as(y).requires_grad_() for x in shape_tensors(self)]
         with torch.enable_grad():
             score = with_shape(self, iter(leaves)).link(y.detach(), dim)

@@ -401,12 +401,9 @@ class Contaminated(Elliptical):
     ) -> Tensor:
         "A Gaussian, wider with probability `share`"
         z = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
-        out = (
-            torch.rand(
-                like.shape[:-1], generator=generator, dtype=torch.float64, device=like.device
-            )
-            < self.share
-        )
+        out = torch.rand(
+            like.shape[:-1], generator=generator, dtype=torch.float64, device=like.device
+        ) < self.share
         return (z * torch.where(out, _exact(self.ratio).rsqrt(), 1.0)[..., None]).to(like.dtype)
 
     def fit_shape(
@@ -415,7 +412,8 @@ class Contaminated(Elliptical):
         diagonal: bool = False,  # one precision per coordinate instead of one in all
         max_iters: int = 20_000,  # rounds of EM
     ) -> tuple["Contaminated", Tensor]:
-        "The most likely share, ratio and precision near the present ones, by EM, equation (13)."
+        """The most likely share, ratio and precision near the present ones, by EM, equation (13).
+        Raises `RuntimeError` if the likelihood still rises after `max_iters` rounds."""
         squares = _observations(errors).square()
         best, dim = Contaminated(float(self.share), float(self.ratio)), squares.shape[-1]
         precision, last = best.fit(errors.double(), diagonal, max_iters), -math.inf
@@ -431,7 +429,7 @@ class Contaminated(Elliptical):
         raise RuntimeError(f"the likelihood still rises after {max_iters} rounds; raise max_iters")
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #4b0627b0
-FAMILIES: dict[str, type[Elliptical]] = {
+FAMILIES: dict[str, type[Elliptical]] = {     # by their names in a configuration
     "gaussian": Gaussian, "student_t": StudentT, "laplace": Laplace, "huber": Huber,
     "generalized_gaussian": GeneralizedGaussian, "logistic": Logistic, "contaminated": Contaminated,
 }

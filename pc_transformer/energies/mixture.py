@@ -67,7 +67,7 @@ class Independent:
         return self.family.sample((*shape, 1), Pi, generator)[..., 0]
 
     def fit(self, errors: Float[Tensor, "*b D"], diagonal: bool = False) -> Float[Tensor, "..."]:
-        "Maximum-likelihood precision, () or with `diagonal` (D,)."
+        "Most likely precision, () or with `diagonal` (D,). Raises `TypeError` or `ValueError`."
         check_tensor("errors", errors)
         if not diagonal: return self.family.fit(errors.reshape(-1, 1))
         return torch.stack([self.family.fit(e[..., None]) for e in errors.unbind(-1)])
@@ -87,8 +87,8 @@ def _spread(points: Tensor, M: int, generator: torch.Generator | None) -> Tensor
 # %% ../../nbs/1_model/07_mixtures.ipynb #9247dd89
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """M Gaussian components of an error, equation (15); not elliptical. Error and precision as
-    in `Elliptical`."""
+    """M Gaussian components of an error, equation (15); not elliptical. Raises `TypeError` or
+    `ValueError` for components that form no density."""
 
     # log mixing weights, normalised by a softmax; -inf switches a component off
     log_mix: Float[Tensor, "M"]
@@ -195,7 +195,7 @@ class GaussianMixture:
         floor: float = 1e-6,  # smallest variance of a component / mean variance of the errors
         max_iters: int = 10_000,  # rounds of EM
     ) -> "GaussianMixture":
-        "Maximum likelihood by EM, equation (16), under a floor for the variances."
+        "Maximum likelihood by EM, equation (16). Raises `TypeError`, `ValueError`, `RuntimeError`."
         for what, x in (("M", M), ("restarts", restarts), ("max_iters", max_iters)):
             check_whole(what, x, 1)
         points = _observations(errors)

@@ -24,7 +24,7 @@ from ..model.layers import AttentionLayer, Embedding, FeedForwardLayer
 from ..model.transformer import PCTransformer
 
 # %% ../../nbs/3_inference/04_cache.ipynb #aafe3045
-DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {      # in which keys and values may be kept
     n: getattr(torch, n) for n in ("float64", "float32", "bfloat16", "float16", "int8")
 }
 
@@ -58,7 +58,8 @@ Slots = slice | tuple[Tensor, Tensor]       # places, or rows `(B, 1)` and place
 
 
 def put(store: Tensor, new: Tensor, slots: Slots, axis: int = 2) -> None:
-    "Write `(B, Hk, ..., T, ...)` into slots of `(B, Hk, ..., N, ...)`; `axis` is that of T and N."
+    """Write `new`, of shape `(B, Hk, ..., T, ...)`, into slots of `store`, of shape
+    `(B, Hk, ..., N, ...)`; `axis` is that of T and N."""
     if isinstance(slots, slice): store.narrow(axis, slots.start, new.shape[axis]).copy_(new)
     else:
         each = new.movedim(axis, 1).to(store.dtype)              # `(B, T, Hk, ...)`
@@ -88,7 +89,7 @@ class Store:
         return found if self.scales is None else found * self.scales[:, :, start:stop]
 
     def select(self, rows: Sequence[int]) -> "Store":
-        "Copies of some of the rows."
+        "Copies of the rows with the numbers `rows`."
         return Store(self.numbers[rows], None if self.scales is None else self.scales[rows])
 
 # %% ../../nbs/3_inference/04_cache.ipynb #d143a294
@@ -102,7 +103,7 @@ class LayerCache:
     column: dict[str, Float[Tensor, "B Hk M 1 1 N"]]
 
     def write(self, x: Tensor, k: Tensor, v: Tensor, slots: Slots) -> None:
-        "Keep keys and values `(B, Hk, T, d)` and the columns of tokens with states `(B, T, D)`."
+        "Keep keys and values `(B, Hk, T, d)`, and columns of tokens whose states are `x`."
         kept = self.k.write(k, slots)
         self.v.write(v, slots)
         if not self.column: return
@@ -184,7 +185,7 @@ class KVCache:
 
     model: PCTransformer
     layers: list[LayerCache]
-    lengths: list[int]
+    lengths: list[int]          # tokens seen in each row
     frozen: Frozen
 
     @classmethod
@@ -217,7 +218,7 @@ class KVCache:
         return max(self.lengths)
 
     def select(self, rows: Sequence[int]) -> "KVCache":
-        "A new cache of copies of these rows, in this order."
+        "A new cache of copies of the rows with the numbers `rows`, in this order."
         own = lambda x: {name: c[rows] for name, c in x.column.items()}
         layers = [
             LayerCache(x.reader, x.k.select(rows), x.v.select(rows), own(x)) for x in self.layers
@@ -225,7 +226,7 @@ class KVCache:
         return replace(self, layers=layers, lengths=[self.lengths[r] for r in rows])
 
     def check_weights(self, replaced: bool = True) -> None:
-        "Raise ValueError if a weight has changed since the keys were made, see `Frozen.holds`."
+        "Raise ValueError if a weight has changed, or was `replaced`, since: see `Frozen.holds`."
         if not self.frozen.holds(replaced):
             raise ValueError(
                 "the model's weights have changed since the cache was made: allocate a new one"

@@ -35,7 +35,7 @@ class Reliability:
 def reliability(
     confidence: Float[Tensor, " N"],       # in [0, 1]
     correct: Bool[Tensor, " N"],
-    bins: int = 15,
+    bins: int = 15,                        # how many groups
     equal_mass: bool = False,              # groups of equal size instead of equal width
 ) -> Reliability:
     "Group predictions by their confidence. Raises ValueError for confidences outside [0, 1]."
@@ -91,7 +91,7 @@ def fit_temperature(
 
 # %% ../../nbs/3_inference/10_calibration.ipynb #537922e3
 def plot_reliability(r: Reliability, ax: Any, label: str = "") -> None:
-    "Accuracy against confidence on a matplotlib axis; areas show how many predictions."
+    "Accuracy against confidence on the axes `ax`, with a `label`; areas: how many predictions."
     ax.plot([0, 1], [0, 1], ":", color="grey", lw=1)
     (line,) = ax.plot(r.confidence, r.accuracy, "-", lw=1, label=label)
     ax.scatter(r.confidence, r.accuracy, 4 + 120 * r.count / r.count.sum(), color=line.get_color())
@@ -134,7 +134,7 @@ def calibration(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> dic
 def bootstrap_interval(
     statistic: Callable[..., float],       # of as many tensors as `parts`
     *parts: Tensor,                        # independent observations along the first axis
-    draws: int = 200,
+    draws: int = 200,                      # samples with replacement
     seed: int = 0,
 ) -> tuple[float, float]:
     "Percentile interval of 95 %; rows of all parts are drawn together (scipy's `bootstrap`)."

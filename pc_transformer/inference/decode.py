@@ -117,7 +117,7 @@ def check_owner(model: nn.Module, cache: KVCache) -> None:
 
 
 def check_new(tokens: Any, cache: KVCache, counts: Sequence[int] | None) -> None:
-    "Raise TypeError or ValueError, one sentence, for tokens that this cache cannot take."
+    "Raise TypeError or ValueError, one sentence, for `tokens` that this cache cannot take."
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a tensor of shape (batch, time), got {shown(tokens)}")
     check_tokens(tokens, cache.model.config)

@@ -24,7 +24,7 @@ from ..isolation import check_seed
 
 # %% ../../nbs/3_inference/08_generation.ipynb #ed014c2e
 def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
-    "One generator for the batch, or one for each row if `seed` is a sequence. Raises `ValueError`."
+    "One generator, or one for each of `batch` rows if `seed` is a sequence. Raises `ValueError`."
     if seed is None:
         one = torch.Generator()
         one.seed()
@@ -41,8 +41,8 @@ def make_generators(seed: Any, batch: int) -> list[torch.Generator]:
 def draw(
     q: Float[Tensor, "b V"], generators: list[torch.Generator], rows: list[int], batch: int
 ) -> Int64[Tensor, " b"]:
-    """A token for each growing row; rows that have stopped still take their random numbers, so
-    that nobody else's text changes."""
+    """A token for each growing row of `batch`; rows that have stopped still take their random
+    numbers, so that nobody else's text changes."""
     if len(generators) > 1:
         return torch.cat([sample(q[i : i + 1], generators[r]) for i, r in enumerate(rows)])
     if len(rows) == batch: return sample(q, generators[0])
@@ -89,7 +89,7 @@ class Writer:
         return Step(rows, tokens, log_probs, self.stop(tokens.tolist()))
 
     def stop(self, tokens: list[int]) -> list[int]:
-        "Rows whose new token ends them; they leave."
+        "Rows that end with their new one of `tokens`; they leave."
         rows, ends = self.texts.rows, [t in self.reading.stop_tokens for t in tokens]
         if any(ends):
             left = [i for i, end in enumerate(ends) if not end]
@@ -113,7 +113,8 @@ def count(texts: Texts, V: int) -> Float[Tensor, "B V"]:
 def read_options(
     sampling: SamplingConfig | None, options: dict[str, Any], limits: Any
 ) -> tuple[SamplingConfig, Reading]:
-    "Single options as the two objects they belong to. Raises `ValueError` or `TypeError`."
+    """Single `options` as the two objects they belong to; `limits` has block_size and vocab_size.
+    Raises `ValueError` or `TypeError`."""
     if not isinstance(sampling, SamplingConfig | None):
         raise TypeError(f"sampling must be a SamplingConfig, but is a {type(sampling).__name__}.")
     names = [{f.name for f in fields(kind)} for kind in (SamplingConfig, Reading)]
@@ -186,7 +187,7 @@ def generate(
 def by_row(
     steps: list[Step], batch: int
 ) -> tuple[list[Int64[Tensor, " new"]], list[Float[Tensor, " new"]]]:
-    "New tokens and log-probabilities of each row."
+    "New tokens of each of `batch` rows, and their log-probabilities, nats."
     tokens, logs = ([list[Any]() for _ in range(batch)] for _ in range(2))
     for step in steps:
         for r, t, x in zip(step.rows, step.tokens.tolist(), step.log_probs.tolist(), strict=True):
@@ -205,8 +206,8 @@ def generate_text(
     stop: Sequence[str] = (),       # the text ends before the first of these in the continuation
     **options: Any,                 # of `stream`
 ) -> str:                           # prompt and continuation
-    """Continue a text. Raises what `encode` and `stream` raise, and `ValueError` for another
-    model's tokenizer."""
+    """Continue a text. Raises what `encode` and `stream` raise, `TypeError` for what is no text,
+    and `ValueError` for another model's tokenizer."""
     check_text(model, tokenizer, prompt, stop)
     vocab_size: int = model.config.vocab_size  # pyright: ignore
     if tokenizer.vocab_size < vocab_size: options["symbols"] = tokenizer.vocab_size
@@ -221,7 +222,8 @@ def generate_text(
 
 # %% ../../nbs/3_inference/08_generation.ipynb #efd0d779
 def check_text(model: Any, tokenizer: Any, prompt: Any, stop: Any) -> None:
-    "Raise `TypeError` or `ValueError`, one sentence, for what `generate_text` cannot read."
+    """Raise `TypeError` or `ValueError`, one sentence, for a `model`, `tokenizer`, `prompt` or
+    `stop` that `generate_text` cannot read."""
     if not isinstance(tokenizer, Tokenizer):
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer must have vocab_size, encode and decode, but a {kind} has not.")

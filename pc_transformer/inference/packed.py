@@ -18,6 +18,7 @@ from ..isolation import M, view
 from ..model.layers import Output
 
 # %% ../../nbs/3_inference/02_packed.ipynb #5f86e3df
+# a linear map of every token, from i to o coordinates
 Product = Callable[[Float[Tensor, "B T i"]], Float[Tensor, "B T o"]]
 
 
@@ -54,7 +55,7 @@ def fast_product(map: nn.Linear | Output, batch: int) -> Product | None:
 
 # %% ../../nbs/3_inference/02_packed.ipynb #e9329d20
 def version(W: Tensor) -> int:
-    "How often a tensor was changed in place, as PyTorch counts (not for inference tensors)."
+    "How often `W` was changed in place, as PyTorch counts (0 for inference tensors)."
     return 0 if W.is_inference() else W._version
 
 
@@ -74,7 +75,8 @@ class Frozen:
 
 # %% ../../nbs/3_inference/02_packed.ipynb #50aaf145
 class Packed(nn.Module):
-    "A linear map that reads a copy of its frozen weight where one token a row is asked for."
+    """A linear map that reads a copy of its frozen weight where one token a row is asked for.
+    Raises ValueError once the weight has changed."""
 
     def __init__(self, map: nn.Linear | Output, product: Product):
         super().__init__()

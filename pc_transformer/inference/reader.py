@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.checks import valid_numbers
 from ..attention.head import PCAttention, shown_precision
-from ..attention.kernels.near import NEAR
+from ..attention.kernels.masks import NEAR
 from ..attention.scores import full_dtype, link_of, radial
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian
@@ -84,7 +84,9 @@ def link_by_head(a: PCAttention, dtype: torch.dtype) -> Elliptical:
     return replace(family, **tails)
 
 
-def shared_prior(a: PCAttention, Lam: Tensor) -> Float[Tensor, "Hk M 1 1 1"]:
+def shared_prior(
+    a: PCAttention, Lam: Float[Tensor, "Hk M 1 1 #d"]
+) -> Float[Tensor, "Hk M 1 1 1"]:
     "What is added to the scores of all keys of a component. Raises ValueError."
     kind, total = f"of {a.family} attention", torch.zeros_like(Lam[..., :1])
     if a.background is not None:
@@ -235,7 +237,11 @@ def settled(
 
 # %% ../../nbs/3_inference/03_reader.ipynb #46ab4009
 def settled_apart(
-    reader: Reader, s: Tensor, u: Tensor, k: Tensor, column: Mapping[str, Tensor]
+    reader: Reader,
+    s: Float[Tensor, "B Hk M G T N"],           # of `link_scores`
+    u: Float[Tensor, "B Hk M G T N d"],         # of `distances`
+    k: Float[Tensor, "B Hk N d"],
+    column: Mapping[str, Tensor],
 ) -> Float[Tensor, "B H T d"]:
     "The same step with independent coordinates, each with weights of its own."
     w = reader.link.weight(u.movedim(-1, 0), 1).clamp_min(torch.finfo(u.dtype).tiny)

@@ -146,12 +146,12 @@ def sample(
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #1dc766c8
 def is_int(x: Any) -> bool:
-    "A whole number; True and False are none."
+    "Whether `x` is a whole number; True and False are none."
     return isinstance(x, int) and not isinstance(x, bool)
 
 
 def is_real(x: Any) -> bool:
-    "A finite number; True and False are none."
+    "Whether `x` is a finite number; True and False are none."
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #f57174b4

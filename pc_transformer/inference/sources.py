@@ -26,8 +26,8 @@ class NextToken(Protocol):
     "Anything that gives the logits of the next token: other ways to read a model plug in here."
 
     def logits(self, model: Any, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B V"]:
-        """Logits of the token after the last one, from all tokens of the window; leaves the
-        model as it is."""
+        """Logits of the token after the last one, by `model` from all tokens of the window; leaves
+        it as it is."""
         ...
 
 
@@ -35,7 +35,7 @@ class Recompute:
     "The definition: a forward pass over the whole window."
 
     def logits(self, model: Any, tokens: Int64[Tensor, "B T"]) -> Float[Tensor, "B V"]:
-        "Last row of the model's logits."
+        "Last row of the logits of `model`."
         return model(tokens)[:, -1]
 
 # %% ../../nbs/3_inference/07_sources.ipynb #3e782502
@@ -69,11 +69,11 @@ class Windows:
         return torch.stack([found[i] for i in range(len(windows))])
 
     def keep(self, places: list[int]) -> None:
-        "Go on with some of the rows: nothing is kept of any."
+        "Go on with the rows at these `places`: nothing is kept of any."
 
 # %% ../../nbs/3_inference/07_sources.ipynb #c47ae0f4
 class Cached:
-    "Logits of every growing row by a cache, filled anew when a window has moved, or always."
+    "Logits of every growing row by a cache, filled again when a window has moved; `anew`: always."
 
     def __init__(self, cache: KVCache, settle_steps: int = 0, anew: bool = False):
         self.cache, self.settle_steps, self.anew = cache, settle_steps, anew
@@ -94,7 +94,7 @@ class Cached:
             return advance(self.cache, new, counts, self.settle_steps, last=True)[:, 0]
 
     def keep(self, places: list[int]) -> None:
-        "Go on with some of the rows."
+        "Go on with the rows at these `places`."
         self.cache = self.cache.select(places)
         if self.starts is not None: self.starts = [self.starts[i] for i in places]
 
@@ -116,7 +116,7 @@ class Reading:
         check_reading(self)
 
     def fit(self, block_size: int, vocab_size: int) -> None:
-        "Raise ValueError for what is outside of a model's context or vocabulary."
+        "Raise ValueError for what is outside of `block_size` (the context) or `vocab_size`."
         within = lambda name, x, most, what: (
             f"{name} must be an integer from 1 to {most} (the {what}), but got {x!r}."
         )
@@ -150,7 +150,7 @@ def check_reading(r: Reading) -> None:
 
 # %% ../../nbs/3_inference/07_sources.ipynb #81dfc6c8
 def make_source(model: Any, texts: Texts, new: int, how: Reading) -> Windows | Cached:
-    "A cache where there can be one, else a pass over the window for every token."
+    "A cache of `model` with room for `new` tokens a row, else a pass over the window for each."
     wanted = how.settle_steps > 0 or (how.cache and cacheable(model))
     if how.settle is not None or not wanted:
         return Windows(model, how.settle or Recompute())

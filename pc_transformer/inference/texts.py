@@ -16,13 +16,14 @@ from torch import Tensor
 
 # %% ../../nbs/3_inference/06_texts.ipynb #6db0fe6a
 def window_start(length: int, block_size: int, slide: int = 1) -> int:
-    "w of equation (7): how many of `length` tokens have left the window."
+    """w of equation (7): how many of `length` tokens have left a window of `block_size` tokens
+    that moves by `slide`."""
     return slide * -(-max(0, length - block_size) // slide)
 
 # %% ../../nbs/3_inference/06_texts.ipynb #e2fb031d
 def check_prompt(prompt: Any, block_size: int, vocab_size: int, longer: bool) -> None:
-    """Raise `TypeError` or `ValueError` unless `prompt` is (T,) or (B, T) int64 tokens that the
-    model can read, `longer` than its context or not."""
+    """Raise `TypeError` or `ValueError` unless `prompt` is (T,) or (B, T) int64 tokens below
+    `vocab_size` and, unless `longer` ones are read, at most `block_size` of them in a row."""
     if not isinstance(prompt, Tensor) or prompt.dtype != torch.int64:
         got = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
         raise TypeError(f"prompt must be an int64 tensor of tokens, but got {got}.")
@@ -45,7 +46,7 @@ def read_prompts(
     limits: Any,                # has block_size and vocab_size
     longer: bool,               # prompts may be longer than block_size
 ) -> list[Int64[Tensor, " T"]]:
-    "The rows of a prompt, each checked. Raises `TypeError` or `ValueError`."
+    "The rows of `prompt`, each checked. Raises `TypeError` or `ValueError`."
     several = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
     if not several or not all(isinstance(p, Tensor) for p in prompt):
         check_prompt(prompt, limits.block_size, limits.vocab_size, longer)
@@ -65,9 +66,9 @@ class Texts:
     "Rows of tokens of different length, and the part of them that the model reads."
 
     tokens: Int64[Tensor, "B N"]
-    lengths: list[int]
-    block_size: int
-    slide: int
+    lengths: list[int]          # tokens that each row has now
+    block_size: int             # tokens that fit into the window
+    slide: int                  # sigma of equation (7), tokens
     rows: list[int]             # those that still grow
 
     def spans(self) -> list[tuple[int, int]]:

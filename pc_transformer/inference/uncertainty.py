@@ -61,7 +61,7 @@ def decompose(
 def ensemble_log_probs(
     models: Sequence[PCTransformer], tokens: Int[Tensor, "B T"]
 ) -> Float[Tensor, "S B T V"]:
-    "Target-free predictions of several models, whatever their mode. Raises ValueError for none."
+    "Target-free predictions of several models in eval mode. Raises ValueError, TypeError."
     if not models: raise ValueError("an ensemble needs one model or more")
     out = []
     for model in models:
@@ -91,7 +91,7 @@ def head_energies(
 
 # %% ../../nbs/3_inference/09_uncertainty.ipynb #5bdab4fb
 def node_states(model: PCTransformer, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
-    "The feed-forward states of every node, target-free."
+    "The feed-forward states of every node, target-free. Raises TypeError or ValueError for tokens."
     check_tokens(tokens, model.config)
     states: list[Tensor] = []
     for f in model.predictors: states.append(f(states[-1] if states else tokens))
@@ -138,6 +138,7 @@ def score_rows(
     return [y.cpu() for y in (surprisal, *(y[:, 1:] for y in later))]
 
 # %% ../../nbs/3_inference/09_uncertainty.ipynb #05ac650c
+# what a token may be strange by, all in nats
 SCORES = ("surprisal", "entropy", "attention energy", "state energy")
 
 

@@ -30,7 +30,7 @@ ENERGIES: dict[str, Elliptical] = {     # node densities, with stated shapes
     "logistic": Logistic(),
     "contaminated": Contaminated(),
 }
-SOLVERS: dict[str, Any] = {
+SOLVERS: dict[str, Any] = {             # ways to settle
     "error": ErrorSettling, "sweep": SweepSettling,
     "state": StateSettling, "highway": HighwaySettling,
 }
@@ -39,7 +39,7 @@ SETTINGS = ("steps", "step_size", "tolerance", "lean")   # that some solvers hav
 # %% ../../nbs/2_learning/08_solvers.ipynb #ea0e0c06
 @dataclass(frozen=True)
 class LearnerConfig(Config):
-    "How gradients are found and how states settle; raises `ConfigError`."
+    "How gradients are found and how states settle; raises `ConfigError`, a `ValueError`."
 
     algorithm: Literal["predictive_coding", "backprop"] = "predictive_coding"  # finds gradients
     steps: int = ErrorSettling.steps  # K, settling steps before the weights move; highway: rounds

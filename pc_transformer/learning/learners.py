@@ -64,11 +64,14 @@ class Learner(Protocol):
         model: Any,         # a chain, or of a kind that the learner knows
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        measure: bool = False,
-    ) -> Report: ...
+        measure: bool = False,      # also measure what costs extra passes
+    ) -> Report:
+        """Add the gradient of one batch to `p.grad`, and report. Raises TypeError or ValueError for
+        a model that it cannot teach or a batch without targets."""
+        ...
 
     def at(self, progress: float) -> "Learner":
-        "The learner at a part of training that is done, 0 to 1: where schedules live."
+        "The learner when the part `progress` of training is done, 0 to 1: where schedules live."
         return self
 
     def copy_for(self, model: nn.Module) -> "Learner":
@@ -93,7 +96,7 @@ class Backprop(Learner):
 
 # %% ../../nbs/2_learning/05_learning.ipynb #ce98c9df
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
-    "Add to `p.grad`, as autograd's backward does; `None` adds nothing."
+    "Add `gradients` to `p.grad`, as autograd's backward does; `None` adds nothing."
     for p, g in zip(parameters, gradients, strict=True):
         if g is not None:
             p.grad = g if p.grad is None else p.grad + g
@@ -134,7 +137,7 @@ class Solver(Protocol):
 
     def __call__(
         self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
-        measure_residual: bool = True,
+        measure_residual: bool = True,      # whether `Settled.residual` is wanted
     ) -> Settled: ...
 
 # %% ../../nbs/2_learning/05_learning.ipynb #fb92b6c2
@@ -186,14 +189,14 @@ class PredictiveCoding(Learner):
 
 # %% ../../nbs/2_learning/05_learning.ipynb #9aaaf795
 def nudged(solver: Any, by: float) -> Any:
-    "The same solver with its nudge times a number."
+    "The same `solver` with its nudge times `by`."
     return replace(solver, energy=replace(solver.energy, nudge=by * solver.energy.nudge))
 
 # %% ../../nbs/2_learning/05_learning.ipynb #84fe4ef4
 def try_learner(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor, measure: bool = False
 ) -> tuple[Report, dict[str, Tensor]]:
-    "What a learner would report and put into `p.grad`; the model itself is not touched."
+    "What it would report and put into `p.grad` for `tokens` and `targets`; the model stays as is."
     own = view(model, tensor=leaf)
     report = learner.copy_for(own).backward(own, tokens, targets, measure=measure)
     zero = torch.zeros_like
@@ -203,12 +206,12 @@ def try_learner(
 def gradients(
     learner: Learner, model: Chain, tokens: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:     # by parameter name
-    "What a learner would put into `p.grad`, by parameter name; `p.grad` itself is not touched."
+    "What it would put into `p.grad` for `tokens` and `targets`; `p.grad` itself is not touched."
     return try_learner(learner, model, tokens, targets)[1]
 
 # %% ../../nbs/2_learning/05_learning.ipynb #c05compa
 def safe_ratio(a: float, b: float) -> float:
-    "a / b; for b = 0 it is 0 or infinite, never an error."
+    "`a` / `b`; for `b` = 0 it is 0 or infinite, never an error."
     return a / b if b else math.inf * a if a else 0.0
 
 
@@ -257,7 +260,7 @@ def shared(learner: Learner, reduce: Reduce | None) -> Learner:
 def for_parts(
     learner: Learner, model: Chain, parts: Sequence[tuple[Tensor, Tensor]]
 ) -> Learner:
-    "The same learner for the parts of a batch: its precisions are those of the whole batch."
+    "The same learner for `parts` of a batch (tokens, targets), with the whole batch's precisions."
     solver = shared_solver(learner)
     if len(parts) == 1 or not hasattr(solver, "energy"):
         return learner

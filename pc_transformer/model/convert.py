@@ -41,7 +41,7 @@ def convert(
     attention: Attention,              # the new family
 ) -> PCTransformer:                    # a new model, which shares nothing with the old one
     """A model with attention of another family that computes the same logits, up to rounding.
-    Raises ValueError unless the pair is in `EXACT`."""
+    Raises TypeError for another kind of model, ValueError unless the pair is in `EXACT`."""
     check_exact(model, attention)
     c = model.config
     start = c.precision_init or 1 / math.sqrt(c.d_head)

@@ -22,7 +22,10 @@ class LayerNorm(nn.Module):
     """Normalise each token's state over its coordinates, equation (3); a learned gain and, if
     asked for, a bias (GPT-2's)."""
 
-    def __init__(self, d_model: int, bias: bool = False):
+    def __init__(
+        self, d_model: int,         # D, coordinates of a state
+        bias: bool = False,         # add a learned bias, zero at first
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
@@ -34,7 +37,12 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     "Predicts state 0 from tokens: `mu_0 = token[x_t] + position[t]`."
 
-    def __init__(self, vocab_size: int, block_size: int, d_model: int, dropout: float = 0.0):
+    def __init__(
+        self, vocab_size: int,      # V, number of symbols
+        block_size: int,            # longest context, in tokens
+        d_model: int,               # D, coordinates of a state
+        dropout: float = 0.0,       # probability that a coordinate is dropped, in training
+    ):
         super().__init__()
         self.token = table(vocab_size, d_model)
         self.position = table(block_size, d_model)

@@ -37,19 +37,19 @@ class Chain(nn.Module):
         self.density = density
 
     def at(self, inputs: Any) -> "Chain":
-        "The chain of one batch: this one, unless predictors read more than the state below."
+        "The chain for a batch of `inputs`: this one, unless predictors read more than states."
         return self
 
     def forward(self, inputs: Any) -> Tensor:
-        "The output when every state equals its prediction."
+        "The output for `inputs` when every state equals its prediction."
         chain, s = self.at(inputs), inputs
         for f in chain.predictors: s = f(s)
         return chain.output(s)
 
 # %% ../../nbs/1_model/15_transformer.ipynb #c78960b0
 def initialise(model: nn.Module, n_layer: int) -> None:
-    """Draw nanoGPT's initial weights from the `generator` of `isolation`; gains and parameters of
-    distributions stay as they are."""
+    """Draw nanoGPT's initial weights for `n_layer` blocks, from the `generator` of `isolation`;
+    gains and parameters of distributions stay as they are."""
     for name, p in model.named_parameters():
         if name.endswith("bias"): nn.init.zeros_(p)
         if name.endswith(LEARNED) or p.dim() < 2: continue
@@ -59,7 +59,7 @@ def initialise(model: nn.Module, n_layer: int) -> None:
 
 # %% ../../nbs/1_model/15_transformer.ipynb #3930bcc7
 def check_int64(x: Any, name: str) -> None:
-    "Raise TypeError, one sentence, unless `x` is an int64 tensor."
+    "Raise TypeError, one sentence that begins with `name`, unless `x` is an int64 tensor."
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be an int64 tensor, but are a {type(x).__name__}")
     if x.dtype != torch.int64:
@@ -104,7 +104,8 @@ def check_targets(
 
 # %% ../../nbs/1_model/15_transformer.ipynb #f2e1f3c7
 class PCTransformer(Chain):
-    "A decoder-only transformer as a chain of predictors; `attention='dot'` is nanoGPT's GPT."
+    """A decoder-only transformer as a chain of predictors; `attention='dot'` is nanoGPT's GPT.
+    Raises TypeError without a ModelConfig or int64 tokens, ValueError for tokens it cannot read."""
 
     output: Output
 
@@ -117,8 +118,7 @@ class PCTransformer(Chain):
             embedding = Embedding(c.vocab_size, c.block_size, c.d_model, c.dropout)
             layers: list[nn.Module] = []
             for _ in range(c.n_layer):
-                layers.append(AttentionLayer(c))
-                layers.append(FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu))
+                layers += AttentionLayer(c), FeedForwardLayer(c.d_model, c.dropout, c.bias, c.gelu)
             output = Output(cast(nn.Parameter, embedding.token.weight), c.bias)
             super().__init__([embedding, *layers], output)
             initialise(self, c.n_layer)

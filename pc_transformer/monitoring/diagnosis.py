@@ -76,7 +76,7 @@ class Diagnosis:
         return "\n".join([head, *(f"- {f}" for f in wrong), *(f"Note: {f}" for f in notes)])
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #8418959c
-Rule = Callable[[Snapshot, Thresholds], Iterator[Finding]]
+Rule = Callable[[Snapshot, Thresholds], Iterator[Finding]]     # reads a snapshot, finds problems
 
 
 def rule_finite(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
@@ -202,7 +202,7 @@ def rule_dead(s: Snapshot, t: Thresholds) -> Iterator[Finding]:
         yield Finding("chance", what, "Lower the learning rate and raise `relative_precision`.")
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #3d8626fc
-DIAGNOSIS_RULES: tuple[Rule, ...] = (
+DIAGNOSIS_RULES: tuple[Rule, ...] = (       # all rules, in the order of a diagnosis
     rule_finite, rule_signal, rule_steps, rule_distance, rule_gradient, rule_scale, rule_dead,
 )
 

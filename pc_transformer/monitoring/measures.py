@@ -35,7 +35,7 @@ def per_token(x: Float[Tensor, "B ..."]) -> float:
     return math.sqrt(x.double().square().sum().item() / positions)
 
 # %% ../../nbs/2_learning/09_measures.ipynb #70d88d02
-LAYER_KINDS = {
+LAYER_KINDS = {         # what a layer is called
     Embedding: "embedding", AttentionLayer: "attention", FeedForwardLayer: "feed-forward",
 }
 
@@ -47,11 +47,11 @@ def node_names(model: Chain) -> list[str]:
 
 
 def in_words(names: Iterable[str]) -> list[str]:
-    "`3 attention` as it is written in sentences: `3 (attention)`."
+    "`names`, such as `3 attention`, as they are written in sentences: `3 (attention)`."
     return [n.replace(" ", " (", 1) + ")" for n in names]
 
 # %% ../../nbs/2_learning/09_measures.ipynb #a82476f6
-def root_mean_square(s: Tensor) -> float:
+def root_mean_square(s: Float[Tensor, "..."]) -> float:
     "Root mean square of all numbers."
     return s.double().square().mean().sqrt().item()
 
@@ -64,7 +64,7 @@ def outlier_ratio(s: Float[Tensor, "B ..."]) -> float:
 # %% ../../nbs/2_learning/09_measures.ipynb #f01c878f
 @torch.no_grad()
 def broken_node(model: Chain, tokens: Any) -> str | None:
-    "The first node, or the output, that is not finite, and why; `None` when all are finite."
+    "The first node or the output that is not finite for `tokens`, and why; `None`: all are."
     s, chain = tokens, model.at(tokens)
     places = [*(f"node {n}" for n in in_words(node_names(model))), "the output"]
     for name, f in zip(places, [*chain.predictors, chain.output], strict=True):
@@ -80,7 +80,7 @@ def broken_node(model: Chain, tokens: Any) -> str | None:
 
 # %% ../../nbs/2_learning/09_measures.ipynb #d741c85c
 def step_length(directions: Sequence[Tensor], states: Sequence[Tensor]) -> float:
-    "h of equation (3): no state moves by more than the cube root of rounding, relative to itself."
+    "h of equation (3): `directions` move `states` by up to rounding's cube root, relatively."
     size = lambda x: coordinates_last(x).norm(dim=-1)
     pairs = zip(directions, states, strict=True)
     rate = torch.stack([(size(d) / size(s).clamp_min(1e-30)).amax() for d, s in pairs]).max().item()
@@ -129,7 +129,10 @@ def extreme_eigenvalues(
 
 # %% ../../nbs/2_learning/09_measures.ipynb #d53205f6
 def curvature(
-    model: Chain, tokens: Any, targets: Tensor, settled: Settled,
+    model: Chain,
+    tokens: Any,                # what the first predictor reads
+    targets: Tensor,            # class numbers `(B, *)`, -100: no target; or numbers
+    settled: Settled,
     products: int = 8,          # how many products with H
 ) -> tuple[float, float]:
     "Smallest and largest eigenvalue of the Hessian (2), at the settled errors."

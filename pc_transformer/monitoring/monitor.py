@@ -28,7 +28,7 @@ from ..training.trainer import Trainer
 
 # %% ../../nbs/2_learning/13_monitor.ipynb #d7ac03fa
 def status_line(snapshot: Snapshot, iters: int | None = None) -> str:
-    "A snapshot as one line."
+    "A snapshot as one line; with `iters`, the steps of the whole run, also how far it is."
     from tqdm import tqdm
 
     s, parts = snapshot, []
@@ -50,7 +50,7 @@ def status_line(snapshot: Snapshot, iters: int | None = None) -> str:
 # %% ../../nbs/2_learning/13_monitor.ipynb #301037e0
 @dataclass
 class Monitor:
-    "Watch a training run: `train(trainer, Monitor())`. The run's numbers do not change."
+    "Watch a run, changing nothing in it: `train(trainer, Monitor())`. Raises ValueError."
 
     interval: int = 100                           # training steps between snapshots
     batch: tuple[Tensor, Tensor] | None = None    # `(B, T)`; `None`: the first batch of the run
@@ -155,6 +155,7 @@ class Live:
             display(ipywidgets.VBox([self.line, self.image]))
 
     def __call__(self, history: Sequence[Snapshot], iters: int | None = None) -> None:
+        "Show the last snapshot and the pictures; `iters` are the steps of the whole run."
         line = status_line(history[-1], iters)
         if self.line is None or self.image is None:
             print(line)
@@ -165,5 +166,5 @@ class Live:
 
 # %% ../../nbs/2_learning/13_monitor.ipynb #bb3cd0d3
 def snapshot_cost(steps: int, products: int = 8) -> float:
-    "Cost of one snapshot in backprop steps, when no settling step is rejected: equation (1)."
+    "Cost of a snapshot in backprop steps, for `steps` settling steps, none rejected: equation (1)."
     return (12 + 4 * steps + 4 * products) / 3

@@ -19,7 +19,7 @@ from .snapshot import Snapshot
 def measured_axes(
     history: Sequence[Snapshot],
     what: str,                  # the field that is drawn
-    title: str,
+    title: str,                 # above the axes
     ax: Any = None,             # `None`: new ones
 ) -> tuple[Any, list[Snapshot]]:
     "Axes with a title, and the snapshots in which a field was measured; the axes say if none was."
@@ -36,13 +36,13 @@ def measured_axes(
 
 
 def shade(part: float) -> Any:
-    "A colour from dark to light."
+    "A colour from dark to light for a `part` from 0 to 1."
     import matplotlib as mpl
 
     return mpl.colormaps["viridis"](0.9 * part)
 
 # %% ../../nbs/2_learning/12_plots.ipynb #4d671973
-TITLES = {
+TITLES = {      # above the map of a field
     "displacement": "|ε| / |s|", "signal": "signal kept, |Πε| / |δ|", "error": "|ε| per token",
     "precision": "precision Π", "message": "backprop's message |δ|", "scale": "scale of the states",
     "outlier": "largest / median coordinate",
@@ -69,7 +69,7 @@ def plot_heat(history: Sequence[Snapshot], what: str = "displacement", ax: Any =
 
 # %% ../../nbs/2_learning/12_plots.ipynb #c12bar01
 def bar_ticks(bar: Any, narrow: bool) -> None:
-    "Few plain numbers beside a logarithmic colour scale."
+    "Few plain numbers beside a logarithmic colour `bar`; `narrow`: it spans less than a factor 5."
     from matplotlib import ticker
 
     wide = ticker.LogLocator(subs=(1, 2, 5))

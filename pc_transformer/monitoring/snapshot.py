@@ -85,7 +85,7 @@ def about_states(up: Pass, tokens: Any) -> dict[str, Any]:
 
 
 def about_outputs(model: Chain, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    "The loss; and what it is to know nothing and to be certain, where the targets are classes."
+    "The loss at `outputs`; for classes also the loss of knowing nothing, and how many are certain."
     loss = {"loss": mean_energy(model, outputs, targets).item()}
     if not isinstance(model.density, Categorical):
         return loss
@@ -94,12 +94,12 @@ def about_outputs(model: Chain, outputs: Tensor, targets: Tensor) -> dict[str, A
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #6bcce2ed
 def rejected(asked: float | None, accepted: Sequence[float]) -> int:
-    "How often a step was halved."
+    "How often steps were halved from the size `asked` for to those `accepted`."
     return sum(max(round(math.log2(asked / eta)), 0) for eta in accepted) if asked else 0
 
 
 def about_settling(solver: Any, settled: Settled, message: Sequence[float]) -> dict[str, Any]:
-    "What the settled states show, compared with the size of backprop's messages."
+    "What the states that `solver` settled show; `message` has the sizes of backprop's messages."
     nudge = abs(settled.batch_energy.energy.nudge)
     received = [per_token(settled.message(l)) / nudge for l in range(len(settled.errors))]
     pairs = list(zip(settled.errors, settled.states, strict=True))
@@ -140,7 +140,10 @@ def measured(
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #9dddd102
 def take_snapshot(
-    model: Chain, learner: Learner, tokens: Any, targets: Tensor,
+    model: Chain,
+    learner: Learner,
+    tokens: Any,                  # what the first predictor reads
+    targets: Tensor,              # class numbers `(B, *)`, -100: no target; or numbers
     step: int = 0,                # training steps done, for the record
     products: int = 8,            # Hessian products for the curvature; 0: not measured
 ) -> Snapshot:
@@ -160,25 +163,25 @@ def take_snapshot(
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #a1cbe41d
 def nested(x: Any, f: Callable[[Any], Any]) -> Any:
-    "Nested lists and dicts with a function of every leaf."
+    "The nested lists and dicts `x` with the function `f` of every leaf."
     if isinstance(x, dict):
         return {k: nested(v, f) for k, v in x.items()}
     return [nested(v, f) for v in x] if isinstance(x, list | tuple) else f(x)
 
 
 def json_ready(x: Any) -> Any:
-    "Nested lists and dicts with what is not finite as a string."
+    "The nested lists and dicts `x` with what is not finite as a string."
     odd = lambda v: isinstance(v, float) and not math.isfinite(v)
     return nested(x, lambda v: str(v) if odd(v) else v)
 
 
 def from_json_ready(x: Any) -> Any:
-    "The inverse of `json_ready`."
+    "The inverse of `json_ready`: `x` with those strings as numbers again."
     return nested(x, lambda v: float(v) if v in ("nan", "inf", "-inf") else v)
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #c10read1
 def read_snapshot(saved: dict[str, Any]) -> Snapshot:
-    "A snapshot from what `json_ready` made of it. Raises CheckpointError for other fields."
+    "A snapshot of the fields `saved` by `json_ready`. Raises CheckpointError for other fields."
     names = {f.name for f in fields(Snapshot)}
     if odd := sorted(set(saved) ^ names) if isinstance(saved, dict) else [saved]:
         what = f"{odd[0]!r} is missing or unknown"

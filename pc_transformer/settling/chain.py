@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import check_types
@@ -28,24 +29,24 @@ class SettlingError(RuntimeError):
 
 
 def demand(ok: bool, sentence: str) -> None:
-    "Raise ValueError with a sentence unless a setting makes sense."
+    "Raise ValueError that says `sentence`, unless a setting is `ok`."
     if not ok:
         raise ValueError(sentence)
 
 
-def widened(x: Tensor) -> Tensor:
+def widened(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     "The same numbers in float32 at least: for precisions, errors and energies."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/2_learning/01_chain.ipynb #9e82fc14
-def coordinates_last(x: Tensor) -> Tensor:
+def coordinates_last(x: Float[Tensor, "B ..."]) -> Float[Tensor, "*b D"]:
     "The same numbers, an image's channels `(B, C, H, W)` moved to the last axis."
     return x.movedim(1, -1) if x.dim() > 3 else x
 
 
 def target_energies(model: Chain, outputs: Tensor, targets: Tensor) -> Tensor:
-    """What every target costs, in nats; a class number of -100 costs nothing. Raises ValueError
-    for numbers whose shape is not the outputs'."""
+    """What every target costs, in nats, at these `outputs`: logits `(B, *, V)`, or means. A class
+    number of -100 costs nothing. Raises ValueError for numbers whose shape is not the outputs'."""
     outputs = widened(outputs)
     if isinstance(model.density, Categorical):
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
@@ -55,7 +56,7 @@ def target_energies(model: Chain, outputs: Tensor, targets: Tensor) -> Tensor:
 
 # %% ../../nbs/2_learning/01_chain.ipynb #b8afce91
 def mean_energy(model: Chain, outputs: Tensor, targets: Tensor) -> Tensor:
-    "What a target costs on average, in nats: the loss."
+    "What a target costs on average at these `outputs`, in nats: the loss."
     if isinstance(model.density, Categorical):
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     return target_energies(model, outputs, targets).mean()
@@ -74,7 +75,7 @@ def masks(noise: int | None, l: int) -> AbstractContextManager[None]:
 
 
 def predict_node(model: Chain, l: int, below: Tensor, noise: int | None = None) -> Tensor:
-    "`mu_l = f_l(s_{l-1})`, of shape `(B, *)`. Raises SettlingError."
+    "`mu_l (B, *)` from `below`, the state `s_{l-1}`; tokens for node 0. Raises SettlingError."
     try:
         with masks(noise, l):
             return model.predictors[l](below)
@@ -83,7 +84,7 @@ def predict_node(model: Chain, l: int, below: Tensor, noise: int | None = None) 
 
 
 def output_energy(model: Chain, top: Tensor, targets: Tensor, noise: int | None = None) -> Tensor:
-    "Sum of what every target costs, nats, float64."
+    "Sum of what every target costs when the last state is `top`, nats; float64."
     with masks(noise, -1):
         outputs = model.output(top)
     return target_energies(model, outputs, targets).sum(dtype=torch.float64)
@@ -102,10 +103,9 @@ class Pass:
     noise: int | None = None            # seed of the dropout masks
 
     @property
-    def lean(self) -> bool: return self.predictions is None
-
-    @property
-    def count(self) -> int: return predicted(self.model, self.targets)
+    def lean(self) -> bool:
+        "Whether states alone were kept, without graphs."
+        return self.predictions is None
 
     @torch.enable_grad()
     def predict(self, l: int) -> Tensor:
@@ -144,7 +144,7 @@ def predict_up(
 # %% ../../nbs/2_learning/01_chain.ipynb #1f946fe6
 @dataclass(frozen=True)
 class Pathway:
-    "Which messages travel, for ablations; the default is all of them. Raises ValueError."
+    "Which messages travel, for ablations; the default is all. Raises ConfigError, ValueError."
 
     down: bool = True               # errors go down
     skip: bool = False              # every node gets the output's message itself

@@ -19,13 +19,14 @@ from torch import Tensor
 from ..config import check_types
 from pc_transformer.settling.chain import (
     Chain, Pass, Pathway, SettlingError, check_batch, demand, errors_down, noise_seed, predict_up,
+    predicted,
 )
 from pc_transformer.settling.free_energy import (
     FreeEnergy, BatchEnergy, in_reach, no_errors, relevant_positions,
 )
 
 # %% ../../nbs/2_learning/04_settling.ipynb #caeaa8f5
-T = TypeVar("T")
+T = TypeVar("T")    # the kind of place that a step leads to
 
 # %% ../../nbs/2_learning/04_settling.ipynb #c04desc1
 def descend(
@@ -68,14 +69,19 @@ class Settled:
     gradients: list[tuple[Tensor | None, ...]] | None = None
 
     @property
-    def states(self) -> list[Tensor]: return self.up.states
+    def states(self) -> list[Tensor]:
+        "`s_l (B, *)` of every node."
+        return self.up.states
 
     @property
     def predictions(self) -> list[Tensor]:
+        "`mu_l (B, *)` of every node, with its own layer's graph."
         return [self.up.predict(l) for l in range(len(self.errors))]
 
     @property
-    def count(self) -> int: return self.up.count
+    def count(self) -> int:
+        "How many targets the batch has."
+        return predicted(self.up.model, self.up.targets)
 
     @property
     def energy(self) -> Float[Tensor, " steps"]:
@@ -101,7 +107,7 @@ class Trace:
         self.batch_energy, self.measures = batch_energy, measures
         self.targets, self.dtype = up.targets, up.states[0].dtype
         output = up.output_energy.detach()
-        pair = torch.stack([output, output.new_tensor(up.count)])
+        pair = torch.stack([output, output.new_tensor(predicted(up.model, up.targets))])
         energy, self.count = batch_energy.total(pair).tolist()   # of the batch in all processes
         self.loss = energy / self.count     # nats per token
         self.energies = [batch_energy.changing_energy(no_errors(up.states), output)]
@@ -115,7 +121,7 @@ class Trace:
     def measure(
         self, errors: Sequence[Tensor], deltas: Sequence[Tensor], tolerance: float = 0.0
     ) -> bool:
-        "Note the size of the slope; whether the residual is down to `tolerance`."
+        "Note the slope at `errors` with messages `deltas`; is the residual down to `tolerance`?"
         if not self.step_sizes:     # the first messages show which positions count
             self.mask = relevant_positions(self.targets, deltas)
         if not self.measures:
@@ -164,7 +170,7 @@ def begin_settling(
     energy: FreeEnergy,
     model: Chain,
     tokens: Any,                # what the first predictor reads
-    targets: Tensor,
+    targets: Tensor,            # class numbers `(B, *)`, -100: no target; or numbers
     lean: bool = False,         # keep states only and make each layer's graph again
     measures: bool = True,      # whether distances from equilibrium are wanted
 ) -> tuple[Pass, Trace]:
@@ -180,9 +186,8 @@ class ErrorSettling:
     """Optimise the errors from zero by K sweeps down and up ("Error propagation"; "error
     optimization", Goemaere et al. 2025).
 
-    Model parameters and buffers are only read. Raises SettlingError when a number is not finite
-    or no step of at least `eta / 2**max_halvings` keeps the energy from rising.
-    """
+    Model parameters and buffers are only read. Raises ConfigError or ValueError; SettlingError for
+    a number that is not finite, or if even a step of `eta / 2**max_halvings` raises the energy."""
 
     energy: FreeEnergy = FreeEnergy()   # how errors are weighted
     steps: int = 1                      # K, number of sweeps
@@ -202,6 +207,7 @@ class ErrorSettling:
 
     @property
     def cure(self) -> str:
+        "What helps when no step is accepted."
         beta = self.energy.relative_precision
         return f"raise relative_precision above {beta:g} or allow more halvings"
 

@@ -26,14 +26,14 @@ from pc_transformer.settling.chain import (
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #b29875bc
 def align(precision: Tensor, x: Tensor) -> Tensor:
-    "A precision as it multiplies a state: an image's coordinates, the channels, come second."
+    "A precision as it multiplies a state `x`: an image's coordinates, the channels, come second."
     if x.dim() < 4 or not precision.dim():
         return precision
     one_each = precision.dim() == 1
     return precision.view(-1, *[1] * (x.dim() - 2)) if one_each else precision.movedim(-1, 1)
 
 
-def squared_distance(error: Tensor, precision: Tensor) -> Float[Tensor, "*b"]:
+def squared_distance(error: Float[Tensor, "B ..."], precision: Tensor) -> Float[Tensor, "*b"]:
     "`u` of every position: the squared distance in units of the precision."
     error = coordinates_last(error)
     if precision.dim() == 1:
@@ -41,8 +41,10 @@ def squared_distance(error: Tensor, precision: Tensor) -> Float[Tensor, "*b"]:
     return (precision.squeeze(-1) if precision.dim() else precision) * error.square().sum(-1)
 
 
-def error_energy(error: Tensor, precision: Tensor, family: Elliptical) -> Float[Tensor, ""]:
-    "`g(0) - g(u)` (Gaussian: `1/2 Pi |eps|^2`), summed over positions; float64."
+def error_energy(
+    error: Float[Tensor, "B ..."], precision: Tensor, family: Elliptical
+) -> Float[Tensor, ""]:
+    "`g(0) - g(u)` (Gaussian: `1/2 Pi |eps|^2`), summed over positions, nats; float64."
     if isinstance(family, Gaussian) and precision.dim() == 0:   # the same, with nothing kept
         return precision * error.square().sum(dtype=torch.float64) / 2
     u, D = squared_distance(error, precision).double(), coordinates_last(error).shape[-1]
@@ -59,10 +61,12 @@ def position_mask(
 
 
 def normaliser(
-    state: Tensor, precision: Tensor, family: Elliptical,
+    state: Float[Tensor, "B ..."],
+    precision: Tensor,                           # `Pi_l`: `()`, `(D,)` or `(*b, 1)`
+    family: Elliptical,
     mask: Bool[Tensor, "..."] | None = None,     # rows or tokens that count; `None`: all
 ) -> Float[Tensor, ""]:
-    "The energy of a zero error, summed over positions; float64."
+    "The energy of a zero error, summed over positions, nats; float64."
     state, mask = coordinates_last(state), position_mask(mask, coordinates_last(state))
     p = precision if mask is None or precision.dim() < 2 else precision[mask]
     positions = state.shape[:-1].numel() if mask is None else int(mask.sum())
@@ -70,7 +74,7 @@ def normaliser(
     return each.sum() * (positions / max(each.numel(), 1))
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #9ddbe786
-def stiffness(error: Tensor, precision: Tensor, family: Elliptical) -> Tensor:
+def stiffness(error: Float[Tensor, "B ..."], precision: Tensor, family: Elliptical) -> Tensor:
     "`w(u) Pi` of one node, as it multiplies the error."
     if isinstance(family, Gaussian):
         return align(precision, error)
@@ -79,7 +83,7 @@ def stiffness(error: Tensor, precision: Tensor, family: Elliptical) -> Tensor:
 
 
 def weight_at_zero(family: Elliptical, D: int) -> float:
-    "`w(0)` of a density in D dimensions. Raises ValueError when it has a spike there."
+    "`w(0)` of a density in `D` dimensions. Raises ValueError when it has a spike there."
     w = float(family.weight(torch.zeros((), dtype=torch.float64), D))
     what = "is flat" if w == 0 else "has a spike"
     demand(0 < w < 1e12, (
@@ -88,10 +92,12 @@ def weight_at_zero(family: Elliptical, D: int) -> float:
     return w
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #fef31b66
-Per = Literal["node", "coordinate", "token"]
+Per = Literal["node", "coordinate", "token"]     # what has a precision of its own
 
 
-def mean_square(s: Tensor, per: Per, reach: Bool[Tensor, "..."] | None) -> Tensor:
+def mean_square(
+    s: Float[Tensor, "B ..."], per: Per, reach: Bool[Tensor, "..."] | None
+) -> Tensor:
     "`()`, `(D,)` or `(*b, 1)`, over the positions that count (`None`: all)."
     s, reach = coordinates_last(s), position_mask(reach, coordinates_last(s))
     if reach is None:
@@ -109,7 +115,7 @@ def mean_square(s: Tensor, per: Per, reach: Bool[Tensor, "..."] | None) -> Tenso
 # %% ../../nbs/2_learning/02_free_energy.ipynb #e386d74a
 def relative_precisions(
     squares: Sequence[Tensor],      # mean square of every node's states
-    beta: float,
+    beta: float,                    # relative precision, > 0
     w0: Sequence[float],            # weight at zero error of every node's density
 ) -> list[Tensor]:
     "Equation (3) for all nodes. Raises SettlingError, naming the first bad node."
@@ -129,43 +135,43 @@ def relative_precisions(
 class BatchEnergy:
     "The free energy of one batch with its precisions fixed: what solvers lower."
 
-    energy: "FreeEnergy"
+    energy: "FreeEnergy"        # the settings that it was made with
     precision: list[Tensor]     # `Pi_l > 0`: `()`, `(D,)` or `(*b, 1)`; float32 at least
 
     def total(self, x: Tensor) -> Tensor:
-        "The sum over the processes that share the batch."
+        "The sum of `x` over the processes that share the batch."
         return x if self.energy.reduce is None else self.energy.reduce(x)
 
     def changing_energy(self, errors: Sequence[Tensor], output: Tensor) -> Float[Tensor, " nodes"]:
-        "What settling changes: the cost of every node's error, then the output's energy; nats."
+        "What settling changes, nats: the cost of `errors`, node by node, then the `output` energy."
         pairs = zip(errors, self.precision, strict=True)
         nodes = [error_energy(e, p, self.energy.family) for e, p in pairs]
         return self.total(torch.stack([*nodes, self.energy.nudge * output.detach()]))
 
-    def fixed_energy(self, states: Sequence[Tensor], mask: Tensor | None = None
+    def fixed_energy(self, states: Sequence[Tensor], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, " nodes"]:
         "What it does not change: every node's normaliser, then a zero for the output; nats."
         pairs = zip(states, self.precision, strict=True)
         nodes = [normaliser(s, p, self.energy.family, mask) for s, p in pairs]
         return self.total(F.pad(torch.stack(nodes), (0, 1)))
 
-    def stiffness(self, l: int, error: Tensor) -> Tensor:
+    def stiffness(self, l: int, error: Float[Tensor, "B ..."]) -> Tensor:
         "`w(u) Pi_l`, as it multiplies the error."
         return stiffness(error, self.precision[l], self.energy.family)
 
-    def pull(self, l: int, error: Tensor) -> Tensor:
+    def pull(self, l: int, error: Float[Tensor, "B ..."]) -> Tensor:
         "`w(u) Pi_l eps_l`, the slope of node l's energy by its error."
         return self.stiffness(l, error) * error
 
     def step(self, errors: Sequence[Tensor], deltas: Sequence[Tensor], eta: float) -> list[Tensor]:
-        "Equation (4) for every error at once."
+        "Equation (4): the next `errors`, after a step of size `eta` with the messages `deltas`."
         return [
             e - eta * (e + d.to(e.dtype) / self.stiffness(l, e))
             for l, (e, d) in enumerate(zip(errors, deltas, strict=True))
         ]
 
     def norm(self, errors: Sequence[Tensor], deltas: Sequence[Tensor]) -> float:
-        "Size of the slope by the errors in units of the precision: `sqrt(sum |slope|^2 / Pi)`."
+        "Size of the slope by `errors` with messages `deltas`: `sqrt(sum |slope|^2 / Pi)`."
         slopes = [self.pull(l, e) + d for l, (e, d) in enumerate(zip(errors, deltas, strict=True))]
         pairs = zip(slopes, self.precision, strict=True)
         squares = [(g.double().square() / align(p, g)).sum() for g, p in pairs]
@@ -174,7 +180,7 @@ class BatchEnergy:
 # %% ../../nbs/2_learning/02_free_energy.ipynb #bcb9cfd2
 @dataclass(frozen=True)
 class FreeEnergy:
-    """How errors are weighted: equation (3). Raises ValueError.
+    """How errors are weighted: equation (3). Raises ConfigError or ValueError.
 
     States `(B, *)` are read as positions of D coordinates: the last axis, or an image's channels.
     """
@@ -200,7 +206,7 @@ class FreeEnergy:
         return BatchEnergy(self, self.precisions(states, reach))
 
     def precisions(self, states: Sequence[Tensor], reach: Tensor | None) -> list[Tensor]:
-        "`Pi_l` by equation (3); a subclass may find them in another way."
+        "`Pi_l` by equation (3) over positions in `reach` (`None`: all). Raises ValueError."
         squares = [mean_square(widened(s), self.per, reach) for s in states]
         if self.reduce is not None and self.per != "token":
             one = all(s.shape == states[0].shape for s in states)
@@ -217,8 +223,8 @@ def no_errors(states: Sequence[Tensor]) -> list[Tensor]:
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #c20reach2
 def in_reach(targets: Tensor, states: Sequence[Tensor] = ()) -> Bool[Tensor, "..."] | None:
-    """True from the start of a row to its last target. Where states do not have the targets'
-    tokens: rows with a target. `None`: all."""
+    """True from the start of a row to the last of its `targets`. Where states do not have the
+    targets' tokens: rows with a target. `None`: all."""
     if targets.is_floating_point():
         return None
     valid = targets != -100
@@ -232,7 +238,7 @@ def in_reach(targets: Tensor, states: Sequence[Tensor] = ()) -> Bool[Tensor, "..
 def relevant_positions(
     targets: Tensor, deltas: Sequence[Tensor]
 ) -> Bool[Tensor, "..."] | None:
-    "Positions in reach of the targets, and those with a message that is not zero; `None`: all."
+    "Positions in reach of `targets`, and where a message of `deltas` is not zero; `None`: all."
     if (reach := in_reach(targets, deltas)) is None:
         return None
     for delta in deltas:
@@ -241,7 +247,7 @@ def relevant_positions(
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #21c0c2da
 def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
-    "The mean over all processes, from each one's own over so many positions."
+    "The mean over all processes, from the `mean` of each over so many `positions`."
     total = reduce(mean.double() * positions)
     return (total / reduce(mean.new_tensor(positions, dtype=torch.float64))).to(mean.dtype)
 
@@ -250,7 +256,7 @@ def shared_mean(mean: Tensor, positions: int, reduce: Reduce) -> Tensor:
 class FixedPrecisions(FreeEnergy):
     "A free energy whose precisions are given, each `()`, `(D,)` or `(*b, 1)`."
 
-    given: Sequence[Tensor] = field(kw_only=True)
+    given: Sequence[Tensor] = field(kw_only=True)   # `Pi_l`, node by node
 
     def precisions(self, states: Sequence[Tensor], reach: Tensor | None) -> list[Tensor]:
         return list(self.given)

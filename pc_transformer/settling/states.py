@@ -10,10 +10,10 @@ __all__ = ['FAR', 'predict_all', 'within', 'errors_of', 'state_gradients', 'larg
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..config import check_types
@@ -29,7 +29,8 @@ from pc_transformer.settling.free_energy import (
 def predict_all(
     model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
     states: Sequence[Tensor],      # `s_l (B, T, D)`, any values
-    noise: int | None = None, lean: bool = False,
+    noise: int | None = None,      # seed of the dropout masks
+    lean: bool = False,            # keep states only, no graphs
 ) -> Pass:
     "Every prediction at once, each from the state below as it is."
     inputs = [tokens, *(s.detach().requires_grad_() for s in states)]
@@ -40,8 +41,8 @@ def predict_all(
     return Pass(model, targets, inputs, mus, list(states), energy, noise)
 
 # %% ../../nbs/2_learning/07_states.ipynb #c07with1
-def within(x: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
-    "A state or error with zeros where a position does not count."
+def within(x: Float[Tensor, "B ..."], mask: Bool[Tensor, "..."] | None) -> Tensor:
+    "A state or error `x (B, *)` with zeros where a position does not count."
     at = position_mask(mask, coordinates_last(x))
     return x if at is None else x.masked_fill(~align(at.unsqueeze(-1), x), 0.0)
 
@@ -56,7 +57,7 @@ def errors_of(up: Pass, mask: Bool[Tensor, "B T"] | None = None) -> list[Tensor]
 
 # %% ../../nbs/2_learning/07_states.ipynb #a82ea2db
 def state_gradients(up: Pass, errors: Sequence[Tensor], batch_energy: BatchEnergy) -> list[Tensor]:
-    "Equation (1): the derivative of nF by every state, from its own error and the one above."
+    "Equation (1): the derivative of nF by every state, from `errors`: its own and the next."
     pulls, keep = [batch_energy.pull(l, e) for l, e in enumerate(errors)], not up.lean
     from_above = [
         torch.autograd.grad(up.predict(l), up.inputs[l], pulls[l], retain_graph=keep)[0]
@@ -71,7 +72,7 @@ def largest(
     apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int,
     mask: Bool[Tensor, "B T"] | None = None,      # positions that count; `None`: all
 ) -> float:
-    "Largest eigenvalue, in size, of a symmetric operator by power iteration."
+    "Largest eigenvalue, in size, of the symmetric `apply` on vectors `like` this: power iteration."
     D = coordinates_last(like).shape[-1]
     one = torch.randn(D, generator=torch.Generator().manual_seed(0)).to(like)
     v, value = within(align(one, like).expand_as(like), mask), 0.0
@@ -82,7 +83,7 @@ def largest(
 
 
 def output_slope(up: Pass, top: Tensor) -> Tensor:
-    "Derivative of the output energy at another top state."
+    "Derivative of the output energy at another last state `top`."
     leaf = top.detach().requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(output_energy(up.model, leaf, up.targets, up.noise), leaf)[0]
@@ -127,9 +128,8 @@ class StateSettling:
     """Move all states at once, each from its two neighbours, equations (1) and (2): the textbook
     form (Rao & Ballard 1999).
 
-    Model parameters and buffers are only read. Raises SettlingError when a number is not finite
-    or no step of at least `eta / 2**max_halvings` keeps the energy from rising.
-    """
+    Model parameters and buffers are only read. Raises ConfigError or ValueError; SettlingError for
+    a number that is not finite, or if even a step of `eta / 2**max_halvings` raises the energy."""
 
     energy: FreeEnergy = FreeEnergy()   # how errors are weighted; parallel states want it soft
     steps: int = 16                     # K
@@ -148,7 +148,7 @@ class StateSettling:
 
     def __call__(
         self, model: Chain, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"],
-        measure_residual: bool = True,
+        measure_residual: bool = True,      # one more sweep down, to report the residual
     ) -> Settled:
         walk = StateWalk.begin(self, model, tokens, targets)
         for _ in range(self.steps):
@@ -167,10 +167,8 @@ class StateWalk:
 
     @classmethod
     @torch.enable_grad()
-    def begin(
-        cls, solver: StateSettling, model: Chain, tokens: Tensor, targets: Tensor
-    ) -> "StateWalk":
-        "At the feed-forward states, every error zero."
+    def begin(cls, solver: StateSettling, model: Chain, tokens: Tensor, targets: Tensor) -> Self:
+        "At the feed-forward states of `tokens` and `targets`; no errors yet. Raises TypeError."
         up, trace = begin_settling(solver.energy, model, tokens, targets, solver.lean)
         if (dtype := up.states[0].dtype).itemsize < 4:
             raise TypeError(
@@ -196,9 +194,8 @@ class StateWalk:
     def step(self) -> None:
         "One accepted parallel update; halved until the energy does not rise (beyond rounding)."
         states, solver = self.up.states, self.solver
-        slopes = state_gradients(
-            self.up, errors_of(self.up, self.trace.mask), self.trace.batch_energy
-        )
+        errors = errors_of(self.up, self.trace.mask)
+        slopes = state_gradients(self.up, errors, self.trace.batch_energy)
         full = [slope / bound for slope, bound in zip(slopes, self.bounds, strict=True)]
         attempt = lambda eta: self.at([s - eta * d for s, d in zip(states, full, strict=True)])
         cure = "lower step_size or allow more halvings"
@@ -235,7 +232,7 @@ class UnsettledWarning(UserWarning):
 
 
 def warn_if_far(residual: float) -> None:
-    "Say that the states have not settled; the sentence has no number, so Python shows it once."
+    "Warn of a `residual` above FAR; the sentence has no number, so Python shows it once."
     if residual > FAR:
         warnings.warn(
             f"parallel states stopped at a residual above {FAR}, far from equilibrium: what"

@@ -43,7 +43,7 @@ def check_plain(energy: FreeEnergy) -> None:
 
 
 def one_step(trace: Trace, up: Pass, deltas: list[Tensor]) -> Settled:
-    "Full errors from these messages, at the feed-forward predictions. Raises SettlingError."
+    "Full errors from the messages `deltas`, at the feed-forward predictions. Raises SettlingError."
     zero = no_errors(up.states)
     trace.measure(zero, deltas)
     errors = trace.batch_energy.step(zero, deltas, 1.0)
@@ -58,7 +58,7 @@ def one_step(trace: Trace, up: Pass, deltas: list[Tensor]) -> Settled:
 @dataclass(frozen=True)
 class SweepSettling:
     """One ordered sweep at fixed predictions: learning from it is backprop exactly, at any
-    precision (Song et al. 2020)."""
+    precision (Song et al. 2020). Raises ConfigError or ValueError."""
 
     energy: FreeEnergy = FreeEnergy()   # its precision scales the errors, not what is learned
     lean: bool = False                  # make each layer's graph again: less memory
@@ -79,7 +79,7 @@ class SweepSettling:
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #f7a89af9
 def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
-    "`delta_l` of every node after so many rounds, equation (3). Raises ValueError."
+    "`delta_l` of every node after so many `rounds`, equation (3). Raises ValueError."
     N, last, keep = len(up.states) - 1, up.states[-1].shape, not up.lean
     for l, s in enumerate(up.states):
         demand(s.shape == last, (
@@ -98,7 +98,7 @@ def rounds_down(up: Pass, rounds: int) -> list[Tensor]:
 
 
 def distance(up: Pass, errors: Sequence[Tensor], batch_energy: BatchEnergy) -> float:
-    "How far errors are from those of an exact sweep, relative to zero errors: 1 to 0."
+    "How far `errors` are from those of an exact sweep, relative to zero errors: 1 to 0."
     exact = errors_down(up, keep_graph=True)
     start = batch_energy.norm(no_errors(up.states), exact)
     return batch_energy.norm(errors, exact) / start if start else 0.0
@@ -107,7 +107,7 @@ def distance(up: Pass, errors: Sequence[Tensor], batch_energy: BatchEnergy) -> f
 @dataclass(frozen=True)
 class HighwaySettling:
     """Messages in rounds of all layers over the residual stream, equation (3), at fixed
-    predictions; for layers whose input and output have one shape."""
+    predictions; layers need inputs and outputs of one shape. Raises ConfigError or ValueError."""
 
     energy: FreeEnergy = FreeEnergy()   # its precision scales the errors, not what is learned
     steps: int = 3                      # rounds in which all layers work at once

@@ -49,11 +49,11 @@ def prove_equal(
 
 # %% ../../nbs/0_theory/11_symbolic.ipynb #refused1
 def refused(
-    call: Callable[..., object],
-    *args: object,
+    call: Callable[..., object],    # the function that should refuse
+    *args: object,                  # what it is called with
     kind: type[Exception] | tuple[type[Exception], ...] = ValueError,
     says: str = "",                 # words that its sentence must hold
-    **kwargs: object,
+    **kwargs: object,               # what it is called with, by name
 ) -> None:
     """Print the sentence that a call fails with, a temporary folder as FOLDER; raises `NotProved`
     if it is accepted."""
@@ -103,7 +103,8 @@ def exact_values(
     symbols: Sequence[sp.Symbol],
     point: Sequence[float],         # one float per symbol, taken as exact
 ) -> list[float]:                   # the entries of `expr` in row order, as mpmath numbers
-    "Evaluate `expr` at `point` with as many digits as needed for 20 correct ones."
+    """Evaluate `expr` at `point` with as many digits as needed for 20 correct ones; raises
+    `NotProved` if 960 are too few."""
     f, last = sp.lambdify(symbols, sp.Matrix([expr]).flat(), "mpmath", cse=True), None
     for digits in (30, 60, 120, 240, 480, 960):
         with mpmath.workdps(digits):
