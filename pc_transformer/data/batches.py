@@ -47,7 +47,7 @@ def halves(text: str) -> tuple[str, str]:  # training text, validation text
 # %% ../../nbs/4_practice/03_batches.ipynb #22ab40a5
 def unknown_characters(
     vocabulary: str,  # the characters of the training text
-    valid_text: str,
+    valid_text: str,  # the last tenth
 ) -> str:  # empty where there are none
     "One line about the characters of a validation text that a vocabulary lacks."
     new, places = sorted(set(valid_text) - set(vocabulary)), Counter(valid_text)
