@@ -60,7 +60,7 @@ def check_vocabulary(
         what = "a vocabulary is a text of sorted, distinct characters"
         raise ValueError(f"{what}, but got {brief(known)}.")
 
-
+# %% ../../nbs/4_practice/02_tokenizers.ipynb #71f37306
 def check_known(
     text: str,  # of a prompt, or of a training or validation part
     vocabulary: str,  # the characters with a token
