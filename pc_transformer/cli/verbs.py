@@ -85,7 +85,8 @@ def anchors(
     known = set(train_text)
     if set(valid_text) - known and isinstance(tokenizer, corpora.CharTokenizer):
         known |= set(tokenizer.vocabulary)
-    if not (new := set(valid_text) - known):
+    new = set(valid_text) - known
+    if not new or getattr(tokenizer, "unknown", False):
         return corpora.baselines(train_text, valid_text, vocabulary="".join(sorted(known)))
     say(f"no baselines: {min(new)!r} is only in the validation text, and counts cannot score it")
     return {}
@@ -104,6 +105,8 @@ def evaluate(
     scored = valid_text[len(tokenizer.decode(ids[:1])) :]      # the first token is not predicted
     bits = corpora.bits_per_byte(loss, len(ids) - 1, len(scored.encode()))
     others = anchors(train_text, valid_text, tokenizer)
+    known = getattr(tokenizer, "vocabulary", valid_text)    # byte pairs spell every character
+    if unknown := corpora.unknown_characters(known, valid_text): say(unknown)
     rows = {name: (b["nats_per_char"], b["bits_per_byte"]) for name, b in others.items()}
     say(f"the last tenth of {data}, {len(scored):,} characters")
     print_losses({**rows, "this model": (loss * (len(ids) - 1) / len(scored), bits)})
@@ -166,6 +169,7 @@ def data(
         print(f"file        {corpora.locate(name)} (SHA-256 checked)")
     text = read_data(name)
     print(f"characters  {len(text.train_text):,} train, {len(text.valid_text):,} validation")
-    print(f"vocabulary  {text.tokenizer.vocab_size} characters, from the training split")
+    known = f"{text.tokenizer.symbols} characters, from the training split"
+    print(f"vocabulary  {known}{' and the unknown symbol' * text.tokenizer.unknown}")
     for baseline, b in corpora.baselines(text.train_text, text.valid_text).items():
         print(f"{baseline:11} {b['nats_per_char']:.3f} nats per character")

@@ -154,7 +154,8 @@ def baseline_losses(
     train_text: str, valid_text: str, order: int, vocabulary: str | None = None
 ) -> tuple[tuple[str, float], ...]:
     "The cached part of `baselines`: (name, nats per character)."
-    tokenizer = CharTokenizer(vocabulary) if vocabulary else CharTokenizer.fit(train_text)
+    known = vocabulary or "".join(sorted(set(train_text)))
+    tokenizer = CharTokenizer(known, unknown=not set(valid_text) <= set(known))
     model = WittenBell(tokenizer.encode(train_text), order, tokenizer.vocab_size)
     valid_ids = tokenizer.encode(valid_text)
     uniform, unigram = uniform_loss(tokenizer.vocab_size), score(model, valid_ids, 1)
@@ -165,9 +166,9 @@ def baselines(
     train_text: str,  # counted
     valid_text: str,  # scored, all characters but the first
     order: int = 5,  # of the longest n-gram
-    vocabulary: str | None = None,  # characters that may occur; None: those of the training text
+    vocabulary: str | None = None,  # of the model; None: the characters of the training text
 ) -> dict[str, dict[str, float]]:  # name -> nats_per_char, bits_per_byte
-    "Uniform, unigram and n-gram losses. Raises `ValueError` for unknown characters."
+    "Uniform, unigram and n-gram losses; unknown characters are one symbol, as in `TextData`."
     tokens, size = len(valid_text) - 1, len(valid_text[1:].encode())
     found = baseline_losses(train_text, valid_text, min(order, len(train_text)), vocabulary)
     return {

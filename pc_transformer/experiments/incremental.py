@@ -20,7 +20,7 @@ from ..settling.states import StateSettling, StateWalk
 # %% ../../nbs/6_experiments/16_incremental.ipynb #6f6cf50c
 @dataclass(frozen=True)
 class IncrementalPC(Learner):
-    """A weight update after every parallel state update (Salvatori et al. 2022); the last one is
+    """A weight update after every parallel state update (Salvatori et al. 2024); the last one is
     left to the caller. Raises ConfigError for fields of another type."""
 
     solver: StateSettling

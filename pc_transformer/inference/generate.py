@@ -9,6 +9,7 @@ __all__ = ['make_generators', 'draw', 'Step', 'Writer', 'only_first', 'count', '
 # %% ../../nbs/3_inference/08_generation.ipynb #e4a0ede7
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -210,7 +211,8 @@ def generate_text(
     and `ValueError` for another model's tokenizer."""
     check_text(model, tokenizer, prompt, stop)
     vocab_size: int = model.config.vocab_size  # pyright: ignore
-    if tokenizer.vocab_size < vocab_size: options["symbols"] = tokenizer.vocab_size
+    known: int = getattr(tokenizer, "symbols", tokenizer.vocab_size)  # without the unknown symbol
+    if known < vocab_size: options["symbols"] = known
     ids, new = tokenizer.encode(prompt), []
     for step in stream(model, ids, max_new_tokens, **options):
         new.append(step.tokens)
@@ -241,8 +243,6 @@ def check_text(model: Any, tokenizer: Any, prompt: Any, stop: Any) -> None:
 
 def opening(tokenizer: Tokenizer) -> str:
     "A prompt to start from nothing: a line end, or else the first symbol of the vocabulary."
-    try:
-        tokenizer.encode("\n")
-    except ValueError:
-        return tokenizer.decode(torch.zeros(1, dtype=torch.int64))
-    return "\n"
+    with suppress(ValueError):
+        if tokenizer.decode(tokenizer.encode("\n")) == "\n": return "\n"
+    return tokenizer.decode(torch.zeros(1, dtype=torch.int64))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.tokenizers import BPETokenizer, CharTokenizer
+from ..data.tokenizers import UNKNOWN, BPETokenizer, CharTokenizer
 from ..model.transformer import PCTransformer
 
 # %% ../../nbs/4_practice/15_transformers.ipynb #refuse-others
@@ -133,7 +133,11 @@ def transformers_tokenizer(
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.bpe, eos_token=end, clean_up_tokenization_spaces=False
         )
-    chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(tokenizer.vocabulary)}))
+    numbers, mark = dict(tokenizer.numbers), None
+    if tokenizer.unknown:
+        mark = UNKNOWN if UNKNOWN not in numbers else "<unknown>"
+        numbers[mark] = tokenizer.symbols
+    chars = Tokenizer(models.WordLevel(numbers, unk_token=mark))
     chars.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     chars.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=chars, clean_up_tokenization_spaces=False)

@@ -24,6 +24,7 @@ from pc_transformer.data import (
     Corpus,
     Damaged,
     HashMismatch,
+    TextData,
     WittenBell,
     baselines,
     bits_per_byte,
@@ -394,9 +395,93 @@ def test_vocabulary_is_fitted_on_train_only():
     assert not fitted_on_train_only(FittedOnEverything)  # the check can fail
 
 
+class KnowsEverything(TextData):
+    """A mutant: the vocabulary comes from the whole text."""
+
+    @classmethod
+    def of(cls, text):
+        train, valid = split(text)
+        tokenizer = CharTokenizer.fit(text)
+        return cls(tokenizer, train, valid, tokenizer.encode(train), tokenizer.encode(valid))
+
+
+class AlwaysUnknown(TextData):
+    """A mutant: the unknown symbol also where nobody needs it."""
+
+    @classmethod
+    def of(cls, text):
+        train, valid = split(text)
+        tokenizer = CharTokenizer.fit(train, unknown=True)
+        return cls(tokenizer, train, valid, tokenizer.encode(train), tokenizer.encode(valid))
+
+
+def one_symbol_where_it_is_needed(kind, text) -> bool:
+    """The vocabulary is the training text's, and the last token stands for whatever else is
+    validated: exactly where there is something else."""
+    data = kind.of(text)
+    known, new = set(data.train_text), set(data.valid_text) - set(data.train_text)
+    shown = "".join(c if c in known else "\ufffd" for c in data.valid_text)
+    unknown = data.valid_ids == len(known)
+    return (
+        data.tokenizer.vocabulary == "".join(sorted(known))
+        and data.tokenizer.vocab_size == len(known) + bool(new)
+        and data.tokenizer.decode(data.train_ids) == data.train_text
+        and data.tokenizer.decode(data.valid_ids) == shown
+        and unknown.tolist() == [c in new for c in data.valid_text]
+    )
+
+
+LATE = "abcabcabca" * 9 + "abécabßéc"
+"A text whose last tenth has two characters, in three places, that the rest lacks."
+
+
+@given(st.text("abcdé\ufffd🙂", min_size=30))
+@settings(max_examples=60, deadline=None)
+def test_unknown_symbol(text):
+    assert one_symbol_where_it_is_needed(TextData, text)
+
+
+def test_unknown_symbol_mutants():
+    assert one_symbol_where_it_is_needed(TextData, LATE)
+    assert not one_symbol_where_it_is_needed(KnowsEverything, LATE)
+    assert not one_symbol_where_it_is_needed(AlwaysUnknown, "abc" * 40)
+
+
+def test_unknown_characters_are_said_in_one_line(caplog):
+    TextData.of("abc" * 40)
+    assert not caplog.text
+    TextData.of(LATE)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        "unknown characters in the last tenth: 2 ('ß', 'é'), 3 of 10 places; all read as �"
+    )
+    caplog.clear()
+    TextData.of("a" * 900 + "".join(map(chr, range(0x4E00, 0x4E00 + 100))))
+    assert "100 ('一', " in caplog.text and len(caplog.records[0].getMessage()) < 160
+
+
+def test_unknown_symbol_is_saved_and_old_tokenizers_load():
+    plain, other = CharTokenizer("abc"), CharTokenizer("abc", unknown=True)
+    assert plain.to_dict() == {"type": "char", "vocabulary": "abc"} and plain != other
+    assert CharTokenizer.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+    assert (other.vocab_size, other.symbols, plain.symbols) == (4, 3, 3)
+    with pytest.raises(ValueError, match="not a saved character tokenizer"):
+        CharTokenizer.from_dict({"type": "char", "vocabulary": "abc", "unknown": "?"})
+
+
 def test_baselines_fit_on_train_only():
-    with pytest.raises(ValueError, match="'Z' at position 9"):
-        baselines(*split("abcabcabca" * 9 + "abcabcabcZ"))
+    """Z is no character of the vocabulary: it costs what the one unknown symbol costs."""
+    train, valid = "abcabcabca" * 9, "abcZabYabc"
+    table = baselines(train, valid, order=3)
+    assert table["uniform"]["nats_per_char"] == np.log(3 + 1)
+    one = valid.replace("Y", "Z")
+    terms = [np.log(slow(train, one[max(0, i - 2) : i], one[i], 4)) for i in range(1, len(one))]
+    assert table["3-gram"]["nats_per_char"] == pytest.approx(-np.mean(terms), rel=1e-12)
+    assert baselines(train, one, order=3)["3-gram"] == table["3-gram"]
+    data = TextData.of(LATE)
+    assert baselines(data.train_text, data.valid_text)["uniform"]["nats_per_char"] == np.log(
+        data.tokenizer.vocab_size
+    )
 
 
 @given(st.text(min_size=2), st.floats(0.01, 0.99))

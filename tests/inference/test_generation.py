@@ -22,6 +22,7 @@ from pc_transformer.inference import (
     generate,
     generate_text,
     min_p_filter,
+    opening,
     pack,
     sample,
     stream,
@@ -468,6 +469,27 @@ def test_a_padded_vocabulary_is_sampled_without_its_padding(model, options):
         model, CharTokenizer("abc"), "a", 40, seed=1, **({"sliding_window": True} | options)
     )
     assert len(text) == 41 and set(text) <= set("abc")
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_the_unknown_symbol_is_read_and_never_drawn(model, options):
+    """However likely; a prompt may hold it, and is shown with the replacement character."""
+    with torch.no_grad():
+        model.predictors[0].token.weight[3:] *= 30
+    tokenizer, how = CharTokenizer("abc", unknown=True), {"sliding_window": True} | options
+    text = generate_text(model, tokenizer, "a?", 40, seed=1, **how)
+    assert text[:2] == "a\ufffd" and set(text[2:]) <= set("abc") and len(text) == 42
+    exact = CharTokenizer("abcdefghij", unknown=True)  # as many tokens as the model has
+    likely = int(generate(model, exact.encode("a"), 1, temperature=0)[0, -1])
+    with torch.no_grad():
+        model.predictors[0].token.weight[10] = 3 * model.predictors[0].token.weight[likely]
+    assert int(generate(model, exact.encode("a"), 1, temperature=0)[0, -1]) == exact.symbols
+    assert set(generate_text(model, exact, "a", 40, seed=1, **how)) <= set(exact.vocabulary)
+
+
+def test_a_text_opens_with_a_known_character():
+    assert opening(CharTokenizer("\nab", unknown=True)) == "\n"
+    assert opening(CharTokenizer("ab", unknown=True)) == opening(CharTokenizer("ab")) == "a"
 
 
 def test_symbols_are_checked_and_share_the_whole_probability(model):

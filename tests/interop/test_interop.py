@@ -946,6 +946,15 @@ def test_pipeline_writes_our_text() -> None:
         ] == tokenizer.decode(ids)
 
 
+def test_the_unknown_symbol_in_transformers() -> None:
+    pytest.importorskip("transformers")
+    for known in ("abc", "abc\ufffd"):
+        tokenizer = CharTokenizer(known, unknown=True)
+        theirs = transformers_tokenizer(tokenizer)
+        assert len(theirs) == tokenizer.vocab_size
+        assert theirs("a?cé")["input_ids"] == tokenizer.encode("a?cé").tolist()
+
+
 def test_transformers_is_imported_only_where_it_is_used() -> None:
     code = (
         "import pc_transformer, pc_transformer.interop, sys; print('transformers' in sys.modules,"

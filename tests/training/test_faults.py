@@ -966,6 +966,27 @@ def test_no_side_result_kills_the_main_one(
     )  # the model's alphabet: every character is possible
 
 
+def test_a_text_whose_end_has_new_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is trained on, judged and continued; each command names what is unknown."""
+    (tmp_path / "own.txt").write_text("a small book\n" * 90 + "é, ß & é\n" * 9, encoding="utf-8")
+    run = tmp_path / "run"
+    assert main(command(run, tmp_path / "own.txt", 1, **{"train.eval_interval": 1})) == 0
+    assert "unknown characters in the last tenth: 4 ('&', ',', 'ß', 'é')" in caplog.text
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert "unknown characters in the last tenth: 4" in err and err.count("\n") == 2
+    assert "5-gram" in out and f"{math.log(9 + 1):.4f}" in out and "this model" in out
+    assert main(["data", str(tmp_path / "own.txt")]) == 0
+    out = capsys.readouterr().out
+    assert "9 characters, from the training split and the unknown symbol" in out
+    assert f"{math.log(10):.3f} nats" in out
+    assert main(["sample", str(run), "--max_new_tokens=200", "--sliding_window=true"]) == 0
+    assert set(capsys.readouterr().out) <= set("a small book\n")
+
+
 def test_an_evaluation_that_is_no_number_is_a_failure(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
