@@ -7,6 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from pc_transformer.attention import LEARNED, attend
+from pc_transformer.energies import FAMILIES
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 13,
+    "block_size": 10,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+}
+TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
+ATTENTIONS = ("dot", *FAMILIES, "mixture")
 
 
 def stir(model: nn.Module, seed: int, scale: float) -> None:

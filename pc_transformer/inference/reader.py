@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.checks import valid_numbers
 from ..attention.head import PCAttention, shown_precision
-from ..attention.kernels.near import NEAR
+from ..attention.kernels.masks import NEAR
 from ..attention.scores import full_dtype, link_of, radial
 from ..energies.elliptical import Elliptical
 from ..energies.families import Gaussian

@@ -60,7 +60,7 @@ class Settled:
 
     up: Pass                    # the last upward pass, with each layer's own graph
     errors: list[Tensor]        # `eps_l (B, *)`
-    batch_energy: BatchEnergy            # the energy that they were settled in
+    batch_energy: BatchEnergy   # the energy that they were settled in
     loss: float                 # of the feed-forward pass, nats per token
     node_energy: Float[Tensor, "steps nodes"]   # after 0..K steps, nats per token; last: output
     step_sizes: list[float] = field(default_factory=list)   # accepted, after halving

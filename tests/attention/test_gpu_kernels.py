@@ -475,8 +475,8 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         with pytest.raises(error, match=match):
             g.triton(**arguments)  # type: ignore[arg-type]
 
-    wrong("no link 'Independent'", link=Independent(Laplace()))
-    wrong("no link 'gaussian'", link="gaussian")
+    wrong("link must be", TypeError, link=Independent(Laplace()))
+    wrong("link must be", TypeError, link="gaussian")
     wrong("needs q \\(B, H, Tq, d\\)", q=q[0])
     wrong("bfloat16 or float16", TypeError, q=q.double())
     wrong("128 wide", q=torch.zeros(1, 1, 5, 130), k=torch.zeros(1, 1, 5, 130))
@@ -484,7 +484,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
     wrong("window must be at least 1", window=0)
     wrong("no dropout", dropout_p=0.1)
     wrong("4 axes", precision=one[0])
-    wrong("one scale per head", link="dot", precision=torch.ones(1, 1, 5, 1))
+    wrong("one scale", link="dot", precision=torch.ones(1, 1, 5, 1))
     wrong("4 axes", mask=torch.ones(5, 5, dtype=torch.bool))
     wrong("masks over keys", mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
 

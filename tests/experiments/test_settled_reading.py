@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import stir
+from common import SIZES, TOKENS, stir
 
 from pc_transformer import ModelConfig, PCTransformer
 from pc_transformer.attention.scores import components, spread
@@ -30,14 +30,6 @@ from pc_transformer.inference import SamplingConfig, generate
 from pc_transformer.inference.uncertainty import node_states
 from pc_transformer.model.layers import AttentionLayer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 13,
-    "block_size": 10,
-    "n_layer": 2,
-    "n_head": 2,
-    "d_model": 16,
-}
-TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
 FAMILIES: dict[str, dict[str, Any]] = {
     "gaussian": {"attention": "gaussian"},
     "norm": {"attention": "gaussian", "mixing": "norm"},
@@ -175,9 +167,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     "A model of dot products, which is read as the Gaussian that it equals."
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
     small = {
-        "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16, "model.block_size": 12,
-        "model.attention": "dot", "train.iters": 2, "train.eval_interval": 2,
-        "windows": 8, "draws": 10, "data": str(tmp_path / "text.txt"),
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "model.d_model": 16,
+        "model.block_size": 12,
+        "model.attention": "dot",
+        "train.iters": 2,
+        "train.eval_interval": 2,
+        "windows": 8,
+        "draws": 10,
+        "data": str(tmp_path / "text.txt"),
     }
     args = ["run", "settled_reading", f"--out={tmp_path}", "--changes", json.dumps(small)]
     assert main([*args, "--seeds=[1]"]) == 0, capsys.readouterr().err

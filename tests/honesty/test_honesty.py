@@ -630,29 +630,34 @@ class LearnsInForward(PCTransformer):
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnsWhileSettling(ErrorSettling):
-    "Mutant: weights move at each settling step, and settling is also what evaluation runs."
+class Afterwards(ErrorSettling):
+    "A solver that does one thing more when it has settled."
 
     def __call__(
         self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
     ) -> Any:
         settled = super().__call__(model, tokens, targets, measure_residual)
+        self.afterwards(model, tokens, targets, settled)
+        return settled
+
+    def afterwards(self, model: Any, tokens: Tensor, targets: Tensor, settled: Any) -> None:
+        raise NotImplementedError
+
+
+class LearnsWhileSettling(Afterwards):
+    "Mutant: weights move at each settling step, and settling is also what evaluation runs."
+
+    def afterwards(self, model: Any, tokens: Tensor, targets: Tensor, settled: Any) -> None:
         with torch.no_grad():
             for f, e in zip(model.predictors, settled.errors, strict=True):
                 next(f.parameters()).add_(1e-3 * e.norm())
-        return settled
 
 
-@dataclasses.dataclass(frozen=True)
-class LeavesGradients(ErrorSettling):
+class LeavesGradients(Afterwards):
     "Mutant: settling by `backward()`, which also fills the weights' gradients."
 
-    def __call__(
-        self, model: Any, tokens: Tensor, targets: Tensor, measure_residual: bool = True
-    ) -> Any:
-        settled = super().__call__(model, tokens, targets, measure_residual)
+    def afterwards(self, model: Any, tokens: Tensor, targets: Tensor, settled: Any) -> None:
         predict_up(model, tokens, targets).output_energy.backward()
-        return settled
 
 
 @pytest.mark.parametrize("mutant", [RunningMean, LearnsInForward])

@@ -370,7 +370,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
         watch = Monitor(interval=3, products=1)
         t = train(start(config(**PC), data, "cpu"))
         with Spy() as spy:
-            looks.append(watch.look(t))
+            looks.append(watch.measure(t))
         assert set(spy.learned + spy.looked) == {"train"}
         assert all((row == t.batch(0)[0]).all(1).any() for row in spy.rows), (
             "every look is at the same, first batch"
@@ -378,7 +378,7 @@ def test_a_monitor_looks_at_the_training_text() -> None:
     assert looks[0] == looks[1]
     batch = DATA.valid_ids[: 2 * T].view(2, T), DATA.valid_ids[1 : 2 * T + 1].view(2, T)
     with Spy() as spy:
-        Monitor(products=0, batch=batch).look(start(config(**PC), DATA, "cpu"))
+        Monitor(products=0, batch=batch).measure(start(config(**PC), DATA, "cpu"))
     assert set(spy.learned + spy.looked) == {"choose"}, (
         "a batch that is given is the batch that is looked at"
     )

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from common import ATTENTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import prune
@@ -31,17 +32,6 @@ from pc_transformer.inference import (
 )
 from pc_transformer.model import PCTransformer
 
-FAMILIES = [
-    "dot",
-    "gaussian",
-    "student_t",
-    "laplace",
-    "mixture",
-    "huber",
-    "generalized_gaussian",
-    "logistic",
-    "contaminated",
-]
 OPTIONS = {
     "plain": {},
     "prior by token": {"mixing": "key"},
@@ -114,7 +104,7 @@ def configs(family: str, option: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_rule_5_cached_logits_equal_full_recomputation(family, option):
     config = configs(family, option)
     for dtype in (torch.float32, torch.float64):
@@ -141,7 +131,7 @@ def test_rule_5_cached_logits_equal_full_recomputation(family, option):
 def test_any_parts_and_any_lengths(data):
     config = replace(
         SMALL,
-        attention=data.draw(st.sampled_from(FAMILIES)),
+        attention=data.draw(st.sampled_from(ATTENTIONS)),
         window=data.draw(st.sampled_from([None, 1, 3, 9])),
         n_kv_head=data.draw(st.sampled_from([None, 1, 2])),
         qk_norm=data.draw(st.booleans()),
@@ -165,7 +155,7 @@ def test_any_parts_and_any_lengths(data):
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_settling_queries_over_a_cache(family, monkeypatch):
     """Equals a forward pass in which every layer's queries settle."""
     config = replace(SMALL, attention=family, n_kv_head=2)
@@ -214,7 +204,7 @@ def test_settling_queries_over_a_cache(family, monkeypatch):
             assert (model(tokens) - full).abs().max() > 1e-6  # and settling does something
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_rule_3_causality_is_bit_equal(family):
     model, tokens = make(replace(SMALL, attention=family)), random_tokens(1, 12)
     other = tokens.clone()
@@ -247,7 +237,7 @@ def tensors(cache: KVCache) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8", "float64"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_bytes(family, dtype):
     for changes in (
         {},
@@ -287,7 +277,7 @@ def test_eight_bits(seed, size):
     assert torch.equal(code.abs().amax(-1), torch.full((5,), 127, dtype=torch.int8))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_short_storage_is_near(family):
     model, tokens = make(replace(SMALL, attention=family), sharper=2.0), random_tokens(2, 20)
     with torch.no_grad():
@@ -406,7 +396,7 @@ def test_a_token_costs_the_same_work_at_every_position():
             self.n += 1
             return func(*args, **(kwargs or {}))
 
-    for family in FAMILIES:
+    for family in ATTENTIONS:
         model, counts = make(replace(SMALL, attention=family)), []
         cache = KVCache.allocate(model)
         for token in random_tokens(1, 30).split(1, 1):

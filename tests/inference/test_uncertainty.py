@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import stir
+from common import SIZES, TOKENS, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,14 +51,6 @@ from pc_transformer.inference import (
 from pc_transformer.model import convert
 from pc_transformer.training import load
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 13,
-    "block_size": 10,
-    "n_layer": 2,
-    "n_head": 2,
-    "d_model": 16,
-}
-TOKENS = torch.randint(13, (6, 10), generator=torch.Generator().manual_seed(0))
 FAMILIES: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
     "gaussian": {"attention": "gaussian"},
@@ -424,13 +416,11 @@ def test_damage() -> None:
 
 TEXT = (
     "the cat sat on the mat and the dog lay by the door; a bird sang, and no one knew why it did"
-    " so.\n"
-    * 40
+    " so.\n" * 40
 )
 OTHER = (
     "42 STOCKS! prices on the market rose and the bank of land sold bonds; it was a day of high"
-    " trade.\n"
-    * 40
+    " trade.\n" * 40
 )
 
 
@@ -449,8 +439,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TextData]:
 
 
 SMALL = {
-    "model.n_layer": 1, "model.n_head": 2, "model.d_model": 16, "model.block_size": 12,
-    "train.iters": 3, "train.eval_interval": 3, "windows": 10, "draws": 10,
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.d_model": 16,
+    "model.block_size": 12,
+    "train.iters": 3,
+    "train.eval_interval": 3,
+    "windows": 10,
+    "draws": 10,
 }
 
 

@@ -92,6 +92,16 @@ def batch(seed: int = 0, B: int = 2) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
+def energies_are_as_stated(model: Any, tokens: Tensor, settled: Any) -> None:
+    "Every node's energy is that of its density, at its error and precision, for each target."
+    family = settled.batch_energy.energy.family
+    for l, f in enumerate(model.predictors):
+        below = tokens if l == 0 else settled.states[l - 1]
+        energy = family.energy(settled.states[l] - f(below), settled.batch_energy.precision[l])
+        stated = energy.sum().detach() / settled.count
+        torch.testing.assert_close(settled.node_energy[-1, l], stated, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
     """Rules 1, 4 and 8: parameters, gradients, logits and the random state stay; every node's
@@ -113,17 +123,7 @@ def test_settling_reads_and_never_raises_the_energy(name: str) -> None:
     else:
         assert settled.residual is not None and math.isfinite(settled.residual)
     if not solver.reads_feed_forward:
-        for l, f in enumerate(model.predictors):
-            below = tokens if l == 0 else settled.states[l - 1]
-            stated = (
-                settled.batch_energy.energy.family.energy(
-                    settled.states[l] - f(below), settled.batch_energy.precision[l]
-                ).sum()
-                / settled.count
-            )
-            torch.testing.assert_close(
-                settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9
-            )
+        energies_are_as_stated(model, tokens, settled)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -759,17 +759,7 @@ def test_a_chain_that_looks_ahead_stays_right(kind: str, per: Any) -> None:
     assert all(e[:, 3:].abs().max() > 0 for e in settled.errors[:-1])
     assert (settled.energy.diff() <= 1e-12 * settled.energy.abs().max()).all()
     if kind != "sweep":
-        for l, f in enumerate(model.predictors):
-            below = tokens if l == 0 else settled.states[l - 1]
-            stated = (
-                settled.batch_energy.energy.family.energy(
-                    settled.states[l] - f(below), settled.batch_energy.precision[l]
-                ).sum()
-                / settled.count
-            )
-            torch.testing.assert_close(
-                settled.node_energy[-1, l], stated.detach(), rtol=1e-9, atol=1e-9
-            )
+        energies_are_as_stated(model, tokens, settled)
     stiff: Any = ErrorSettling(FreeEnergy(1e9, per=per)) if kind != "sweep" else solver
     learner: Any = PredictiveCoding(stiff)
     ours, theirs = (gradients(x, model, tokens, targets) for x in (learner, Backprop()))  # type: ignore[arg-type]

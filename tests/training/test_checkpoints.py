@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import stir
+from common import ATTENTIONS, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -54,17 +54,6 @@ from pc_transformer.training import (
 )
 from pc_transformer.training.run import RunConfig
 
-FAMILIES = (
-    "dot",
-    "gaussian",
-    "student_t",
-    "laplace",
-    "mixture",
-    "huber",
-    "generalized_gaussian",
-    "logistic",
-    "contaminated",
-)
 TINY = ModelConfig(7, 6, 1, 2, 8)
 TOKENS = torch.randint(7, (2, 6), generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(7, (200,), generator=torch.Generator().manual_seed(1))
@@ -255,7 +244,7 @@ REFUSED: dict[str, tuple[ChangeModel, str]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 @pytest.mark.parametrize("what", ACCEPTED)
 def test_what_save_accepts_load_gives_back(what: str, family: Any, tmp_path: Path) -> None:
     model = made(replace(TINY, attention=family), seed=3)
@@ -282,7 +271,7 @@ def test_any_model_with_any_changes(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     "Saved and the same again, or refused and nothing written: there is no third."
-    family = data.draw(st.sampled_from(FAMILIES))
+    family = data.draw(st.sampled_from(ATTENTIONS))
     extras = st.fixed_dictionaries(
         {
             "bias": st.booleans(),

@@ -2,9 +2,8 @@
 
 from .masks import *
 from .plain import *
-from .near import *
-from .blocks import *
 from .sdpa import *
 from .merge import *
+from .blocks import *
 from .chunked import *
 from .choose import *

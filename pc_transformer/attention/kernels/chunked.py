@@ -9,17 +9,19 @@ __all__ = ['Plan', 'with_components', 'chunked']
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .blocks import Blocks, collect, heads_of, pick
-from pc_transformer.attention.kernels.masks import (
-    Link, affine, centre, check, first_order, first_row, four_axes, log_key_prior, squares,
+from pc_transformer.attention.kernels.blocks import (
+    Blocks, collect, forbid, heads_of, pick, posterior,
 )
-from .near import Near
+from pc_transformer.attention.kernels.masks import (
+    Link, Near, affine, centre, check, first_order, first_row, four_axes, log_key_prior, squares,
+)
 from ...energies.elliptical import Elliptical, shape_tensors, with_shape
 from ...energies.families import Gaussian
 from ...isolation import generator
@@ -35,7 +37,7 @@ class Plan:
     log_det: bool = False          # whether half the log-determinant is part of a key's score
     dropout_p: float = 0.0
     seed: int = 0
-    need_lse: bool = True
+    need_lse: bool = True          # whether lse is wanted
 
     @property
     def straight(self) -> bool:
@@ -47,7 +49,7 @@ class Plan:
         return torch.Generator(device).manual_seed(self.seed) if self.dropout_p else None
 
     def kept(self, p: Tensor, draw: torch.Generator | None) -> Tensor:
-        "0 for a dropped weight, 1/(1 - dropout_p) for a kept one."
+        "For each weight of `p`: 0 if it is dropped, 1/(1 - dropout_p) if it is kept."
         stays = 1 - self.dropout_p
         return torch.empty_like(p).bernoulli_(stays, generator=draw).div_(stays)
 
@@ -70,7 +72,7 @@ class _Group:
         self.q, self.k, self.v = (heads_of(x, *at, dtype=full) for x in (q, k, v))
         self.Lam, prior = heads_of(Lam, *at), heads_of(prior, *at)
         self.link = with_shape(plan.link, iter(heads_of(x, *at)[..., None] for x in shape))
-        self.near: list[Near] = []
+        self.near: list[Near] = []           # for a link with a sharp tip, one a component
         if shift is not None:
             shift = heads_of(shift, *at, dtype=full)
             self.q, self.k = self.q - shift, self.k - shift[:, None]
@@ -102,17 +104,16 @@ class _Group:
         y, s = y[: math.prod(size)].view(size), s[: math.prod(size)].view(size)
         if self.rho is not None: torch.add(self.rho[:, i], self.kappa[..., j], out=y)
         elif self.kappa is not None: y.copy_(self.kappa[..., j])
+        beta = 0 if self.kappa is None else 1
         for m in range(size[2]):
-            y[:, :, m].baddbmm_(
-                self.qa[:, i], self.ka[:, m, j].mT, beta=0 if self.kappa is None else 1
-            )
+            y[:, :, m].baddbmm_(self.qa[:, i], self.ka[:, m, j].mT, beta=beta)
             if self.near: self.near[m].fix(y[:, :, m], i, j)
         s = self.link.score_(y, s, self.q.shape[-1])
         if self.prior is not None:
             s.add_(self.prior[..., j] if self.prior.shape[-1] > 1 else self.prior)
         mask = self.part(self.mask, i, j)
         mask = None if mask is None else heads_of(mask, *self.whole)[:, :, None]
-        return y, self.plan.blocks.forbid(s, i, j, mask)
+        return y, forbid(s, self.plan.blocks, i, j, mask)
 
     def part(self, mask: Tensor | None, i: slice, j: slice) -> Tensor | None:
         "A block's part of a mask or its gradient, as a view; shared axes stay shared."
@@ -120,24 +121,11 @@ class _Group:
         rows = i if mask.shape[2] > 1 else slice(None)
         return pick(mask, *self.at)[:, :, rows, j if mask.shape[3] > 1 else slice(None)]
 
-# %% ../../../nbs/5_speed/06_chunked.ipynb #4ce1e83a
-@dataclasses.dataclass
-class _Gradients:
-    "Of all tensors of a call; `None` for what asks for none."
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    Lam: Tensor | None
-    prior: Tensor | None
-    mask: Tensor | None
-    shape: list[Tensor | None]
-
 # %% ../../../nbs/5_speed/06_chunked.ipynb #2f7cfb16
 class _Pull:
     "Gradients of one group, block by block."
 
-    def __init__(self, group: _Group, total: _Gradients, do: Tensor, delta: Tensor):
+    def __init__(self, group: _Group, total: SimpleNamespace, do: Tensor, delta: Tensor):
         self.group, self.total, self.do, self.delta = group, total, do, delta
         self.plan, self.d = group.plan, group.q.shape[-1]
         self.dq, self.dk, self.dv = (heads_of(x, *group.at) for x in (total.q, total.k, total.v))
@@ -157,12 +145,12 @@ class _Pull:
         "Add what rows `i` and keys `j` give."
         group, total = self.group, self.total
         y, s = group.scores(i, j, buffers[0], buffers[1])
-        g = self.through_softmax(self.plan.blocks.posterior(s), i, j, buffers[2], draw)
+        p = posterior(s, self.plan.blocks.blind)
+        g = self.through_softmax(p, i, j, buffers[2], draw)
         if self.prior is not None and self.prior is not self.column:
             self.prior[..., j] += g.sum(1)
-        if total.mask is not None:
-            part: Any = group.part(total.mask, i, j)
-            part.add_(g.sum(2).unflatten(0, (-1, group.whole[1].stop)).sum_to_size(part.shape))
+        part: Any = group.part(total.mask, i, j)
+        if part is not None: collect(part, g.sum(2), *group.whole)
         if any(x is not None for x in total.shape):
             parts = group.link.shape_slopes(y, g, self.d)
             for x, part in zip(total.shape, parts, strict=True):
@@ -174,9 +162,8 @@ class _Pull:
     ) -> Tensor:
         "Equation (3), dropout included, and the gradient of the values."
         size = (p.shape[0], i.stop - i.start, j.stop - j.start)
-        g = torch.bmm(
-            self.do[:, i], self.group.v[:, j].mT, out=room[: math.prod(size)].view(size)
-        )
+        g = room[: math.prod(size)].view(size)
+        torch.bmm(self.do[:, i], self.group.v[:, j].mT, out=g)
         if self.plan.dropout_p:
             kept = self.plan.kept(p, draw)
             self.dv[:, j].baddbmm_((p * kept).sum(2).mT, self.do[:, i])
@@ -196,67 +183,70 @@ class _Pull:
         if self.row is not None: self.row[:, i] = g.sum(-1)
         if group.kappa is not None: self.column[..., j] += g.sum(1)
 
-    def finish(self) -> None:
-        "Queries, keys and what they share, once all blocks are done."
-        total, at, Lam = self.total, self.group.at, self.group.Lam
-        part: Any = self.of_products() if self.plan.scale is None else self.of_distances()
-        if total.Lam is not None:
-            collect(total.Lam, part, *at)
-            if self.prior is not None and self.plan.log_det:
-                half = 0.5 if Lam.shape[-1] == self.d else self.d / 2
-                collect(total.Lam, self.prior[..., None] * half / Lam, *at)
-        if total.prior is not None and self.prior is not None:
-            collect(total.prior, self.prior, *at)
+# %% ../../../nbs/5_speed/06_chunked.ipynb #47176014
+def _finish(pull: _Pull) -> None:
+    "Queries, keys and what they share, once all blocks are done."
+    total, at, Lam = pull.total, pull.group.at, pull.group.Lam
+    part: Any = _of_products(pull) if pull.plan.scale is None else _of_distances(pull)
+    if total.Lam is not None:
+        collect(total.Lam, part, *at)
+        if pull.prior is not None and pull.plan.log_det:
+            half = 0.5 if Lam.shape[-1] == pull.d else pull.d / 2
+            collect(total.Lam, pull.prior[..., None] * half / Lam, *at)
+    if total.prior is not None and pull.prior is not None:
+        collect(total.prior, pull.prior, *at)
 
-    def of_products(self) -> Tensor | None:
-        "Dot products: the gradient of the scale; those of queries and keys into `dq` and `dk`."
-        q, Lam, dLam = self.group.q, self.group.Lam, None
-        self.dk.copy_(self.dka)
-        if self.total.Lam is not None:
-            dLam = (q * self.dqa).sum(1, keepdim=True)[:, None]
-            if Lam.shape[-1] == 1: dLam = dLam.sum(-1, keepdim=True)
-        torch.mul(self.dqa, Lam[:, 0], out=self.dq)
-        return dLam
 
-    def of_distances(self) -> Tensor | None:
-        "Distances: the gradient of the precision; those of queries and keys into `dq` and `dk`."
-        group, d, dq, dk, scale = self.group, self.d, self.dq, self.dk, self.plan.scale or 1.0
-        factor, Lam = group.link.slope_factor(d), group.Lam
-        scale, unit = scale * factor, isinstance(factor, float) and factor == 1
-        m, columns, x = self.dka[..., :d], self.dqa[..., d:], self.column[..., None]
-        spread = None if self.row is None else self.row.mT[..., None]
-        wanted, euler = self.total.Lam is not None, Lam.shape[1:] == (1, 1, 1)
-        dLam = self.of_precision(spread).mul_(scale) if wanted and not euler else None
-        torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(
-            group.ka[..., :d], x if unit else x * factor, value=-1
-        )
-        if dq is not self.dqa: dq.copy_(self.dqa[..., :d])
-        if columns.shape[-1]: dq.addcmul_(group.q, columns, value=2)
-        if not unit: dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
-        if spread is not None: dq.addcmul_(group.q, (spread * (Lam * scale)).sum(1), value=2)
-        if not (wanted and euler): return dLam
-        return (_dot(group.q, dq) + _dot(group.k, dk)).view(-1, 1, 1, 1) / (2 * Lam)
-
-    def of_precision(self, spread: Tensor | None) -> Tensor:
-        "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
-        group, d = self.group, self.d
-        total = lambda t: t if group.Lam.shape[-1] > 1 else t.sum(-1, keepdim=True)
-        column, columns = self.column[..., None], self.dka[..., d:]
-        own = total((group.k * column).sub_(self.dka[..., :d], alpha=2).mul_(group.k))
-        if group.Lam.shape[2] > 1 or columns.shape[-1]: return own.add_(columns)
-        own = own.sum(2, keepdim=True)
-        if spread is None: return own
-        return own.add_((total(group.q.square())[:, None] * spread).sum(2, keepdim=True))
+def _of_products(pull: _Pull) -> Tensor | None:
+    "Dot products: the gradient of the scale; those of queries and keys into `dq` and `dk`."
+    q, Lam, dLam = pull.group.q, pull.group.Lam, None
+    pull.dk.copy_(pull.dka)
+    if pull.total.Lam is not None:
+        dLam = (q * pull.dqa).sum(1, keepdim=True)[:, None]
+        if Lam.shape[-1] == 1: dLam = dLam.sum(-1, keepdim=True)
+    torch.mul(pull.dqa, Lam[:, 0], out=pull.dq)
+    return dLam
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #a04e7f9b
+def _of_distances(pull: _Pull) -> Tensor | None:
+    "Distances: the gradient of the precision; those of queries and keys into `dq` and `dk`."
+    group, d, dq, dk, scale = pull.group, pull.d, pull.dq, pull.dk, pull.plan.scale or 1.0
+    factor, Lam = group.link.slope_factor(d), group.Lam
+    scale, unit = scale * factor, isinstance(factor, float) and factor == 1
+    m, columns, x = pull.dka[..., :d], pull.dqa[..., d:], pull.column[..., None]
+    spread = None if pull.row is None else pull.row.mT[..., None]
+    wanted, euler = pull.total.Lam is not None, Lam.shape[1:] == (1, 1, 1)
+    dLam = _of_precision(pull, spread).mul_(scale) if wanted and not euler else None
+    torch.mul(m, Lam * (-2 * scale), out=dk).addcmul_(
+        group.ka[..., :d], x if unit else x * factor, value=-1
+    )
+    if dq is not pull.dqa: dq.copy_(pull.dqa[..., :d])
+    if columns.shape[-1]: dq.addcmul_(group.q, columns, value=2)
+    if not unit: dq.mul_(factor[..., 0] if isinstance(factor, Tensor) else factor)
+    if spread is not None: dq.addcmul_(group.q, (spread * (Lam * scale)).sum(1), value=2)
+    if not (wanted and euler): return dLam
+    return (_dot(group.q, dq) + _dot(group.k, dk)).view(-1, 1, 1, 1) / (2 * Lam)
+
+# %% ../../../nbs/5_speed/06_chunked.ipynb #19c9d094
+def _of_precision(pull: _Pull, spread: Tensor | None) -> Tensor:
+    "`sum_i ybar_ij (q_ic - k_jc)^2`, summed over what shares a precision."
+    group, d = pull.group, pull.d
+    total = lambda t: t if group.Lam.shape[-1] > 1 else t.sum(-1, keepdim=True)
+    column, columns = pull.column[..., None], pull.dka[..., d:]
+    own = total((group.k * column).sub_(pull.dka[..., :d], alpha=2).mul_(group.k))
+    if group.Lam.shape[2] > 1 or columns.shape[-1]: return own.add_(columns)
+    own = own.sum(2, keepdim=True)
+    if spread is None: return own
+    return own.add_((total(group.q.square())[:, None] * spread).sum(2, keepdim=True))
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     "Sum of products of each head, `(n, 1, 1)`."
     return torch.bmm(a.reshape(a.shape[0], 1, -1), b.reshape(b.shape[0], -1, 1))
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #40726d71
 class _Chunked(torch.autograd.Function):
-    """Attention by row chunks: output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients
-    through both."""
+    "Output `(B, H, Tq, dv)` and lse `(B, H, Tq)`, with gradients through both."
 
     @staticmethod
     def forward(ctx, plan, q, k, v, Lam, shift, prior, mask, *shape):  # type: ignore[override]
@@ -268,19 +258,20 @@ class _Chunked(torch.autograd.Function):
         buffer, draw = None, plan.draw(q.device)
         for at in blocks.groups(B, H, Tq, Tk, M):
             group, o = _Group(plan, at, tensors, shape), heads_of(out, *at)
-            buffer = blocks.buffer(group.q, Tq, Tk, M) if buffer is None else buffer
+            if buffer is None: buffer = out.new_empty(len(o) * M * blocks.pairs(Tq, Tk))
             for i, j in blocks.cut(Tq, Tk):
                 _, s = group.scores(i, j, buffer, buffer)
-                top = None if lse is None else s.flatten(2).amax(-1)
-                p = blocks.posterior(s)
-                if lse is not None: heads_of(lse, *at)[:, i] = _log_sum_exp(top, p)
+                top = s.flatten(2).amax(-1) if plan.need_lse else None
+                p = posterior(s, blocks.blind)
+                if top is not None:     # -inf where all is masked
+                    own = torch.where(top == -math.inf, top, top - p.flatten(2).amax(-1).log_())
+                    heads_of(lse, *at)[:, i] = own
                 if plan.dropout_p: p.mul_(plan.kept(p, draw))
                 torch.bmm(p[:, :, 0] if M == 1 else p.sum(2), group.v[:, j], out=o[:, i])
             if M > 1 and blocks.is_causal and not blocks.blind and not plan.dropout_p:
                 # several weights that add up to one: not to owe key 1 their rounding
                 o[:, 0] = group.v[:, 0]
         ctx.plan = plan
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, *shape)
         return out, lse
 
@@ -290,43 +281,38 @@ class _Chunked(torch.autograd.Function):
         *tensors, out = ctx.saved_tensors[:8]
         shape, plan = ctx.saved_tensors[8:], ctx.plan
         (B, H, Tq, _), (M, Tk), blocks = tensors[0].shape, tensors[1].shape[2:4], plan.blocks
-        total = _no_gradients(tensors, shape, ctx.needs_input_grad[1:], out.dtype)
+        total = _zeros(tensors, shape, ctx.needs_input_grad[1:], out.dtype)
         buffers, draw = None, plan.draw(out.device)
         for at in blocks.groups(B, H, Tq, Tk, M):
-            group, o = _Group(plan, at, tensors, shape), heads_of(out, *at)
-            do = torch.zeros_like(o) if dout is None else heads_of(dout, *at, dtype=o.dtype)
+            group, o, do = _Group(plan, at, tensors, shape), heads_of(out, *at), heads_of(dout, *at)
             delta = (do * o).sum(-1, keepdim=True)  # equation (3)
             if dlse is not None:
                 own = heads_of(dlse, *at)[..., None]
                 delta -= own.nan_to_num(0.0) if blocks.blind else own
-            buffers = buffers or [blocks.buffer(o, Tq, Tk, m) for m in (M, M, 1)]
+            size = len(o) * blocks.pairs(Tq, Tk)
+            buffers = buffers or [o.new_empty(size * m) for m in (M, M, 1)]
             pull = _Pull(group, total, do, delta)
             for i, j in blocks.cut(Tq, Tk): pull.block(i, j, buffers, draw)
-            pull.finish()
+            _finish(pull)
         inputs = (g.to(x.dtype) for g, x in zip((total.q, total.k, total.v), tensors, strict=False))
         return None, *inputs, total.Lam, None, total.prior, total.mask, *total.shape
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #844b54c7
-def _log_sum_exp(top: Any, p: Tensor) -> Tensor:
-    "lse from a row's largest score and its posterior; minus infinity where all is masked."
-    return torch.where(top == -math.inf, top, top - p.flatten(2).amax(-1).log_())
-
-
-def _no_gradients(
+def _zeros(
     tensors: Sequence[Any], shape: Sequence[Tensor], wanted: Sequence[bool], dtype: torch.dtype
-) -> _Gradients:
-    "Room for the gradients of what asks for one; those of queries and keys are written once."
+) -> SimpleNamespace:
+    "Room for the gradients; `None` for what asks for none. Those of q and k are written once."
     q, k, v, Lam, _, prior, mask = tensors
     zero = lambda x, at: torch.zeros_like(x) if x is not None and wanted[at] else None
     new = lambda x: torch.empty(x.shape, dtype=dtype, device=x.device)
-    shapes = [zero(x, 7 + m) for m, x in enumerate(shape)]
-    return _Gradients(
-        new(q), new(k), new(v).zero_(), zero(Lam, 3), zero(prior, 5), zero(mask, 6), shapes
+    return SimpleNamespace(
+        q=new(q), k=new(k), v=new(v).zero_(), Lam=zero(Lam, 3), prior=zero(prior, 5),
+        mask=zero(mask, 6), shape=[zero(x, 7 + m) for m, x in enumerate(shape)],
     )
 
 # %% ../../../nbs/5_speed/06_chunked.ipynb #2289b7a6
 def with_components(x: Tensor) -> Float[Tensor, "B H M T d"]:
-    "A tensor of keys with an axis for components."
+    "`x`, a tensor of keys, with an axis for components."
     return x if x.dim() == 5 else x[:, :, None]
 
 
@@ -343,8 +329,8 @@ def _plan(
 ) -> tuple[Plan, Tensor, list[Tensor]]:
     "The plan, the precision with a stretch that is a tensor, and shape parameters that are."
     family = Gaussian() if isinstance(link, str) else link
-    stretch, scale = family.stretch(), None
-    if link != "dot": scale = 1.0 if isinstance(stretch, Tensor) else stretch
+    stretch = family.stretch()
+    scale = None if link == "dot" else 1.0 if isinstance(stretch, Tensor) else stretch
     if isinstance(stretch, Tensor): Lam = Lam * with_components(stretch)
     per_key = link != "dot" and Lam.shape[2:4] != (1, 1)   # keys differ in log-determinant
     seed = int(torch.randint(2**62, (), generator=generator())) if dropout_p else 0
@@ -365,12 +351,12 @@ def chunked(
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
-    need_lse: bool = True,
+    need_lse: bool = True,            # whether lse is wanted
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention with any link, a few rows of scores at a time; equations (1), (2) and (4).
 
     Differentiable in everything that is a tensor. Memory beyond inputs and results does not grow
-    with `Tq x Tk`.
+    with `Tq x Tk`. Raises TypeError and ValueError as `check` does.
     """
     check(q, k if k.dim() == 4 else k[:, :, 0], v, link, precision, is_causal, window)
     Tq, Tk, full = q.shape[-2], k.shape[-2], torch.promote_types(q.dtype, torch.float32)

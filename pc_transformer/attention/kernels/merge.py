@@ -19,7 +19,7 @@ def merge(
     lses: Sequence[Float[Tensor, "B H Tq"]],     # their log-sum-exps
 ) -> tuple[Tensor, Tensor]:                      # read-out and lse of the union
     """Equation (1): attention over the union of sets of keys from attention over each; zero and
-    `-inf` where all are blind."""
+    `-inf` where all are blind. Raises ValueError unless there is one lse per output."""
     if len(outs) != len(lses) or not outs:
         raise ValueError(f"merge needs one lse per output, got {len(outs)} and {len(lses)}")
     parts = torch.stack(tuple(lses))

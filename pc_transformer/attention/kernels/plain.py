@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pc_transformer.attention.kernels.masks import (
-    Link, additive_mask, affine, and_masks, centre, check, first_order, first_row, four_axes,
+    Link, Near, additive_mask, affine, and_masks, centre, check, first_order, first_row, four_axes,
     log_key_prior, log_total, per_coordinate, responsibilities, split_prior, squares, window_mask,
 )
-from .near import Near
 from ...energies.elliptical import Elliptical, known, shape_tensors, with_shape
 from ...energies.families import Gaussian
 from ...isolation import dropout
@@ -132,10 +131,10 @@ def plain(
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
-    need_lse: bool = True,
+    need_lse: bool = True,            # whether lse is wanted
 ) -> tuple[Tensor, Tensor | None]:    # `(B, H, Tq, dv)`, and `(B, H, Tq)` if asked
     """Attention with any link, all scores at once; differentiable in everything that is a tensor,
-    twice for dot products and Gaussians."""
+    twice for dot products and Gaussians. Raises TypeError and ValueError as `check` does."""
     check(q, k, v, link, precision, is_causal, window)
     (B, H, Tq, d), Tk, dtype = q.shape, k.shape[2], q.dtype
     q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))

@@ -55,7 +55,7 @@ def fused(
 
 # %% ../../../nbs/5_speed/04_sdpa.ipynb #cd6911cb
 def cannot(link: Link, need_lse: bool) -> str | None:
-    "Why `sdpa` cannot serve such a call; `None` if it can."
+    "Why `sdpa` cannot serve a call with this `link` and `need_lse`; `None` if it can."
     if link != "dot": return f"PyTorch's kernel has dot products, not {type(link).__name__}"
     return "PyTorch's kernel returns no log-sum-exp" if need_lse else None
 
@@ -71,12 +71,12 @@ def sdpa(
     is_causal: bool = False,
     window: int | None = None,        # see `window_mask`
     dropout_p: float = 0.0,
-    need_lse: bool = False,
+    need_lse: bool = False,           # refused: there is no lse
 ) -> tuple[Tensor, None]:             # `(B, H, Tq, dv)`; there is no lse
-    """Attention by PyTorch's fused kernel. Raises ValueError for what `cannot` names.
+    """Attention by PyTorch's fused kernel.
 
     Short dtypes are computed in float32 on a CPU. A mask, a prior or a window is written out as
-    `Tq x Tk` numbers.
+    `Tq x Tk` numbers. Raises TypeError and ValueError as `check` does, and for what `cannot` says.
     """
     check(q, k, v, link, precision, is_causal, window)
     if why := cannot(link, need_lse):

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 # %% ../../../nbs/5_speed/09_triton_code.ipynb #265f6587
 _tr: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
 tl: Any = importlib.import_module("triton.language") if _tr else SimpleNamespace(constexpr=float)
-jit: Any = _tr.jit if _tr else lambda f: f
+jit: Any = _tr.jit if _tr else lambda f: f  # Triton's decorator; without it nothing
 if TYPE_CHECKING:
     constexpr = Any  # a number that is known when a kernel is compiled
 else:
     constexpr = tl.constexpr
-LOG2E: Any = tl.constexpr(1.4426950408889634)
-LN2: Any = tl.constexpr(0.6931471805599453)
+LOG2E: Any = tl.constexpr(1.4426950408889634)  # bits in a nat
+LN2: Any = tl.constexpr(0.6931471805599453)  # nats in a bit
 
 # %% ../../../nbs/5_speed/09_triton_code.ipynb #54e229ab
 @jit
