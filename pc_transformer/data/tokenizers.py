@@ -125,12 +125,10 @@ class CharTokenizer:
         return cls("".join(sorted(set(train_text))), unknown)
 
     def encode(self, text: str) -> Int64[Tensor, " T"]:
-        "`text` to tokens. Raises `ValueError` that names the first unknown character."
-        if unknown := set(as_text(text)) - self.numbers.keys():
-            i = next(i for i, c in enumerate(text) if c in unknown)
-            what = f"character {text[i]!r} at position {i} is not in the vocabulary"
-            raise ValueError(f"{what} of {self.vocab_size}.")
-        return torch.tensor([self.numbers[c] for c in text], dtype=torch.int64)
+        """`text` to tokens. Raises `ValueError`, without `unknown`, that names the first character
+        outside the vocabulary."""
+        if not self.unknown: check_known(text, self.vocabulary)
+        return torch.tensor([self.numbers.get(c, self.symbols) for c in as_text(text)]).long()
 
     def decode(self, tokens: Int64[Tensor, " T"] | list[int]) -> str:
         "Tokens to text. Raises `TypeError` or `ValueError` unless all are in [0, V)."
@@ -145,10 +143,7 @@ class CharTokenizer:
     @classmethod
     def from_dict(cls, saved: dict[str, str]) -> "CharTokenizer":
         "The tokenizer that `to_dict` described in `saved`. Raises `ValueError` for anything else."
-        known = saved.get("vocabulary") if isinstance(saved, dict) else None
-        if saved != {"type": "char", "vocabulary": known}:
-            raise ValueError(f"not a saved character tokenizer: {brief(saved)}.")
-        return cls(saved["vocabulary"])
+        return cls(*read_saved(saved))
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #802ddd60
 # where OpenAI keeps GPT-2's tokenizer files
