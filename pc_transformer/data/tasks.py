@@ -37,12 +37,15 @@ class Run(Protocol):
     @property
     def model(self) -> ModelConfig:
         "Shape of the model."
+        ...
     @property
     def train(self) -> TrainConfig:
         "Optimiser, schedule and seed."
+        ...
     @property
     def data(self) -> str:
         "Name of a corpus, or a path."
+        ...
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #2cb45ac0
 class Task(Protocol):

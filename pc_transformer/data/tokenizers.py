@@ -26,10 +26,13 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         "Number of different tokens."
+        ...
     def encode(self, text: str) -> Tensor:
         "The tokens of `text`, one row."
+        ...
     def decode(self, tokens: Tensor) -> str:
         "The text of one row of `tokens`."
+        ...
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #3b9c8d6b
 def as_ids(tokens: Int[Tensor, " T"] | list[int], V: int) -> list[int]:

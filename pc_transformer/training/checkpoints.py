@@ -134,6 +134,7 @@ class SavedTokenizer(Tokenizer, Protocol):
 
     def to_dict(self) -> dict[str, str]:
         "A form that JSON can hold."
+        ...
 
 
 def tokenizer_of(saved: dict[str, str]) -> SavedTokenizer:
