@@ -294,7 +294,9 @@ def work(l: int, fds: Sequence[int]) -> None:
     except Exception as error:
         sentence = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(HungUp):
-            Wire(ends[0], f"node {l}", "parent", 0).send("error", as_bytes_tensor(sentence.encode()))
+            Wire(ends[0], f"node {l}", "parent", 0).send(
+                "error", as_bytes_tensor(sentence.encode())
+            )
     with suppress(EOFError, OSError):       # whatever the parent still says before it hangs up
         while True:
             ends[0].recv_bytes()

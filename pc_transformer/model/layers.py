@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.head import PCAttention
 from ..config import ModelConfig
-from ..isolation import Dropout, linear, table
+from ..isolation import Dropout, embedding_table, linear
 
 # %% ../../nbs/1_model/14_layers.ipynb #787187cb
 class LayerNorm(nn.Module):
@@ -44,8 +44,8 @@ class Embedding(nn.Module):
         dropout: float = 0.0,       # probability that a coordinate is dropped, in training
     ):
         super().__init__()
-        self.token = table(vocab_size, d_model)
-        self.position = table(block_size, d_model)
+        self.token = embedding_table(vocab_size, d_model)
+        self.position = embedding_table(block_size, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
