@@ -181,7 +181,8 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if device.type == "cuda": name = torch.cuda.get_device_name(device)
     elif info.exists():
-        models = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        lines = info.read_text(encoding="utf-8").splitlines()
+        models = (line for line in lines if line.startswith("model name"))
         name = next(models, f":{name}").split(":")[1].strip()
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
