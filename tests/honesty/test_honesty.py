@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pc_transformer import ModelConfig, PCTransformer, generate, load, save
-from pc_transformer.attention import attend, reference
+from pc_transformer.attention import as_keys, attend, reference
 from pc_transformer.attention.kernels import additive_mask
 from pc_transformer.config import TrainConfig, to_dict
 from pc_transformer.data import Text, evaluate
@@ -508,8 +508,7 @@ def mask_after_softmax(attention: Any, x: Tensor) -> Tensor:
 def no_mask(attention: Any, x: Tensor) -> Tensor:
     "Mutant: `is_causal` is configured and never passed on."
     q, k, v = attention.split(attention.qkv(x))
-    out, _ = reference(q, k, v, Gaussian(), 1.0)
-    assert isinstance(out, Tensor)
+    out = reference(q, as_keys(k, v, 1.0), Gaussian()).out
     return attention.out(out.transpose(1, 2).flatten(2))
 
 
@@ -1474,7 +1473,7 @@ def broken_nodes(solver: ErrorSettling, model: PCTransformer, value: float) -> l
             solver(model, tokens, targets)
             complaints.append(f"{value} in {name} goes unnoticed")
         except SettlingError as error:
-            if f"of {node} " not in str(error):
+            if f"{node} " not in str(error):
                 complaints.append(f"{value} in {name}: expected {node}, but: {error}")
         except Exception as error:
             complaints.append(f"{value} in {name}: {error!r} instead of a SettlingError")

@@ -24,6 +24,7 @@ from pc_transformer.inference import (
     min_p_filter,
     opening,
     pack,
+    penalise_repetition,
     sample,
     stream,
     temperature_scale,
@@ -671,8 +672,7 @@ def test_text_with_and_without_packed_weights_is_the_same(model, options, monkey
     monkeypatch.setattr("pc_transformer.inference.packed.LEAST", 0)
     for prompt in (PROMPT, RAGGED, PROMPT[:1, :1]):
         a, b = (
-            generate(m, prompt, 16, seed=5, **options)
-            for m in (model, pack(model, len(prompt)))
+            generate(m, prompt, 16, seed=5, **options) for m in (model, pack(model, len(prompt)))
         )
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
@@ -776,5 +776,3 @@ def test_copies_under_autocast(rows):
     with torch.autocast("cpu", torch.bfloat16):
         a, b = (generate(m, prompt, 40, temperature=0) for m in (model, pack(model, rows)))
     assert torch.equal(a, b)
-
-

@@ -24,7 +24,7 @@ from pc_transformer.experiments.uncertainty import (
     DAMAGES,
     auroc,
     calibrated,
-    damage,
+    damaged_windows,
     detection,
     detector,
     even_windows,
@@ -394,7 +394,7 @@ def test_damage() -> None:
     foreign = torch.randint(9, (1000,), generator=torch.Generator().manual_seed(1))
     for kind in DAMAGES:
         first, second = (
-            damage(kind, clean, tokenizer, foreign, torch.Generator().manual_seed(5))
+            damaged_windows(kind, clean, tokenizer, foreign, torch.Generator().manual_seed(5))
             for _ in range(2)
         )
         assert (
@@ -404,10 +404,10 @@ def test_damage() -> None:
             and first[0].max() < 9
         )
     draw = torch.Generator().manual_seed(0)
-    new, where = damage("replaced characters", clean, tokenizer, foreign, draw)
+    new, where = damaged_windows("replaced characters", clean, tokenizer, foreign, draw)
     assert torch.equal(where, new != clean) and 0.05 < where.double().mean() < 0.15
     with pytest.raises(ValueError, match="100 characters of foreign text are too few"):
-        damage("foreign text", clean, tokenizer, foreign[:100], torch.Generator())
+        damaged_windows("foreign text", clean, tokenizer, foreign[:100], torch.Generator())
     with pytest.raises(ValueError, match="at least two windows"):
         even_windows(torch.arange(10), 6, 5)
     rows = even_windows(torch.arange(103), 10, 7)
