@@ -165,7 +165,7 @@ class PredictiveCoding(Learner):
         new: dict[str, Any] = {}
         if (end := self.relative_precision_end) is not None:
             start = solver.energy.relative_precision
-            beta = start * (end / start) ** progress
+            beta = start ** (1 - progress) * end ** progress     # geometric
             new["energy"] = replace(solver.energy, relative_precision=beta)
         if (end := self.steps_end) is not None:
             new["steps"] = round(solver.steps + progress * (end - solver.steps))
