@@ -54,7 +54,7 @@ test-triton: $(STAMP) ## the Triton kernels in its interpreter and, ahead of tim
 
 export: $(STAMP) ## notebooks -> package, order of reading and README
 	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/export.py
 	$(BIN)/python tools/make_order.py
 	$(BIN)/python tools/make_readme.py
 

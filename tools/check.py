@@ -97,7 +97,7 @@ def export() -> str:
         for path in root.glob("pc_transformer/**/*.py"):
             if path.name != "__init__.py" or path.read_text(encoding="utf-8").startswith(GENERATED):
                 path.unlink()
-        sh(BIN / "nbdev_export", cwd=root)
+        sh(sys.executable, ROOT / "tools/export.py", cwd=root)
         advice = "not what the notebooks export; edit the notebook, then run `make export`"
         compare(before, hashes(root, "pc_transformer/**/*.py"), advice)
     return f"{len(before)} modules"
