@@ -1991,7 +1991,15 @@ d = {
             "pc_transformer.energies.fitting._profile": (
                 "1_model/fitting_shapes.html#_profile",
                 "pc_transformer/energies/fitting.py",
-            )
+            ),
+            "pc_transformer.energies.fitting._slope": (
+                "1_model/fitting_shapes.html#_slope",
+                "pc_transformer/energies/fitting.py",
+            ),
+            "pc_transformer.energies.fitting._with_shape": (
+                "1_model/fitting_shapes.html#_with_shape",
+                "pc_transformer/energies/fitting.py",
+            ),
         },
         "pc_transformer.energies.mixture": {
             "pc_transformer.energies.mixture.GaussianMixture": (

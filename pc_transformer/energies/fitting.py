@@ -15,31 +15,40 @@ from torch import Tensor
 
 from .elliptical import Elliptical, _observations, _positive
 
-# %% ../../nbs/1_model/05_fitting_shapes.ipynb #6606889e
+# %% ../../nbs/1_model/05_fitting_shapes.ipynb #f05shape
 _Family = TypeVar("_Family", bound=Elliptical)
+_Fit = tuple[float, _Family, Tensor]      # log likelihood in nats, family, precision
 
 
+def _with_shape(family: _Family, name: str, value: float, data: Tensor, diagonal: bool) -> _Fit:
+    "The family with this value of its shape, and the most likely precision for it."
+    best = replace(family, **{name: float(value)})
+    precision = best.fit(data, diagonal, max_iters=20_000)
+    return best.log_prob(data, precision).sum().item(), best, precision
+
+
+def _slope(family: Elliptical, name: str, value: float, data: Tensor, diagonal: bool) -> float:
+    "Slope of the profile likelihood, equation (6)."
+    precision = _with_shape(family, name, value, data, diagonal)[2]
+    shape = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    total = replace(family, **{name: shape}).log_prob(data, precision).sum()
+    return torch.autograd.grad(total, shape)[0].item()
+
+# %% ../../nbs/1_model/05_fitting_shapes.ipynb #6606889e
 def _profile(
     family: _Family, name: str, low: float, high: float, errors: Tensor, diagonal: bool
 ) -> tuple[_Family, Tensor]:
     """The `family` and precision with the most likely shape `name` between `low` and `high`,
     equation (6)."""
     data = _observations(errors)
-
-    def at(value: float, slope: bool = False) -> tuple[float, _Family, Tensor]:
-        best = replace(family, **{name: float(value)})
-        precision = best.fit(data, diagonal, max_iters=20_000)
-        if not slope: return best.log_prob(data, precision).sum().item(), best, precision
-        shape = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-        total = replace(family, **{name: shape}).log_prob(data, precision).sum()
-        return torch.autograd.grad(total, shape)[0].item(), best, precision
-
+    at = lambda value: _with_shape(family, name, value, data, diagonal)
     tries = [low * (high / low) ** (i / 12) for i in range(13)]
     found = [at(float(getattr(family, name)))] + [at(value) for value in tries]
     top = max(range(13), key=lambda i: found[i + 1][0])
     left, right = tries[max(top - 1, 0)], tries[min(top + 1, 12)]
     for _ in range(32):
         middle = math.sqrt(left * right)
-        left, right = (middle, right) if at(middle, slope=True)[0] > 0 else (left, middle)
+        rises = _slope(family, name, middle, data, diagonal) > 0
+        left, right = (middle, right) if rises else (left, middle)
     _, best, precision = max([*found, at(left), at(right)], key=lambda one: one[0])
     return best, _positive(precision.to(errors.dtype))
