@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'Attention', 'TAILED', 'ConfigError', 'did_you_mean', 'check_types',
-           'to_dict', 'flat', 'to_yaml', 'Config', 'ModelConfig', 'check_model', 'TrainConfig',
-           'check_training', 'from_dict', 'from_yaml', 'replace']
+ 'to_dict', 'flat', 'to_yaml', 'Config', 'ModelConfig', 'check_model', 'TrainConfig',
+ 'check_training', 'from_dict', 'from_yaml', 'replace']
 
 # %% ../nbs/1_model/01_configuration.ipynb #744158ae
 import difflib
@@ -171,8 +171,7 @@ class ModelConfig(Config):
     precision_init: float | None = None
     # what has a precision: each head; each key, predicted from its token; each coordinate
     precision: Literal["head", "key", "diagonal"] = "head"
-    # prior over keys: equal; by the norm of the key; predicted from the token
-    mixing: Literal["equal", "norm", "key"] = "equal"
+    mixing: Literal["equal", "norm", "key"] = "equal"  # prior over keys; key: by its token
     tail: float | None = None  # nu (student_t), p or delta at the start; None: the family's own
     n_component: int = 2  # M, components per key of a mixture
     # one density of the distance to a key, or a product of one per coordinate

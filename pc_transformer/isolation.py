@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CPU', 'CURRENT', 'M', 'check_seed', 'Draws', 'drawing', 'generator', 'ahead', 'dropout',
-           'Dropout', 'linear', 'embedding_table', 'container', 'same_script', 'Walk', 'view',
-           'evaluating', 'leaf', 'private']
+ 'Dropout', 'linear', 'embedding_table', 'container', 'same_script', 'Walk', 'view', 'evaluating',
+ 'leaf', 'private']
 
 # %% ../nbs/1_model/02_isolation.ipynb #51f8d785
 import copy

@@ -12,7 +12,7 @@ from textwrap import TextWrapper
 
 BIN = Path(sys.executable).parent
 NAMES = re.compile(r"^__all__ = \[[^]]*\]$", re.M)
-WRAPPER = TextWrapper(width=100, subsequent_indent=" " * 11, break_long_words=False)
+WRAPPER = TextWrapper(width=100, subsequent_indent=" ", break_long_words=False)
 
 
 def wrapped(found: re.Match[str]) -> str:

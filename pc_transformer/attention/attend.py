@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Need', 'OPTIONS', 'SIMPLE', 'kernel_named', 'posterior_mean', 'read', 'enter',
-           'checked', 'remembered', 'attend', 'energy', 'attention_energy', 'Reweighted',
-           'settle_query', 'settle_together', 'settle_rows']
+ 'checked', 'remembered', 'attend', 'energy', 'attention_energy', 'Reweighted', 'settle_query',
+ 'settle_together', 'settle_rows']
 
 # %% ../../nbs/1_model/11_attend.ipynb #a4f2dbb6
 import functools

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'check_mask', 'check_layout', 'check_name', 'check_share',
-           'check_attend', 'check_fits', 'check_shapes', 'valid_numbers', 'in_range', 'overflows',
-           'rows_that_see', 'cleaned', 'bad_tokens']
+ 'check_attend', 'check_fits', 'check_shapes', 'valid_numbers', 'in_range', 'overflows',
+ 'rows_that_see', 'cleaned', 'bad_tokens']
 
 # %% ../../nbs/1_model/10_checks.ipynb #9162b7f5
 import math

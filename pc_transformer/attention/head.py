@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'tail_of', 'first_precision', 'first_parameters', 'Heads', 'by_token',
-           'shown_precision', 'shown_prior', 'KeyHeads', 'PCAttention']
+ 'shown_precision', 'shown_prior', 'KeyHeads', 'PCAttention']
 
 # %% ../../nbs/1_model/13_head.ipynb #4dafac69
 import math

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Backend', 'Coordinates', 'Likelihood', 'ELEMENTS', 'full_dtype', 'make_likelihood',
-           'check_parameters', 'scores', 'link_of', 'radial', 'Mask', 'Keys', 'as_keys',
-           'spread_heads', 'spread', 'components', 'log_sum_exp', 'key_scores', 'Read', 'reference',
-           'row_groups', 'by_rows']
+ 'check_parameters', 'scores', 'link_of', 'radial', 'Mask', 'Keys', 'as_keys', 'spread_heads',
+ 'spread', 'components', 'log_sum_exp', 'key_scores', 'Read', 'reference', 'row_groups', 'by_rows']
 
 # %% ../../nbs/1_model/09_scores.ipynb #21569ed9
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_data', 'place_of', 'chosen', 'fit_vocabulary', 'stored_config', 'make_folder',
-           'require_some', 'model_folder', 'data_of', 'say', 'say_threads']
+ 'require_some', 'model_folder', 'data_of', 'say', 'say_threads']
 
 # %% ../../nbs/4_practice/16_given.ipynb #c14a0003
 import os

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USE', 'RESEARCH', 'COMMANDS', 'GROUPS', 'MISTAKES', 'overview', 'comments',
-           'options_of', 'make_parser', 'free_cores', 'set_threads', 'check_files', 'dispatch',
-           'too_big', 'sentence', 'wrong_option', 'write_utf8', 'mute', 'main']
+ 'options_of', 'make_parser', 'free_cores', 'set_threads', 'check_files', 'dispatch', 'too_big',
+ 'sentence', 'wrong_option', 'write_utf8', 'mute', 'main']
 
 # %% ../../nbs/4_practice/19_command_line.ipynb #4f9ba623
 import inspect

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train', 'open_run', 'say_end', 'anchors', 'evaluate', 'print_losses', 'sample',
-           'settling', 'as_utf8', 'data']
+ 'settling', 'as_utf8', 'data']
 
 # %% ../../nbs/4_practice/17_verbs.ipynb #c14b0003
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split', 'halves', 'unknown_characters', 'TextData', 'check_tokens', 'check_positive',
-           'Batches', 'windows']
+ 'Batches', 'windows']
 
 # %% ../../nbs/4_practice/03_batches.ipynb #67fcd489
 import logging

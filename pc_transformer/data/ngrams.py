@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uniform_loss', 'lookup', 'Counts', 'integers', 'WittenBell', 'ngram_loss', 'score',
-           'bits_per_byte', 'baseline_losses', 'baselines']
+ 'bits_per_byte', 'baseline_losses', 'baselines']
 
 # %% ../../nbs/4_practice/04_ngrams.ipynb #c03ce1e8
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Run', 'Task', 'held_out', 'no_loss', 'evaluate', 'InOrder', 'Text',
-           'find_text', 'open_text', 'Copying', 'at_step', 'damage', 'Damaged']
+ 'find_text', 'open_text', 'Copying', 'at_step', 'damage', 'Damaged']
 
 # %% ../../nbs/4_practice/08_tasks.ipynb #fbdcc87f
 import dataclasses

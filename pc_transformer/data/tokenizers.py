@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'ENCODINGS', 'BPE_FILES', 'Tokenizer', 'as_ids', 'as_text',
-           'check_vocabulary', 'check_known', 'read_saved', 'CharTokenizer', 'bpe_file',
-           'BPETokenizer']
+ 'check_vocabulary', 'check_known', 'read_saved', 'CharTokenizer', 'bpe_file', 'BPETokenizer']
 
 # %% ../../nbs/4_practice/02_tokenizers.ipynb #9482463b
 from dataclasses import dataclass

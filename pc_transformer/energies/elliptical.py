@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Link', 'known', 'shown', 'check_tensor', 'check_number', 'check_whole', 'check_tails',
-           'shape_tensors', 'with_shape', 'InPlace', 'Elliptical']
+ 'shape_tensors', 'with_shape', 'InPlace', 'Elliptical']
 
 # %% ../../nbs/1_model/03_a_density.ipynb #397ac52f
 import copy

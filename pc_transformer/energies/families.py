@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Gaussian', 'StudentT', 'Laplace', 'Huber', 'GeneralizedGaussian',
-           'Logistic', 'Contaminated']
+ 'Logistic', 'Contaminated']
 
 # %% ../../nbs/1_model/06_seven_families.ipynb #97168268
 import math
@@ -370,7 +370,6 @@ class Contaminated(Elliptical):
         "1 for the regular, ratio for the outliers, averaged by their responsibilities"
         regular, outlier = self._logs(u, dim)
         gap = regular - outlier
-        # no difference: an outlier keeps its digits
         return gap.sigmoid() + self.ratio * (-gap).sigmoid()
 
     def _log_odds(self, dim: int) -> tuple[float, float]:

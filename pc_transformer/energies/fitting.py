@@ -17,11 +17,12 @@ from .elliptical import Elliptical, _observations, _positive
 
 # %% ../../nbs/1_model/05_fitting_shapes.ipynb #f05shape
 _Family = TypeVar("_Family", bound=Elliptical)
-_Fit = tuple[float, _Family, Tensor]      # log likelihood in nats, family, precision
 
 
-def _with_shape(family: _Family, name: str, value: float, data: Tensor, diagonal: bool) -> _Fit:
-    "The family with this value of its shape, and the most likely precision for it."
+def _with_shape(
+    family: _Family, name: str, value: float, data: Tensor, diagonal: bool
+) -> tuple[float, _Family, Tensor]:
+    "Log likelihood in nats, the family with this shape, its most likely precision."
     best = replace(family, **{name: float(value)})
     precision = best.fit(data, diagonal, max_iters=20_000)
     return best.log_prob(data, precision).sum().item(), best, precision

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Downstream', 'tilted', 'slope_of', 'as_function', 'AttentionNode', 'scores_and_values',
-           'attention_gradient']
+ 'attention_gradient']
 
 # %% ../../nbs/6_experiments/15_attention_node.ipynb #bbc48cda
 import math

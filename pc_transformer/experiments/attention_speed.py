@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Shape', 'KINDS', 'CASES', 'GPU_CASES', 'HEADS', 'WIDTH', 'TOKENS', 'clock',
-           'interleaved', 'one_thread', 'precisions', 'naive', 'mixture', 'measure', 'about',
-           'bench_attention', 'picture']
+ 'interleaved', 'one_thread', 'precisions', 'naive', 'mixture', 'measure', 'about',
+ 'bench_attention', 'picture']
 
 # %% ../../nbs/5_speed/11_attention_speed.ipynb #a3ad4278
 import json

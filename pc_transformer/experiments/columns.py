@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Energy', 'Settle', 'Point', 'alone', 'look', 'climb', 'wide', 'column_energy', 'prior',
-           'slopes_of', 'where', 'settle_columns', 'at_the_mode', 'Langevin', 'usable',
-           'langevin_step', 'sample_columns', 'resample']
+ 'slopes_of', 'where', 'settle_columns', 'at_the_mode', 'Langevin', 'usable', 'langevin_step',
+ 'sample_columns', 'resample']
 
 # %% ../../nbs/6_experiments/11_column.ipynb #1822020b
 import math

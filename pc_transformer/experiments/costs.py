@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Pair', 'Contenders', 'RATIOS', 'PlainBlock', 'PlainGPT', 'optimizer_step', 'contender',
-           'plain_contender', 'solver_contenders', 'compiled_contenders', 'base_contenders',
-           'ratio', 'step_costs', 'cost_table']
+ 'plain_contender', 'solver_contenders', 'compiled_contenders', 'base_contenders', 'ratio',
+ 'step_costs', 'cost_table']
 
 # %% ../../nbs/6_experiments/05_costs.ipynb #c68e6a20
 import statistics

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Memories', 'Past', 'pick', 'memory_stream', 'check_evidence', 'EvidenceTransformer',
-           'finish', 'read_token', 'read_in_order', 'thin', 'Kept', 'EvidenceSettler',
-           'check_settler', 'make_settler']
+ 'finish', 'read_token', 'read_in_order', 'thin', 'Kept', 'EvidenceSettler', 'check_settler',
+ 'make_settler']
 
 # %% ../../nbs/6_experiments/11_evidence.ipynb #ev01
 import math
@@ -41,8 +41,7 @@ class Past:
     memories: Memories                           # of the columns before the newest
     predictions: list[Float[Tensor, "B 1 D"]]    # of the newest column, without errors
     log_weights: Float[Tensor, " B"]             # of sampled columns, on the CPU; of settled ones 0
-    # energies `(B, 1)` of the column that settled last, after 0..K steps
-    trace: list[Tensor] = field(default_factory=list)
+    trace: list[Tensor] = field(default_factory=list)   # last energies `(B, 1)`, steps 0..K
 
     def pick(self, rows: Int[Tensor, " B"]) -> "Past":
         "Some of the rows, whose weights start anew."

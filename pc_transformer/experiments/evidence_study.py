@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FURTHER', 'UNTRAINED', 'EvidenceBackprop', 'go_on', 'read_losses', 'gains',
-           'some_windows', 'evidence_run', 'EVIDENCE']
+ 'some_windows', 'evidence_run', 'EVIDENCE']
 
 # %% ../../nbs/6_experiments/12_evidence_study.ipynb #4b42408c
 import math

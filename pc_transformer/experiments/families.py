@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'DAMAGE', 'evaluate_damaged', 'sharpened', 'family_run', 'learned', 'arm',
-           'STUDY', 'kind', 'damaged_loss', 'best_sharpness']
+ 'STUDY', 'kind', 'damaged_loss', 'best_sharpness']
 
 # %% ../../nbs/6_experiments/07_precision_and_tails.ipynb #48a1b52d
 import statistics

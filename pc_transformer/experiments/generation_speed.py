@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BABY', 'FAMILIES', 'NO_CACHE', 'NO_COPIES', 'GPT2', 'gpt2', 'contenders', 'measure',
-           'by_position', 'products', 'by_layout', 'bandwidth', 'compiled', 'bench_generation']
+ 'by_position', 'products', 'by_layout', 'bandwidth', 'compiled', 'bench_generation']
 
 # %% ../../nbs/5_speed/12_generation_speed.ipynb #4f54ee52
 import json

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STANDS', 'Arm', 'grid', 'arm_name', 'Job', 'trained', 'train_and_measure', 'report',
-           'Study', 'study', 'Planned', 'settings', 'planned', 'plan', 'begin', 'run_arm', 'run',
-           'said', 'studies_in', 'own_modules', 'module_of', 'known_studies', 'find']
+ 'Study', 'study', 'Planned', 'settings', 'planned', 'plan', 'begin', 'run_arm', 'run', 'said',
+ 'studies_in', 'own_modules', 'module_of', 'known_studies', 'find']
 
 # %% ../../nbs/6_experiments/03_harness.ipynb #8543b53b
 import importlib

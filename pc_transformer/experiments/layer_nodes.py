@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'encode', 'decode', 'HungUp', 'Crossing', 'Wire', 'Node', 'Ends', 'build',
-           'take_batch', 'as_bytes_tensor', 'obey', 'work']
+ 'take_batch', 'as_bytes_tensor', 'obey', 'work']
 
 # %% ../../nbs/6_experiments/14_node.ipynb #nd03
 import json

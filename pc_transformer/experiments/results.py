@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'Metric', 'ASIDE', 'Column', 'Verdict', 'verdict', 'number', 'Runs', 'last',
-           'short', 'Results', 'cell', 'table', 'curves', 'read', 'load']
+ 'short', 'Results', 'cell', 'table', 'curves', 'read', 'load']
 
 # %% ../../nbs/6_experiments/02_results.ipynb #490f449c
 import statistics

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'FRACTIONS', 'DRIVERS', 'SLOPES', 'Tuned', 'SettledQueries', 'settled_losses',
-           'layer_look', 'query_looks', 'energies', 'EnergyTemperature', 'Predictions', 'read_text',
-           'tune', 'best_of', 'paired_difference', 'judge_rule', 'curve_losses', 'cooled',
-           'texts_of', 'temperature_study', 'reading_run', 'SETTLED_READING']
+ 'layer_look', 'query_looks', 'energies', 'EnergyTemperature', 'Predictions', 'read_text', 'tune',
+ 'best_of', 'paired_difference', 'judge_rule', 'curve_losses', 'cooled', 'texts_of',
+ 'temperature_study', 'reading_run', 'SETTLED_READING']
 
 # %% ../../nbs/6_experiments/13_settled_reading.ipynb #4c5cab2c
 from collections.abc import Sequence

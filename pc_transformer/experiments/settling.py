@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKPROP', 'SMALL', 'HIGHWAY', 'ONE', 'THREE', 'FIVE', 'RobustBackprop', 'altered',
-           'part_step', 'with_part_steps', 'predictions', 'judge_halves', 'Angles', 'settled_run',
-           'latents', 'grids', 'as_good', 'deeper', 'altered_data', 'rates', 'MAP', 'WRONG_TARGETS',
-           'EQUILIBRIUM']
+ 'part_step', 'with_part_steps', 'predictions', 'judge_halves', 'Angles', 'settled_run', 'latents',
+ 'grids', 'as_good', 'deeper', 'altered_data', 'rates', 'MAP', 'WRONG_TARGETS', 'EQUILIBRIUM']
 
 # %% ../../nbs/6_experiments/08_better_than_backprop.ipynb #39173545
 import dataclasses

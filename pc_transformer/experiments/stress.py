@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'POWERS', 'ENDS', 'draw_case', 'case_solver', 'teacher', 'rise_of',
-           'case_model', 'try_case', 'stress', 'STUDY']
+ 'case_model', 'try_case', 'stress', 'STUDY']
 
 # %% ../../nbs/6_experiments/09_stress.ipynb #537ac1e1
 from collections.abc import Mapping

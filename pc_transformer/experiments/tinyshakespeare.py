@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'variants', 'settling_traces', 'compared_run', 'STUDY', 'DEMONSTRATION',
-           'shared_seeds', 'summary', 'plot']
+ 'shared_seeds', 'summary', 'plot']
 
 # %% ../../nbs/6_experiments/06_tinyshakespeare.ipynb #bfdec94e
 import math

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WIKITEXT', 'DAMAGES', 'COMBINED', 'PARTS', 'foreign_tokens', 'even_windows',
-           'in_halves', 'shuffle_words', 'damaged_windows', 'at_level', 'auroc', 'detector',
-           'judge', 'flat_predictions', 'calibrated', 'detection', 'study_ensemble', 'against',
-           'uncertainty_run', 'with_seed', 'UNCERTAINTY']
+ 'in_halves', 'shuffle_words', 'damaged_windows', 'at_level', 'auroc', 'detector', 'judge',
+ 'flat_predictions', 'calibrated', 'detection', 'study_ensemble', 'against', 'uncertainty_run',
+ 'with_seed', 'UNCERTAINTY']
 
 # %% ../../nbs/6_experiments/10_uncertainty_study.ipynb #f6dcc1ff
 import dataclasses

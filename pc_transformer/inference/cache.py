@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Slots', 'cache_bytes', 'quantise', 'put', 'Store', 'LayerCache',
-           'empty_layer', 'empty_layers', 'cacheable', 'check_allocation', 'KVCache']
+ 'empty_layer', 'empty_layers', 'cacheable', 'check_allocation', 'KVCache']
 
 # %% ../../nbs/3_inference/04_cache.ipynb #a38513d2
 from collections.abc import Sequence

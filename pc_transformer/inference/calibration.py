@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BETAS', 'Reliability', 'reliability', 'scaled_nll', 'newton_step', 'fit_temperature',
-           'plot_reliability', 'risk_coverage', 'calibration', 'bootstrap_interval']
+ 'plot_reliability', 'risk_coverage', 'calibration', 'bootstrap_interval']
 
 # %% ../../nbs/3_inference/10_calibration.ipynb #a7987ccb
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Places', 'places', 'remember', 'look_back', 'read_new', 'advance', 'check_owner',
-           'check_new', 'check_precision', 'extend']
+ 'check_new', 'check_precision', 'extend']
 
 # %% ../../nbs/3_inference/05_decode.ipynb #2ad7a9e3
 from collections.abc import Sequence

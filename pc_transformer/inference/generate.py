@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_generators', 'draw', 'Step', 'Writer', 'only_first', 'count', 'read_options',
-           'stream', 'generate', 'by_row', 'generate_text', 'check_text', 'opening']
+ 'stream', 'generate', 'by_row', 'generate_text', 'check_text', 'opening']
 
 # %% ../../nbs/3_inference/08_generation.ipynb #e4a0ede7
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Product', 'LEAST', 'MANY_ROWS', 'turned', 'has_blocks', 'blocked', 'fast_product',
-           'version', 'Frozen', 'Packed', 'pack']
+ 'version', 'Frozen', 'Packed', 'pack']
 
 # %% ../../nbs/3_inference/02_packed.ipynb #35d72945
 from collections.abc import Callable

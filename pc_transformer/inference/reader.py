@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'columns', 'Reader', 'link_by_head', 'shared_prior', 'square', 'from_tokens',
-           'describe', 'distances', 'squares_apart', 'measure_near', 'link_scores', 'cached_scores',
-           'read_out', 'settled', 'settled_apart']
+ 'describe', 'distances', 'squares_apart', 'measure_near', 'link_scores', 'cached_scores',
+ 'read_out', 'settled', 'settled_apart']
 
 # %% ../../nbs/3_inference/03_reader.ipynb #5b001165
 import math

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['top_k_filter', 'temperature_scale', 'keep_mass', 'top_p_filter', 'min_p_filter',
-           'typical_filter', 'penalise_repetition', 'check_logits', 'distribution', 'sample',
-           'is_int', 'is_real', 'SamplingConfig', 'check_ranges']
+ 'typical_filter', 'penalise_repetition', 'check_logits', 'distribution', 'sample', 'is_int',
+ 'is_real', 'SamplingConfig', 'check_ranges']
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #00ed71a7
 import math

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NextToken', 'Recompute', 'Still', 'Windows', 'Cached', 'Reading', 'check_reading',
-           'make_source']
+ 'make_source']
 
 # %% ../../nbs/3_inference/07_sources.ipynb #e2fa2245
 from collections.abc import Collection

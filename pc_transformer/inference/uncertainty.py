@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'entropy', 'Decomposition', 'decompose', 'ensemble_log_probs', 'prior_mass',
-           'head_energies', 'node_states', 'StateGaussians', 'score_rows', 'token_scores']
+ 'head_energies', 'node_states', 'StateGaussians', 'score_rows', 'token_scores']
 
 # %% ../../nbs/3_inference/09_uncertainty.ipynb #53708df3
 import math

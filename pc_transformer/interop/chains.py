@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reached', 'arguments', 'Whole', 'First', 'Called', 'Last', 'blocks_of', 'Probe',
-           'examine', 'moving', 'working', 'check_still', 'calls_of', 'ModelChain', 'shifted']
+ 'examine', 'moving', 'working', 'check_still', 'calls_of', 'ModelChain', 'shifted']
 
 # %% ../../nbs/4_practice/20_chains.ipynb #15312dae
 import inspect

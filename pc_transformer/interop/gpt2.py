@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GPT2', 'BLOCK', 'MASK', 'WRAPPED', 'CONV1D', 'SIZES', 'NANOGPT', 'HUGGINGFACE',
-           'ACTIVATIONS', 'FIXED', 'PART', 'gpt2_config', 'gpt2_names', 'plain_name', 'is_plain',
-           'named_tensors', 'widest', 'fill', 'read_pickle', 'described', 'from_nanogpt',
-           'huggingface_config', 'read_parts', 'from_huggingface', 'check_exportable',
-           'huggingface_settings', 'to_huggingface', 'with_tails']
+ 'ACTIVATIONS', 'FIXED', 'PART', 'gpt2_config', 'gpt2_names', 'plain_name', 'is_plain',
+ 'named_tensors', 'widest', 'fill', 'read_pickle', 'described', 'from_nanogpt',
+ 'huggingface_config', 'read_parts', 'from_huggingface', 'check_exportable', 'huggingface_settings',
+ 'to_huggingface', 'with_tails']
 
 # %% ../../nbs/4_practice/14_interop.ipynb #b0ca74e0
 import json

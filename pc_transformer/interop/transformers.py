@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['refuse_others', 'check_padding', 'Wrapper', 'GenerationWrapper', 'transformers_classes',
-           'as_transformers', 'transformers_tokenizer']
+ 'as_transformers', 'transformers_tokenizer']
 
 # %% ../../nbs/4_practice/15_transformers.ipynb #a584f127
 from functools import lru_cache

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['local_gradient', 'Report', 'Learner', 'Backprop', 'accumulate', 'trainable', 'learn',
-           'Solver', 'PredictiveCoding', 'nudged', 'try_learner', 'gradients', 'safe_ratio',
-           'compare_gradients', 'gradient_cosine', 'shared_solver', 'shared', 'for_parts']
+ 'Solver', 'PredictiveCoding', 'nudged', 'try_learner', 'gradients', 'safe_ratio',
+ 'compare_gradients', 'gradient_cosine', 'shared_solver', 'shared', 'for_parts']
 
 # %% ../../nbs/2_learning/05_learning.ipynb #15f42af5
 import copy

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'DIAGNOSIS_RULES', 'Thresholds', 'Finding', 'Diagnosis', 'rule_finite',
-           'rule_signal', 'rule_steps', 'rule_distance', 'rule_gradient', 'rule_scale', 'rule_dead',
-           'apply_rules', 'diagnose']
+ 'rule_signal', 'rule_steps', 'rule_distance', 'rule_gradient', 'rule_scale', 'rule_dead',
+ 'apply_rules', 'diagnose']
 
 # %% ../../nbs/2_learning/11_diagnosis.ipynb #2b66df83
 import math

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYER_KINDS', 'DEAD', 'FROZEN', 'CERTAIN', 'evaluation_view', 'per_token', 'node_names',
-           'in_words', 'root_mean_square', 'outlier_ratio', 'broken_node', 'step_length',
-           'hessian_product', 'extreme_eigenvalues', 'curvature', 'dead_units', 'attention_rows',
-           'saturated_rows', 'certain_outputs']
+ 'in_words', 'root_mean_square', 'outlier_ratio', 'broken_node', 'step_length', 'hessian_product',
+ 'extreme_eigenvalues', 'curvature', 'dead_units', 'attention_rows', 'saturated_rows',
+ 'certain_outputs']
 
 # %% ../../nbs/2_learning/09_measures.ipynb #a5d87f1a
 import math

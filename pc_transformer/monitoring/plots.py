@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'measured_axes', 'shade', 'plot_heat', 'bar_ticks', 'plot_energy',
-           'plot_alignment', 'plot_curvature', 'plot_steps', 'plot_loss', 'plot_monitor']
+ 'plot_alignment', 'plot_curvature', 'plot_steps', 'plot_loss', 'plot_monitor']
 
 # %% ../../nbs/2_learning/12_plots.ipynb #93065ec6
 import math

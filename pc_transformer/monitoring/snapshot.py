@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Snapshot', 'about_states', 'about_outputs', 'rejected', 'about_settling', 'measured',
-           'take_snapshot', 'nested', 'json_ready', 'from_json_ready', 'read_snapshot', 'scalars']
+ 'take_snapshot', 'nested', 'json_ready', 'from_json_ready', 'read_snapshot', 'scalars']
 
 # %% ../../nbs/2_learning/10_snapshot.ipynb #04bc0b90
 import math

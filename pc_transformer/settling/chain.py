@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reduce', 'SettlingError', 'demand', 'widened', 'coordinates_last', 'target_energies',
-           'mean_energy', 'predicted', 'masks', 'predict_node', 'output_energy', 'Pass',
-           'predict_up', 'Pathway', 'errors_down', 'check_steady', 'noise_seed', 'check_batch']
+ 'mean_energy', 'predicted', 'masks', 'predict_node', 'output_energy', 'Pass', 'predict_up',
+ 'Pathway', 'errors_down', 'check_steady', 'noise_seed', 'check_batch']
 
 # %% ../../nbs/2_learning/01_chain.ipynb #dd47d748
 from collections.abc import Callable, Sequence

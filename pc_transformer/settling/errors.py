@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'descend', 'Settled', 'Trace', 'rounding', 'begin_settling', 'ErrorSettling',
-           'part_way']
+ 'part_way']
 
 # %% ../../nbs/2_learning/04_settling.ipynb #3b5de60c
 import math

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Per', 'align', 'squared_distance', 'error_energy', 'position_mask', 'normaliser',
-           'stiffness', 'weight_at_zero', 'mean_square', 'relative_precisions', 'BatchEnergy',
-           'FreeEnergy', 'no_errors', 'in_reach', 'relevant_positions', 'shared_mean',
-           'FixedPrecisions', 'pooled']
+ 'stiffness', 'weight_at_zero', 'mean_square', 'relative_precisions', 'BatchEnergy', 'FreeEnergy',
+ 'no_errors', 'in_reach', 'relevant_positions', 'shared_mean', 'FixedPrecisions', 'pooled']
 
 # %% ../../nbs/2_learning/02_free_energy.ipynb #e9de1f52
 from collections.abc import Iterable, Sequence

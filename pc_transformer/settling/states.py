@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAR', 'predict_all', 'within', 'errors_of', 'state_gradients', 'largest',
-           'output_slope', 'curvature_product', 'curvatures', 'StateSettling', 'StateWalk',
-           'bounds', 'UnsettledWarning', 'warn_if_far']
+ 'output_slope', 'curvature_product', 'curvatures', 'StateSettling', 'StateWalk', 'bounds',
+ 'UnsettledWarning', 'warn_if_far']
 
 # %% ../../nbs/2_learning/07_states.ipynb #3d284590
 import warnings

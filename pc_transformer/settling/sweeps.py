@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sweep_down', 'check_plain', 'one_step', 'SweepSettling', 'rounds_down', 'distance',
-           'HighwaySettling']
+ 'HighwaySettling']
 
 # %% ../../nbs/2_learning/06_sweeps.ipynb #dc38451e
 from collections.abc import Sequence

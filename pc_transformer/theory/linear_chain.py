@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Precisions', 'LinearChain', 'coordinate_precisions', 'simulate', 'design', 'settle',
-           'response', 'second_moment', 'log_evidence', 'settled_squares', 'em_step', 'ratio_step',
-           'Learned', 'learning_parts', 'learn_precisions', 'information', 'standard_errors',
-           'fit_predicted_precision']
+ 'response', 'second_moment', 'log_evidence', 'settled_squares', 'em_step', 'ratio_step', 'Learned',
+ 'learning_parts', 'learn_precisions', 'information', 'standard_errors', 'fit_predicted_precision']
 
 # %% ../../nbs/0_theory/09_node_precision.ipynb #631891eb
 import math

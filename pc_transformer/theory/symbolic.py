@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NotProved', 'residual', 'prove_equal', 'refused', 'prove_limit', 'random_points',
-           'exact_values', 'agrees_with_torch']
+ 'exact_values', 'agrees_with_torch']
 
 # %% ../../nbs/0_theory/11_symbolic.ipynb #759622ae
 import math

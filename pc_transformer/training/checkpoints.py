@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'UNSAVED', 'UNTIED', 'FILES', 'MOMENTS', 'check_fit', 'check_finite',
-           'restore', 'blueprint', 'structure_of', 'check_savable', 'SavedTokenizer',
-           'tokenizer_of', 'description', 'tensors_of', 'write_model', 'save', 'config_of',
-           'read_model', 'read_tokenizer', 'checkpoints', 'step_of', 'newest', 'steady', 'load',
-           'load_tokenizer', 'load_pair', 'optimizer_tensors', 'check_moments', 'check_alive',
-           'sweep', 'outdated', 'save_checkpoint', 'check_same_run', 'restore_trainer', 'resume',
-           'check_folder', 'write_run_config', 'read_run_config']
+ 'restore', 'blueprint', 'structure_of', 'check_savable', 'SavedTokenizer', 'tokenizer_of',
+ 'description', 'tensors_of', 'write_model', 'save', 'config_of', 'read_model', 'read_tokenizer',
+ 'checkpoints', 'step_of', 'newest', 'steady', 'load', 'load_tokenizer', 'load_pair',
+ 'optimizer_tensors', 'check_moments', 'check_alive', 'sweep', 'outdated', 'save_checkpoint',
+ 'check_same_run', 'restore_trainer', 'resume', 'check_folder', 'write_run_config',
+ 'read_run_config']
 
 # %% ../../nbs/4_practice/11_checkpoints.ipynb #c9e4e755
 import math
@@ -356,7 +356,6 @@ def check_same_run(
     if saved["data"] != trainer.task.fingerprint():
         raise CheckpointError(f"{place} was trained on other data: its tokens have another SHA-256")
     own, theirs = flat(to_dict(trainer.config)), flat(saved["run"])
-    # where the data lies does not count: its content was compared above
     other = [k for k in own | theirs if own.get(k) != theirs.get(k) and k != "data"]
     if other:
         what = f"belongs to a run with another configuration ({', '.join(other)} differ)"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['beside', 'write_text', 'exchange', 'whole_folder', 'others', 'CheckpointError',
-           'reading', 'read_json', 'read_tensors', 'write_tensors', 'file_hash', 'digest',
-           'write_sealed', 'read_sealed', 'sole_run', 'lock', 'Interrupted']
+ 'reading', 'read_json', 'read_tensors', 'write_tensors', 'file_hash', 'digest', 'write_sealed',
+ 'read_sealed', 'sole_run', 'lock', 'Interrupted']
 
 # %% ../../nbs/4_practice/09_files.ipynb #775cd256
 import ctypes

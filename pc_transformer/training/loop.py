@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['steps', 'lockstep', 'graceful_stop', 'Watch', 'Stopped', 'train', 'save_for_team',
-           'Checkpoints', 'Progress']
+ 'Checkpoints', 'Progress']
 
 # %% ../../nbs/4_practice/12_loop.ipynb #d229e3e2
 import signal

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProcessError', 'plainly', 'all_sum', 'sync_gradients', 'DataParallel',
-           'environment_number', 'check_seconds', 'join']
+ 'environment_number', 'check_seconds', 'join']
 
 # %% ../../nbs/4_practice/13_parallel.ipynb #b77cef75
 import os

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_optimizer', 'learning_rate', 'set_rate', 'move', 'pick_device', 'step_context',
-           'in_parts', 'divide_gradients', 'backward_parts', 'TrainingRun', 'check_run',
-           'not_finite', 'plain_loss', 'divergence', 'naming_divergence', 'sits', 'Trainer',
-           'start']
+ 'in_parts', 'divide_gradients', 'backward_parts', 'TrainingRun', 'check_run', 'not_finite',
+ 'plain_loss', 'divergence', 'naming_divergence', 'sits', 'Trainer', 'start']
 
 # %% ../../nbs/4_practice/10_trainer.ipynb #e2dc915a
 import math

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'Link', 'per_coordinate', 'log_key_prior', 'four_axes', 'additive_mask',
-           'responsibilities', 'split_prior', 'and_masks', 'window_mask', 'squares', 'affine',
-           'centre', 'Near', 'first_order', 'first_row', 'log_total', 'check']
+ 'responsibilities', 'split_prior', 'and_masks', 'window_mask', 'squares', 'affine', 'centre',
+ 'Near', 'first_order', 'first_row', 'log_total', 'check']
 
 # %% ../../../nbs/5_speed/02_masks.ipynb #4cc48997
 import dataclasses

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'KERNELS', 'TABLE', 'interpreted', 'available', 'read_link', 'Blocks',
-           'power_of_two', 'Plan', 'settings', 'check_gpu', 'prepare', 'strides', 'dots', 'Fused',
-           'triton']
+ 'power_of_two', 'Plan', 'settings', 'check_gpu', 'prepare', 'strides', 'dots', 'Fused', 'triton']
 
 # %% ../../../nbs/5_speed/10_triton.ipynb #24c28159
 import math
@@ -213,9 +212,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(  # type: ignore[override]
-        ctx: Any, dout: Tensor, dlse: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:  # type: ignore[override]
         "Equations (6) and (7)."
         q, k, v, lam, bias, a, b, m, q2, k2, out, lse = ctx.saved_tensors
         plan, (B, H, Tq, _), Tk, diagonal = ctx.plan, q.shape, k.shape[2], lam.dim() == 4

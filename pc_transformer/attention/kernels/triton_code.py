@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tl', 'jit', 'LOG2E', 'LN2', 'span', 'hide', 'log2_1p', 'power', 'link_bits', 'outlier',
-           'link_slope', 'shape_slopes', 'bf16_remainder', 'score_tile', 'at', 'tile', 'put',
-           'matmul', 'row_dots', 'scores_of', 'forward_kernel', 'query_kernel', 'key_kernel']
+ 'link_slope', 'shape_slopes', 'bf16_remainder', 'score_tile', 'at', 'tile', 'put', 'matmul',
+ 'row_dots', 'scores_of', 'forward_kernel', 'query_kernel', 'key_kernel']
 
 # %% ../../../nbs/5_speed/09_triton_code.ipynb #394be4b2
 import importlib.util
